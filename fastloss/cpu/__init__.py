@@ -1,0 +1,1 @@
+"""The CPU: formulas become LLVM vector code, Numba compiles the loops around them, a pool of threads runs them."""

@@ -1,0 +1,131 @@
+"""From a `Spec` to a function that can be called: compiled by Numba once, then kept on disk as machine code.
+
+Numba's own disk cache starts all of Numba to load a function: 0.9 s of a process, where this one takes 0.1 s, because
+loading machine code needs llvmlite alone. Its key is the spec, the package's sources, the compiler's version and the CPU,
+so that an edited formula or package is never served an old kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import sys
+import tempfile
+import threading
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import llvmlite.binding as llvm
+
+from fastloss.plan import Spec
+
+SYMBOL = "fastloss_kernel"
+PROTOTYPE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 6)  # calling it releases the GIL
+
+statistics = {"compiled": 0, "loaded": 0}  # kernels of this process, by where they came from
+_lock = threading.Lock()
+_kernels: dict[str, Any] = {}
+_engines: list[llvm.ExecutionEngine] = []  # they own the machine code
+
+
+def kernel(spec: Spec) -> Any:
+    """Return the compiled loop of a spec."""
+    with _lock:
+        key = spec.key
+        if key not in _kernels:
+            _kernels[key] = PROTOTYPE(_load(_object_code(spec)))
+        return _kernels[key]
+
+
+def _object_code(spec: Spec) -> bytes:
+    """Return the machine code of a spec, from the disk if it is there."""
+    name = hashlib.sha256(f"{_fingerprint()}{spec.key}".encode()).hexdigest()
+    folder = cache_folder()
+    if (code := _read(folder / name)) is not None:
+        statistics["loaded"] += 1
+        return code
+    code = _compile(spec)
+    statistics["compiled"] += 1
+    _write(folder / name, code)
+    return code
+
+
+def _compile(spec: Spec) -> bytes:
+    from fastloss.cpu import loops  # brings Numba, which a process with a warm cache never imports
+
+    loops.SPECS[spec.key] = spec
+    module = llvm.parse_assembly(loops.build(spec.key).inspect_llvm())
+    entry = next(f for f in module.functions if f.name.startswith("cfunc."))
+    entry.name = SYMBOL
+    return bytes(_machine().emit_object(module))
+
+
+def _load(code: bytes) -> int:
+    """Map machine code into the process and return the address of the kernel."""
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _engines.append(engine)
+    return int(engine.get_function_address(SYMBOL))
+
+
+def _machine() -> llvm.TargetMachine:
+    _start_llvm()
+    cpu, features = _cpu()
+    return llvm.Target.from_default_triple().create_target_machine(cpu, features, opt=3, reloc="pic", codemodel="jitdefault", jit=True)
+
+
+@cache
+def _start_llvm() -> None:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+
+
+@cache
+def _cpu() -> tuple[str, str]:
+    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+
+
+@cache
+def _fingerprint() -> str:
+    """Everything beside the spec that the machine code depends on."""
+    digest = hashlib.sha256(f"{llvmlite.__version__} {sys.platform} {_cpu()}".encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def cache_folder() -> Path:
+    """Return where machine code is kept: FASTLOSS_CACHE_DIR, or `fastloss` in the user's cache folder."""
+    if given := os.environ.get("FASTLOSS_CACHE_DIR"):
+        return Path(given)
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "fastloss"
+
+
+def _read(path: Path) -> bytes | None:
+    """Return the code that was written, or None where there is none or it was cut off."""
+    try:
+        digest, code = (content := path.read_bytes())[:32], content[32:]
+    except OSError:
+        return None
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    """Keep the code for the next process; a folder that cannot be written only costs the next compilation."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(hashlib.sha256(code).digest() + code)
+        os.replace(file.name, path)  # whole or not at all, also with several processes at it

@@ -1,0 +1,406 @@
+"""The loop that every loss runs through on the CPU, written once.
+
+Design: a) A `Spec` says everything that decides machine code: the formula, which arrays there are, their dtypes and how
+they are stepped through, what is summed and what is stored. b) `build` writes the loop around it as a Numba function:
+ranges, samples, rows, blocks. c) `emit_step` writes one step of it, a vector's width of elements, as LLVM code: load,
+formula, weight, sum, store; the formula is called with `Vector` arguments and writes its own part. d) Reductions,
+weights, masks and dtypes are parts of the spec, never branches of the loop.
+
+Sums: float32 (or float64) within a block of a row, float64 across blocks, one partial sum a range. Which element meets
+which lane depends on the arrays' layout alone, so that no partial sum depends on threads or addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import cfunc, types
+from numba.core import cgutils
+from numba.core.datamodel import models, register_default
+from numba.extending import intrinsic
+
+from fastloss.cpu import simd, vmath
+from fastloss.cpu.simd import Vector
+from fastloss.plan import Operand, Spec
+
+VECTOR_BYTES = 64  # 16 float32 or 8 float64 lanes
+BLOCK = 64  # steps summed in float32: a product of that many factors below 2 stays finite
+
+I1, I64, DOUBLE = ir.IntType(1), ir.IntType(64), ir.DoubleType()
+SPECS: dict[str, Spec] = {}  # by key: Numba hands its intrinsics literal strings, not objects
+
+
+def lanes_of(spec: Spec) -> int:
+    """Return how many elements a step works on."""
+    return VECTOR_BYTES // int(spec.compute[1])
+
+
+class Lanes(types.Type):
+    """Numba's name for an LLVM vector that a loop carries in registers."""
+
+    def __init__(self, element: str, count: int) -> None:
+        self.llvm = ir.VectorType(simd.scalar_type(element), count)
+        super().__init__(f"Lanes({element} x {count})")
+
+
+@register_default(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, lanes: Lanes) -> None:
+        super().__init__(manager, lanes, lanes.llvm)
+
+
+# --- one step, in LLVM -----------------------------------------------------------------------------------------------
+
+
+class Step:
+    """The addresses and numbers one step works with, and what it loads from them."""
+
+    def __init__(self, spec: Spec, builder: ir.IRBuilder, addresses: list[ir.Value], strides: list[ir.Value], start: ir.Value, left: ir.Value) -> None:
+        self.spec, self.builder, self.addresses, self.strides, self.start = spec, builder, addresses, strides, start
+        self.lanes = lanes_of(spec)
+        ids = ir.Constant(ir.VectorType(I64, self.lanes), list(range(self.lanes)))
+        self.ids, self.all = ids, ir.Constant(ir.VectorType(I1, self.lanes), [1] * self.lanes)
+        self.is_full = builder.icmp_signed(">=", left, I64(self.lanes))
+        self.within = builder.icmp_signed("<", ids, spread(builder, left, self.lanes))
+
+    def load_all(self) -> tuple[dict[str, Vector], Vector]:
+        """Load a vector of every operand; only the end of a row takes the slower masked loads."""
+        builder, operands = self.builder, self.spec.operands
+        with builder.if_else(self.is_full) as (full, tail):
+            with full:
+                fast = [self.load(k, op, None) for k, op in enumerate(operands)]
+                fast_block = builder.block
+            with tail:
+                slow = [self.load(k, op, self.within) for k, op in enumerate(operands)]
+                slow_block = builder.block
+
+        def join(a: ir.Value, b: ir.Value) -> ir.Value:
+            phi = builder.phi(a.type)
+            phi.add_incoming(a, fast_block)
+            phi.add_incoming(b, slow_block)
+            return phi
+
+        loaded = {op.name: Vector(builder, join(a, b)) for op, a, b in zip(operands, fast, slow, strict=True)}
+        compute = ir.VectorType(simd.scalar_type(self.spec.compute), self.lanes)
+        return loaded, Vector(builder, join(self.all, self.within), compute)
+
+    def place(self, k: int, element: ir.Type, index: ir.Value) -> ir.Value:
+        """Return a pointer to element `index` of the row of operand k."""
+        stride = self.strides[k] if self.spec.arrays[k].access == "strided" else I64(element_bytes(element))
+        address = self.builder.add(self.addresses[k], self.builder.mul(index, stride))
+        return self.builder.inttoptr(address, element.as_pointer())
+
+    def lane_pointers(self, k: int, element: ir.Type) -> ir.Value:
+        """Return a vector of pointers, one a lane, for a strided operand."""
+        builder = self.builder
+        index = builder.add(spread(builder, self.start, self.lanes), self.ids)
+        offset = builder.mul(index, spread(builder, self.strides[k], self.lanes))
+        address = builder.add(spread(builder, self.addresses[k], self.lanes), offset)
+        return builder.inttoptr(address, ir.VectorType(element.as_pointer(), self.lanes))
+
+    def load(self, k: int, operand: Operand, within: ir.Value | None) -> ir.Value:
+        """Load one vector of operand k; lanes outside `within` are not read."""
+        builder, element = self.builder, simd.scalar_type(operand.code)
+        vector, align = ir.VectorType(element, self.lanes), ir.Constant(ir.IntType(32), element_bytes(element))
+        zero = ir.Constant(vector, None)
+        if operand.access == "constant":
+            pointer = builder.inttoptr(self.addresses[k], element.as_pointer())
+            return spread(builder, builder.load(pointer), self.lanes)
+        if operand.access == "strided":
+            name = f"llvm.masked.gather.{simd.mangle(vector)}.v{self.lanes}p0"
+            return simd.call(builder, name, vector, self.lane_pointers(k, element), align, within or self.all, zero)
+        pointer = self.place(k, element, self.start)
+        if within is not None:
+            vector_pointer = builder.bitcast(pointer, vector.as_pointer())
+            return simd.call(builder, f"llvm.masked.load.{simd.mangle(vector)}.p0", vector, vector_pointer, align, within, zero)
+        return builder.load(builder.bitcast(pointer, vector.as_pointer()), align=align.constant)
+
+    def store(self, k: int, operand: Operand, vector: ir.Value, streaming: ir.Value) -> None:
+        """Store one vector to operand k: past the caches if `streaming`, and only the lanes within the row at its end."""
+        builder, element = self.builder, simd.scalar_type(operand.code)
+        align = ir.Constant(ir.IntType(32), element_bytes(element))
+        void = ir.VoidType()
+        if operand.access == "strided":
+            name = f"llvm.masked.scatter.{simd.mangle(vector.type)}.v{self.lanes}p0"
+            simd.call(builder, name, void, vector, self.lane_pointers(k, element), align, self.within)
+            return
+        pointer = builder.bitcast(self.place(k, element, self.start), vector.type.as_pointer())
+        with builder.if_else(self.is_full) as (full, tail):
+            with full, builder.if_else(streaming) as (past, through):
+                with past:
+                    # NumPy's arrays start at multiples of 16, so LLVM splits this into four 16-byte stores; they are
+                    # merged to full lines on their way: within 4 % of 64-byte ones here.
+                    instruction = builder.store(vector, pointer, align=16)
+                    instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+                with through:
+                    builder.store(vector, pointer, align=align.constant)
+            with tail:
+                simd.call(builder, f"llvm.masked.store.{simd.mangle(vector.type)}.p0", void, vector, pointer, align, self.within)
+
+    def convert(self, raw: Vector, code: str, to: str) -> Vector:
+        """Convert lanes stored as NumPy type `code` to the type `to`, rounding once to nearest."""
+        builder, target = self.builder, ir.VectorType(simd.scalar_type(to), self.lanes)
+        if code == to:
+            return raw
+        if code[0] == "f":
+            cast = builder.fpext if to > code else builder.fptrunc
+        else:
+            cast = builder.sitofp if code[0] == "i" else builder.uitofp
+        return Vector(builder, cast(raw.value, target))
+
+
+def element_bytes(element: ir.Type) -> int:
+    """Return the size of one stored element."""
+    return {"float": 4, "double": 8}.get(str(element)) or element.width // 8
+
+
+def spread(builder: ir.IRBuilder, scalar: ir.Value, count: int) -> ir.Value:
+    """Return the scalar in every lane."""
+    vector = ir.VectorType(scalar.type, count)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.IntType(32)(0))
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), count), None))
+
+
+def emit_step(step: Step, numbers: dict[str, ir.Value], streaming: ir.Value, sums: list[Vector]) -> list[Vector]:
+    """Write one step: load, formula, sum, store. Returns the new sums (value, product of logarithms, bad targets)."""
+    spec, builder = step.spec, step.builder
+    raw, inside = step.load_all()
+    number = {name: spread_number(builder, value, spec) for name, value in numbers.items()}
+    counted = inside
+    if "mask" in raw:
+        counted = counted & (raw["mask"] != 0)
+    if "ignore_index" in number:
+        counted = counted & (raw["target"] != as_target(step, numbers["ignore_index"]))
+    loaded = {op.name: step.convert(raw[op.name], op.code, spec.compute) for op in spec.operands if op.name != "mask"}
+    target = loaded.get("target")
+    if "target_scale" in number:
+        target = target * number["target_scale"]
+    value_sum, product, bad = sums
+    if spec.checked:
+        wrong = counted & ~((target >= 0.0) & (target <= 1.0))
+        bad = bad + vmath.where(wrong, bad.splat(1.0), 0.0)
+    parameters = {name: loaded[name] if name in loaded else number[name] for name in spec.parameters}
+    if spec.summed == "count":
+        return [value_sum + vmath.where(counted, value_sum.splat(1.0), 0.0), product, bad]
+    quantities = spec.formula.quantities(loaded["input"], target, parameters)
+    weight = loaded.get("weight")
+    if spec.summed == "value":
+        value_sum, product = add_value(quantities["value"], weight, counted, value_sum, product)
+    if spec.outputs:
+        factor = multiply(weight, number.get("scale"))
+        for k, output in enumerate(spec.outputs, len(spec.operands)):
+            shared = weight if output.name == "value" else multiply(factor, loaded.get("grad_output"))
+            stored = multiply(value_sum.match(quantities[output.name]), shared)
+            if spec.excludes:
+                stored = vmath.where(counted, stored, 0.0)
+            step.store(k, output, step.convert(stored, spec.compute, output.code).value, streaming)
+    return [value_sum, product, bad]
+
+
+def add_value(value: Any, weight: Vector | None, counted: Vector, total: Vector, product: Vector) -> tuple[Vector, Vector]:
+    """Add an element's value to the sum; a logarithm without a weight goes into the product instead."""
+    value = total.match(value)
+    if value.log_term is None or weight is not None:
+        return total + vmath.where(counted, multiply(value, weight), 0.0), product
+    plain, e = value.log_term
+    e = vmath.where(counted, e, 0.0)
+    # product stands for prod (1 + e) - 1, which keeps its relative accuracy where every e is tiny
+    return total + vmath.where(counted, plain, 0.0), product + vmath.fma(product, e, e)
+
+
+def multiply(x: Any, y: Any) -> Any:
+    """Return x * y, where None stands for 1."""
+    return y if x is None else x if y is None else x * y
+
+
+def spread_number(builder: ir.IRBuilder, value: ir.Value, spec: Spec) -> Vector:
+    """Return a float64 option in every lane, in the type of the arithmetic."""
+    if spec.compute == "f4":
+        value = builder.fptrunc(value, ir.FloatType())
+    return Vector(builder, spread(builder, value, lanes_of(spec)))
+
+
+def as_target(step: Step, value: ir.Value) -> Vector:
+    """Return a float64 option in the type that the targets are stored in."""
+    code = next(op.code for op in step.spec.operands if op.name == "target")
+    element = simd.scalar_type(code)
+    if code == "f4":
+        value = step.builder.fptrunc(value, element)
+    elif code[0] in "iub":
+        value = (step.builder.fptosi if code[0] == "i" else step.builder.fptoui)(value, element)
+    return Vector(step.builder, spread(step.builder, value, step.lanes))
+
+
+# --- the intrinsics through which the Numba loop reaches them ----------------------------------------------------------
+
+
+def _pointer(number: type = types.int64) -> Any:
+    return types.CPointer(number)
+
+
+@intrinsic(prefer_literal=True)
+def read(typingctx: Any, count: Any, pointer: Any, offset: Any) -> Any:
+    """Read `pointer[offset:offset + count]` into a tuple, which no store to an array can be thought to change."""
+    result = types.UniTuple(pointer.dtype, count.literal_value)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        first = builder.gep(args[1], [args[2]])
+        return context.make_tuple(builder, result, [builder.load(builder.gep(first, [I64(k)])) for k in range(result.count)])
+
+    return result(count, pointer, types.int64), codegen
+
+
+@intrinsic
+def advance(typingctx: Any, addresses: Any, strides: Any, index: Any) -> Any:
+    """Move every address by `index` times its stride."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pairs = zip(cgutils.unpack_tuple(builder, args[0]), cgutils.unpack_tuple(builder, args[1]), strict=True)
+        return context.make_tuple(builder, addresses, [builder.add(a, builder.mul(s, args[2])) for a, s in pairs])
+
+    return addresses(addresses, strides, index), codegen
+
+
+@intrinsic
+def fetch_add(typingctx: Any, pointer: Any, index: Any) -> Any:
+    """Add 1 to `pointer[index]` in one atomic step and return what it was."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", builder.gep(args[0], [args[1]]), I64(1), "seq_cst")
+
+    return types.int64(pointer, index), codegen
+
+
+@intrinsic
+def drain(typingctx: Any) -> Any:
+    """Wait until the non-temporal stores of this thread are visible to all."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _sum_types(spec: Spec) -> tuple[Any, Any]:
+    block = types.UniTuple(Lanes(spec.compute, lanes_of(spec)), 3)
+    total = types.UniTuple(Lanes("f8", lanes_of(spec)), 2)
+    return block, total
+
+
+@intrinsic(prefer_literal=True)
+def zeros(typingctx: Any, key: Any, what: Any) -> Any:
+    """Return empty sums: those of a block, or the float64 ones of a range."""
+    result = _sum_types(SPECS[key.literal_value])[what.literal_value == "range"]
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.make_tuple(builder, result, [ir.Constant(result.dtype.llvm, None)] * result.count)
+
+    return result(key, what), codegen
+
+
+@intrinsic(prefer_literal=True)
+def step(typingctx: Any, key: Any, addresses: Any, strides: Any, start: Any, stop: Any, numbers: Any, scale: Any, streaming: Any, sums: Any) -> Any:
+    """Work on one vector's width of elements from `start` on; see `emit_step`."""
+    spec = SPECS[key.literal_value]
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        addresses_, strides_, numbers_, sums_ = (cgutils.unpack_tuple(builder, args[k]) for k in (1, 2, 5, 8))
+        start_, stop_, scale_, streaming_ = args[3], args[4], args[6], args[7]
+        named = dict(zip(spec.numbers, numbers_, strict=False))
+        if spec.outputs:
+            named["scale"] = scale_
+        one = Step(spec, builder, addresses_, strides_, start_, builder.sub(stop_, start_))
+        new_sums = emit_step(one, named, streaming_, [Vector(builder, v) for v in sums_])
+        return context.make_tuple(builder, sums, [v.value for v in new_sums])
+
+    return sums(key, addresses, strides, start, stop, numbers, scale, streaming, sums), codegen
+
+
+@intrinsic(prefer_literal=True)
+def fold(typingctx: Any, key: Any, totals: Any, sums: Any) -> Any:
+    """Add a block's sums to those of the range, in float64."""
+    spec = SPECS[key.literal_value]
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value, product, bad = (Vector(builder, v) for v in cgutils.unpack_tuple(builder, args[2]))
+        total, bad_total = (Vector(builder, v) for v in cgutils.unpack_tuple(builder, args[1]))
+
+        def widen(x: Vector) -> Vector:
+            return x if spec.compute == "f8" else x.like(builder.fpext(x.value, totals.dtype.llvm))
+
+        total = total + widen(value)
+        if spec.multiplies:
+            total = total + widen(vmath.log1p_of_product(product))
+        return context.make_tuple(builder, totals, [total.value, (bad_total + widen(bad)).value])
+
+    return totals(key, totals, sums), codegen
+
+
+@intrinsic(prefer_literal=True)
+def lane_sum(typingctx: Any, totals: Any, which: Any) -> Any:
+    """Add the lanes of one of the range's sums, in order."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = cgutils.unpack_tuple(builder, args[0])[which.literal_value]
+        return simd.call(builder, f"llvm.vector.reduce.fadd.{simd.mangle(vector.type)}", DOUBLE, DOUBLE(-0.0), vector)
+
+    return types.float64(totals, which), codegen
+
+
+SIGNATURE = types.void(_pointer(), _pointer(), _pointer(), _pointer(types.float64), _pointer(types.float64), _pointer(types.float64))
+
+
+def build(key: str) -> Callable[..., None]:
+    """Compile the loop for a spec.
+
+    Every thread that helps calls the same function with the same arguments; `launch.py` lays them out. `work` holds the
+    next range to take, how many are finished, whether to store past the caches, and 1 if every sample has its own scale.
+    `layout` says how the arrays are walked: the fields read first below, each array's stride along a row, and for each
+    further axis its length and each array's stride. `partials` gets two numbers a range: the sum, the count of bad targets.
+    """
+    lanes, arrays = lanes_of(SPECS[key]), len(SPECS[key].arrays)
+    block = BLOCK * lanes
+    len_numbers = max(1, len(SPECS[key].numbers))
+    strides_at = 6  # in `layout`, after the fields read first
+
+    @cfunc(SIGNATURE, error_model="numpy", boundscheck=False)  # type: ignore[untyped-decorator]
+    def kernel(work: Any, layout: Any, addresses: Any, numbers: Any, scales: Any, partials: Any) -> None:
+        ranges, per_sample, range_size, sample_size, row_size, axes = read(6, layout, 0)
+        streaming, scale_step = read(2, work, 2)
+        base, strides = read(arrays, addresses, 0), read(arrays, layout, strides_at)
+        options = read(len_numbers, numbers, 0)
+        index = fetch_add(work, 0)
+        while index < ranges:
+            sample = index // per_sample
+            at = sample * sample_size + (index - sample * per_sample) * range_size
+            stop = min(at + range_size, (sample + 1) * sample_size)
+            scale = scales[sample * scale_step]
+            totals = zeros(key, "range")
+            while at < stop:
+                row = at // row_size
+                column = at - row * row_size
+                count = min(row_size - column, stop - at)
+                here = advance(base, strides, column)
+                axis = strides_at + arrays
+                for _ in range(axes):  # innermost first
+                    length = layout[axis]
+                    here = advance(here, read(arrays, layout, axis + 1), row % length)
+                    row //= length
+                    axis += 1 + arrays
+                for first in range(0, count, block):
+                    sums = zeros(key, "block")
+                    last = min(first + block, count)
+                    for start in range(first, last, lanes):
+                        sums = step(key, here, strides, start, last, options, scale, streaming != 0, sums)
+                    totals = fold(key, totals, sums)
+                at += count
+            partials[2 * index] = lane_sum(totals, 0)
+            partials[2 * index + 1] = lane_sum(totals, 1)
+            drain()
+            fetch_add(work, 1)
+            index = fetch_add(work, 0)
+
+    return kernel

@@ -1,0 +1,91 @@
+"""The threads: they all call one compiled kernel, which hands out ranges by an atomic counter until none is left.
+
+The caller works too, so a pool of n threads has n - 1 workers, and a call makes progress even if no worker ever wakes. A
+worker that comes late finds no range left and touches no array. Which thread takes a range does not matter: each range
+leaves its own partial sum, and they are added in their own order.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
+
+Job = tuple[Callable[..., None], tuple[int, ...], Any]
+
+
+class Pool:
+    """Workers that wait for jobs; they start when first needed and end with the process."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.forget_workers()
+
+    def forget_workers(self) -> None:
+        """Begin anew without workers, as a forked child must: threads do not survive the fork."""
+        self._jobs: SimpleQueue[Job] = SimpleQueue()
+        self._workers = 0
+        self._starting = threading.Lock()
+
+    def run(self, kernel: Callable[..., None], args: tuple[int, ...], work: Any, ranges: int, keep: Any) -> None:
+        """Call `kernel(*args)` on the caller's thread and on helpers; return when every range is finished.
+
+        `work[1]` counts finished ranges. `keep` is what the arguments point to; jobs hold it, so that memory outlives a
+        caller who is interrupted.
+        """
+        helpers = min(self.threads, ranges) - 1
+        if helpers > self._workers:
+            self._start(helpers)
+        for _ in range(helpers):
+            self._jobs.put((kernel, args, keep))
+        kernel(*args)
+        while work[1] < ranges:  # at most the length of one range: others are finishing theirs
+            time.sleep(0)
+
+    def _start(self, count: int) -> None:
+        with self._starting:
+            while self._workers < count:
+                threading.Thread(target=self._serve, args=(self._jobs,), name="fastloss", daemon=True).start()
+                self._workers += 1
+
+    @staticmethod
+    def _serve(jobs: SimpleQueue[Job]) -> None:
+        while True:
+            kernel, args, _keep = jobs.get()
+            kernel(*args)
+            del _keep  # arrays are not held while waiting for the next job
+
+
+def _default_threads() -> int:
+    """Return FASTLOSS_NUM_THREADS, or the number of CPUs this process may use."""
+    given = os.environ.get("FASTLOSS_NUM_THREADS")
+    if given is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"the environment variable FASTLOSS_NUM_THREADS is {given!r}; accepted: a whole number from 1 on")
+    return int(given)
+
+
+POOL = Pool(_default_threads())
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=POOL.forget_workers)
+
+
+def set_num_threads(n: int) -> None:
+    """Set how many threads a call may use, the caller's own included; 1 computes on the calling thread alone.
+
+    Results do not depend on it. Raises `TypeError` if n is not a whole number, `ValueError` if it is below 1.
+    """
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"the number of threads must be an int, not {n!r}")
+    if n < 1:
+        raise ValueError(f"the number of threads is {n}; accepted: 1 or more")
+    POOL.threads = n
+
+
+def get_num_threads() -> int:
+    """Return how many threads a call may use: FASTLOSS_NUM_THREADS, or by default the CPUs this process may run on."""
+    return POOL.threads

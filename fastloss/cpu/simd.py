@@ -1,0 +1,183 @@
+"""A SIMD vector while LLVM code is being written: calling a formula with `Vector` arguments emits its instructions.
+
+A vector holds 16 float32 or 8 float64 lanes; LLVM splits it into whatever registers the CPU has. Nothing here
+depends on the auto-vectoriser. No fast-math flag is set: `nnan` and `ninf` would delete the handling of NaN and inf, and
+`contract` would let the same formula round differently in different kernels. `fma` is asked for by name where it pays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+
+from fastloss.cpu import vmath
+from fastloss.ops import Symbol
+
+_FLOATS: dict[str, ir.Type] = {"f4": ir.FloatType(), "f8": ir.DoubleType()}
+_SUFFIX = {"float": "f32", "double": "f64", "i32": "i32", "i64": "i64", "i8": "i8", "i16": "i16", "i1": "i1"}
+
+
+def scalar_type(code: str) -> ir.Type:
+    """Return the LLVM type of one stored element; `code` is a NumPy type code such as "f4", "u1" or "b1"."""
+    return _FLOATS.get(code) or ir.IntType(8 * int(code[1]))
+
+
+def mangle(vector: ir.VectorType) -> str:
+    """Return the suffix LLVM gives intrinsics on this type: v16f32."""
+    return f"v{vector.count}{_SUFFIX[str(vector.element)]}"
+
+
+def call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
+    """Call an LLVM intrinsic by its full name (llvmlite's declare_intrinsic rejects vector types)."""
+    module = builder.module
+    function = module.globals.get(name) or ir.Function(module, ir.FunctionType(result, [a.type for a in args]), name)
+    return builder.call(function, args)
+
+
+class Vector(Symbol):
+    """An LLVM vector value and the builder that its operations are appended to."""
+
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value, numbers: ir.VectorType | None = None) -> None:
+        self.builder = builder
+        self.value = value
+        self.numbers = numbers or value.type  # the type plain numbers take beside this vector: a comparison's operands'
+        self.sign = 0  # 1 where no lane can be negative, -1 where none can be positive
+        self.log_term: tuple[Vector, Vector] | None = None  # (x, e) of x + log1p(e), for sums that collect the logarithms
+
+    @property
+    def type(self) -> ir.VectorType:
+        """The LLVM vector type."""
+        return self.value.type
+
+    @property
+    def bits(self) -> int:
+        """The width of a lane."""
+        return {"float": 32, "double": 64}.get(str(self.type.element)) or self.type.element.width
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the lanes are floating-point numbers."""
+        return str(self.type.element) in ("float", "double")
+
+    def like(self, value: ir.Value) -> Vector:
+        """Wrap another LLVM value for the same builder."""
+        is_mask = value.type.element == ir.IntType(1)
+        return Vector(self.builder, value, self.numbers if is_mask else None)
+
+    def with_sign(self, sign: int) -> Vector:
+        """Note what is known of the sign: exp saves instructions where its argument cannot be positive."""
+        self.sign = sign
+        return self
+
+    def splat(self, number: float) -> Vector:
+        """Return the same number in every lane."""
+        element = self.numbers.element
+        constant = ir.Constant(element, float(number) if str(element) in ("float", "double") else int(number))
+        return self.like(ir.Constant(self.numbers, [constant] * self.numbers.count))
+
+    def intrinsic(self, name: str, *others: Any) -> Vector:
+        """Call `llvm.<name>` on vectors of this type."""
+        args = [self.value, *(self.match(x).value for x in others)]
+        return self.like(call(self.builder, f"llvm.{name}.{mangle(self.type)}", self.type, *args))
+
+    def match(self, other: Any) -> Vector:
+        """Return the other operand as a vector of this type; numbers are spread over the lanes."""
+        return other if isinstance(other, Vector) else self.splat(other)
+
+    def bitcast(self, element: ir.Type) -> Vector:
+        """Return the same bits with lanes of another type of the same width."""
+        return self.like(self.builder.bitcast(self.value, ir.VectorType(element, self.type.count)))
+
+    def as_int(self) -> Vector:
+        """Return the bits of the lanes as integers."""
+        return self.bitcast(ir.IntType(self.bits))
+
+    def as_float(self) -> Vector:
+        """Return integer lanes' bits as floating-point numbers."""
+        return self.bitcast(_FLOATS[f"f{self.bits // 8}"])
+
+    def to_float(self) -> Vector:
+        """Return integer lanes converted to floating-point numbers of the same width."""
+        return self.like(self.builder.sitofp(self.value, ir.VectorType(_FLOATS[f"f{self.bits // 8}"], self.type.count)))
+
+    def apply(self, op: str, *args: Any) -> Vector:
+        """Emit the instructions for `op`."""
+        vector = next(a for a in args if isinstance(a, Vector))
+        return _OPS[op](*(vector.match(a) for a in args))
+
+
+def _binary(method: str) -> Callable[[Vector, Vector], Vector]:
+    """Make an operation out of the builder's method: the f-form for floats, the plain one for integers."""
+
+    def emit(x: Vector, y: Vector) -> Vector:
+        name = "f" + method if x.is_float else {"div": "sdiv"}.get(method, method)
+        return x.like(getattr(x.builder, name)(x.value, y.value))
+
+    return emit
+
+
+def _compare(sign: str) -> Callable[[Vector, Vector], Vector]:
+    def emit(x: Vector, y: Vector) -> Vector:
+        if not x.is_float:
+            return x.like(x.builder.icmp_signed(sign, x.value, y.value))
+        ordered = x.builder.fcmp_unordered if sign == "!=" else x.builder.fcmp_ordered  # NaN differs from everything
+        return x.like(ordered(sign, x.value, y.value))
+
+    return emit
+
+
+def _bitwise(method: str) -> Callable[[Vector, Vector], Vector]:
+    return lambda x, y: x.like(getattr(x.builder, method)(x.value, y.value))
+
+
+def _where(condition: Vector, x: Vector, y: Vector) -> Vector:
+    return x.like(x.builder.select(condition.value, x.value, y.value))
+
+
+def _extremum(sign: str) -> Callable[[Vector, Vector], Vector]:
+    def emit(x: Vector, y: Vector) -> Vector:
+        # NumPy's minimum: NaN if either is. `x + y` is the NaN to return, and costs one add only where it is used.
+        chosen = _where(_compare(sign)(x, y), x, y)
+        unordered = x.like(x.builder.fcmp_unordered("uno", x.value, y.value))
+        return _where(unordered, x + y, chosen)
+
+    return emit
+
+
+def _add_log1p(x: Vector, e: Vector) -> Vector:
+    result = x + vmath.log1p_of_product(e)
+    result.log_term = (x, e)  # LLVM drops the logarithm where a sum reads the term instead
+    return result
+
+
+_OPS: dict[str, Callable[..., Vector]] = {
+    "neg": lambda x: x.like(x.builder.fneg(x.value)).with_sign(-x.sign),
+    "abs": lambda x: x.intrinsic("fabs").with_sign(1),
+    "sqrt": lambda x: x.intrinsic("sqrt"),
+    "fma": lambda x, y, z: x.intrinsic("fmuladd", y, z),
+    "copysign": lambda x, y: x.intrinsic("copysign", y),
+    "add": _binary("add"),
+    "sub": _binary("sub"),
+    "mul": _binary("mul"),
+    "div": _binary("div"),
+    "lt": _compare("<"),
+    "le": _compare("<="),
+    "gt": _compare(">"),
+    "ge": _compare(">="),
+    "eq": _compare("=="),
+    "ne": _compare("!="),
+    "and": _bitwise("and_"),
+    "or": _bitwise("or_"),
+    "shl": _bitwise("shl"),
+    "shr": _bitwise("ashr"),
+    "not": lambda x: x.like(x.builder.not_(x.value)),
+    "where": _where,
+    "minimum": _extremum("<"),
+    "maximum": _extremum(">"),
+    "exp": lambda x: vmath.exp(x),
+    "log": lambda x: vmath.log(x),
+    "log1p": lambda x: vmath.log1p(x),
+    "add_log1p": _add_log1p,
+}

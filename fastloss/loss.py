@@ -1,0 +1,311 @@
+"""`Loss`, what every loss can do, and `elementwise_loss`, which makes one out of a formula.
+
+Design: a) A `Loss` is called for the value; its methods give slopes and curvatures. b) A `_Call` sorts the options into
+arrays and numbers, and makes the passes over memory that they need: one, or two where a mean has to count first. c) Plans
+and kernels are kept by the `Request` they were made for, so that a small call costs microseconds; whatever depends on the
+request alone is checked when its plan is made.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, overload
+
+import numpy as np
+
+from fastloss.formula import Formula
+from fastloss.plan import Array, Request, make_plan
+
+Bounds = Mapping[str, tuple[float, float]]
+
+_OPTIONS: dict[str, Any] = dict(mask=None, ignore_index=None, target_scale=None, grad_output=None, out=None, validate=False)
+
+
+class Loss:
+    """A loss function: call it for the value; `grad`, `value_and_grad` and `curvature` take the same arguments."""
+
+    def __init__(self, function: Callable[..., Any], unit_target: bool, bounds: Bounds) -> None:
+        self.formula = Formula(function)
+        self.unit_target = unit_target
+        self.bounds = bounds
+        self.__name__ = function.__name__
+        self.__qualname__ = function.__qualname__
+        self.__module__ = function.__module__
+        self.__doc__ = function.__doc__
+        self.__wrapped__ = function
+        self.__signature__ = _signature(self.formula.defaults)
+
+    def __repr__(self) -> str:
+        return f"<loss {self.__name__}{self.__signature__}>"
+
+    def __reduce__(self) -> str:
+        return self.__qualname__  # pickled by name, as functions are
+
+    def __call__(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Any:
+        """Return the loss: a float64 number, one a sample, or with reduction "none" an array of the input's dtype."""
+        if options.get("grad_output") is not None:
+            raise ValueError("grad_output scales a gradient, and the value alone has none: use grad or value_and_grad")
+        if reduction == "none":
+            return self._run("", ("value",), input, target, weight, reduction, options)[1][0]
+        if options.get("out") is not None:
+            raise ValueError(f"out takes an array of the input's shape, and with reduction {reduction!r} the value is none; use grad or value_and_grad")
+        return self._run("value", (), input, target, weight, reduction, options)[0]
+
+    def grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Array:
+        """Return the gradient with respect to the input, in the input's dtype."""
+        return self._run("", ("slope",), input, target, weight, reduction, options)[1][0]
+
+    def value_and_grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> tuple[Any, Array]:
+        """Return the loss and its gradient with respect to the input, from one pass over memory."""
+        if reduction == "none":
+            slope, value = self._run("", ("slope", "value"), input, target, weight, reduction, options)[1]
+            return value, slope
+        value, outputs = self._run("value", ("slope",), input, target, weight, reduction, options)
+        return value, outputs[0]
+
+    def curvature(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Array:
+        """Return the second derivative with respect to each element of the input: the diagonal of the Hessian."""
+        if not self.formula.has_curvature:
+            raise NotImplementedError(f"{self.__name__} has no curvature: its formula returns (value, slope)")
+        return self._run("", ("curvature",), input, target, weight, reduction, options)[1][0]
+
+    def _run(self, summed: str, wanted: tuple[str, ...], input: Any, target: Any, weight: Any, reduction: str, options: dict[str, Any]) -> tuple[Any, list[Array]]:
+        """Return the reduced value, if it is summed, and the arrays that are wanted."""
+        call = _Call(self, input, target, weight, reduction, options)
+        outputs = call.make_outputs(wanted)
+        borrowed = wanted[0] if call.out is not None else None
+        validate = call.validate and self.unit_target
+        if validate and borrowed:
+            call.check_targets()  # first, so that nothing is written to the caller's buffer
+            validate = False
+        counted = call.count()
+        scale = call.scale(counted) if wanted else 1.0
+        total, bad = call.run(summed, validate, outputs, scale, borrowed)
+        if bad:
+            call.complain()
+        return (call.reduce(total, counted) if summed else None), list(outputs.values())
+
+
+class _Call:
+    """One call's arrays and options, and the passes over memory made for it."""
+
+    def __init__(self, loss: Loss, input: Any, target: Any, weight: Any, reduction: str, options: dict[str, Any]) -> None:
+        self.loss, self.reduction = loss, reduction
+        self.arrays = {"input": as_array("input", input), "target": as_array("target", target)}
+        self.shape = self.arrays["input"].shape
+        if weight is not None:
+            self.arrays["weight"] = as_array("weight", weight)
+        self.by_sample = reduction in ("sample_mean", "sample_sum")
+        self.numbers: dict[str, float]
+        self.upstream: Any = 1.0
+        self.out, self.validate = None, False
+        if options:
+            self.take(options)
+        else:
+            self.parameters = loss.formula.given
+            self.numbers = {name: loss.formula.defaults[name] for name in self.parameters}
+
+    def take(self, options: dict[str, Any]) -> None:
+        """Sort the options into arrays and numbers."""
+        formula, arrays, self.numbers = self.loss.formula, self.arrays, {}
+        if unknown := options.keys() - _OPTIONS.keys() - formula.defaults.keys():
+            accepted = ", ".join([*formula.defaults, "weight", "reduction", *_OPTIONS])
+            raise TypeError(f"{self.loss.__name__} has no option {', '.join(sorted(unknown))}; accepted: {accepted}")
+        given = {name: value for name, default in formula.defaults.items() if (value := options.get(name, default)) is not None}
+        self.parameters = tuple(given)
+        for name, value in given.items():
+            if is_number(value):
+                self.numbers[name] = self.number(name, value)
+            else:
+                arrays[name] = as_array(name, value)
+        if (mask := options.get("mask")) is not None:
+            arrays["mask"] = as_array("mask", mask)
+        if (scale := options.get("target_scale")) is not None:
+            self.numbers["target_scale"] = self.number("target_scale", scale)
+        if (ignored := options.get("ignore_index")) is not None and can_hold(arrays["target"].dtype, ignored):
+            self.numbers["ignore_index"] = float(ignored)
+        if (upstream := options.get("grad_output")) is not None:
+            self.take_upstream(upstream)
+        self.out, self.validate = options.get("out"), options.get("validate", False)
+
+    def take_upstream(self, grad_output: Any) -> None:
+        """Take the derivative of what follows the loss: a number, or an array of the loss's shape."""
+        if is_number(grad_output):
+            self.upstream = self.number("grad_output", grad_output)
+            return
+        array = as_array("grad_output", grad_output)
+        shape = self.shape if self.reduction == "none" else self.shape[:1] if self.by_sample else ()
+        if array.shape != shape:
+            raise ValueError(f"grad_output has shape {array.shape}; with reduction {self.reduction!r} the loss has shape {shape}")
+        if self.reduction == "none":
+            self.arrays["grad_output"] = array
+        else:
+            self.upstream = np.ascontiguousarray(array, np.float64)
+
+    def number(self, name: str, value: Any) -> float:
+        """Return an option that is a plain number, if it lies where it may."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"{name} must be a number, not {value!r}") from None
+        low, high = self.loss.bounds.get(name, (-math.inf, math.inf))
+        if not low <= number <= high:
+            accepted = f"from {low:g} to {high:g}" if high < math.inf else f"{low:g} or more" if low > -math.inf else "any number but NaN"
+            raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
+        return number
+
+    def make_outputs(self, wanted: tuple[str, ...]) -> dict[str, Array]:
+        """Return the arrays to write: the caller's buffer for the first, new ones beside it."""
+        x, out = self.arrays["input"], self.out
+        if out is None:
+            return {name: np.empty_like(x) for name in wanted}
+        if not isinstance(out, np.ndarray):
+            raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
+        if not out.flags.writeable:
+            raise ValueError("out is read-only")
+        return {name: np.empty_like(x) if k else out for k, name in enumerate(wanted)}
+
+    def run(self, summed: str, checked: bool, outputs: dict[str, Array], scale: Any, borrowed: str | None, only: tuple[str, ...] = ()) -> tuple[Any, bool]:
+        """Make one pass, in which a pass that only counts reads `only` what it needs; return the sum and whether a target was bad."""
+        arrays, numbers, parameters = self.arrays, self.numbers, self.parameters
+        if only:
+            arrays = {name: arrays[name] for name in only if name in arrays}
+            numbers = {name: numbers[name] for name in only if name in numbers}
+            parameters = ()
+        if outputs:
+            arrays = arrays | outputs
+        layouts = tuple([(name, a.dtype, a.shape, a.strides) for name, a in arrays.items()])
+        request = Request(self.loss.formula, self.shape, self.reduction, summed, checked, tuple(outputs), parameters, tuple(numbers), layouts)
+        if 0 in self.shape:
+            make_plan(request)  # for its checks
+            return (np.zeros(self.shape[0]) if self.by_sample else 0.0), False
+        return launch(request).run(arrays, numbers.values(), scale, borrowed)
+
+    def count(self) -> Any:
+        """Return how many elements the reduction divides by, one number or one a sample."""
+        if self.reduction == "batchmean":
+            return self.shape[0] if self.shape else 1
+        if self.reduction not in ("mean", "sample_mean"):
+            return 1
+        if "ignore_index" in self.numbers:
+            return self.run("count", False, {}, 1.0, None, only=("target", "mask", "ignore_index"))[0]
+        if "mask" in self.arrays:
+            return self.run("count", False, {}, 1.0, None, only=("mask",))[0]
+        return math.prod(self.shape[1:] if self.by_sample else self.shape)
+
+    def scale(self, counted: Any) -> Any:
+        """Return what gradients are multiplied by, one number or one a sample."""
+        if not self.by_sample:
+            return self.upstream / counted if counted else math.nan  # where nothing counts, every gradient is 0 all the same
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.ascontiguousarray(np.broadcast_to(np.divide(self.upstream, counted), self.shape[:1]))
+
+    def reduce(self, total: Any, counted: Any) -> Any:
+        """Return the reduced value from the sum."""
+        if not np.all(counted):
+            warnings.warn("mean of no elements: the input is empty, or all of it is masked", RuntimeWarning, stacklevel=4)
+        if self.by_sample or not counted:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                return np.divide(total, counted)
+        return np.float64(total / counted)
+
+    def check_targets(self) -> None:
+        """Make a pass that reads the targets and writes nothing; complain if one is outside [0, 1]."""
+        if self.run("count", True, {}, 1.0, None, only=("target", "mask", "ignore_index", "target_scale"))[1]:
+            self.complain()
+
+    def complain(self) -> None:
+        """Find the first target outside [0, 1], a first-axis entry at a time, and raise the error that names it."""
+        target, scale = self.arrays["target"], self.numbers.get("target_scale", 1.0)
+        counted = np.broadcast_to(self.arrays.get("mask", np.True_), self.shape)
+        for outer in np.ndindex(self.shape[:1]):
+            t = np.asarray(target[outer])
+            bad = counted[outer] & ~((t * scale >= 0) & (t * scale <= 1))
+            if "ignore_index" in self.numbers:
+                bad &= t != self.numbers["ignore_index"]
+            if bad.any():
+                index = (*outer, *map(int, np.argwhere(bad)[0]))
+                whole = target.dtype.kind in "iu" and "target_scale" not in self.numbers
+                hint = "; for images stored as whole numbers pass target_scale=1/255" if whole else ""
+                raise ValueError(f"target[{', '.join(map(str, index))}] is {target[index]}, and {self.loss.__name__} needs targets in [0, 1]{hint}")
+
+
+@lru_cache(maxsize=1024)
+def launch(request: Request) -> Any:
+    """Return what runs a request: its plan with the compiled kernel."""
+    plan = make_plan(request)
+    from fastloss.cpu.launch import Launch  # brings llvmlite, and Numba where a kernel is compiled
+
+    return Launch(plan)
+
+
+def as_array(name: str, value: Any) -> Array:
+    """Return the caller's array without a copy; numbers and lists become arrays."""
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be lost; pass {name}.data, and mask=~{name}.mask")
+    if type(value).__module__.partition(".")[0] in ("torch", "cupy", "dask", "jax", "jaxlib", "tensorflow"):
+        raise TypeError(f"{name} is a {type(value).__module__}.{type(value).__qualname__}; accepted: numpy.ndarray, and what numpy.asarray makes one of")
+    return np.asarray(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether an option is one number, and not an array or a list of them."""
+    return isinstance(value, (int, float)) or np.ndim(value) == 0
+
+
+def can_hold(dtype: np.dtype[Any], value: Any) -> bool:
+    """Whether a target of this dtype can equal the number; where it cannot, no element is ignored."""
+    number = float(value)
+    if math.isnan(number):
+        raise ValueError("ignore_index is NaN, which equals nothing; pass mask=~numpy.isnan(target)")
+    if int(number) != value and dtype.kind in "iu":
+        raise ValueError(f"ignore_index is {value!r}; accepted for {dtype} targets: whole numbers up to 2**53")
+    if dtype.kind == "b":
+        return number in (0.0, 1.0)
+    return dtype.kind == "f" or np.iinfo(dtype).min <= number <= np.iinfo(dtype).max
+
+
+def _signature(parameters: Mapping[str, Any]) -> inspect.Signature:
+    """Return what a call accepts, for help() and editors."""
+    Parameter = inspect.Parameter
+    leading = {"input": Parameter.empty, "target": Parameter.empty, "weight": None, "reduction": "mean"}
+    return inspect.Signature(
+        [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default) for name, default in leading.items()]
+        + [Parameter(name, Parameter.KEYWORD_ONLY, default=default) for name, default in {**parameters, **_OPTIONS}.items()]
+    )
+
+
+@overload
+def elementwise_loss(function: Callable[..., Any], /) -> Loss: ...
+@overload
+def elementwise_loss(*, unit_target: bool = ..., bounds: Bounds = ...) -> Callable[[Callable[..., Any]], Loss]: ...
+def elementwise_loss(function: Callable[..., Any] | None = None, /, *, unit_target: bool = False, bounds: Bounds | None = None) -> Any:
+    """Make a loss out of a formula: a function of one element, which returns (value, slope) or (value, slope, curvature).
+
+        from fastloss.ops import sqrt
+
+        @fastloss.elementwise_loss
+        def charbonnier(z, t, eps=1e-3):
+            d = z - t
+            v = sqrt(d * d + eps * eps)
+            return v, d / v
+
+    The first two arguments are an element of the input and of the target; the slope is the derivative by the first.
+    Further arguments are the loss's parameters: numbers, or arrays that broadcast against the input. One that defaults to
+    None may be absent, and the formula may ask `is None`; it may not branch on an element, and computes with operators
+    and the functions of `fastloss.ops` alone.
+
+    `unit_target` says that targets belong in [0, 1], which `validate=True` then checks. `bounds` gives, by parameter,
+    the least and the largest number that is accepted.
+
+    Raises `FormulaError`, a `TypeError`, at once if the formula cannot be compiled; it names the line and what to use.
+    """
+    if function is None:
+        return lambda f: Loss(f, unit_target, bounds or {})
+    return Loss(function, unit_target, bounds or {})

@@ -1,0 +1,154 @@
+"""Losses of a logit `z`, squashed by a sigmoid inside, against a target `t` in [0, 1].
+
+Reflect, then everything is positive. With e = exp(-|z|) and s = e / (1 + e) = sigmoid(-|z|), let
+
+    wrong = 1 - t  if z > 0  else  t
+
+be the probability mass that the target puts on the side the logit argues against. Then
+
+    sigmoid(z) - t = sign(z) (wrong - s)
+
+which never forms 1 - s where s is tiny: the slope keeps its relative accuracy in both tails, where p - t has none left.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Any
+
+import numpy as np
+
+from fastloss.loss import as_array, elementwise_loss
+from fastloss.ops import abs, add_log1p, exp, log, log1p, where
+
+_BOUNDS = {"pos_weight": (0.0, inf), "label_smoothing": (0.0, 1.0)}
+
+
+def _tail(z: Any) -> tuple[Any, Any]:
+    """Return e = exp(-|z|) and s = sigmoid(-|z|), the smaller of the two probabilities."""
+    e = exp(-abs(z))
+    return e, e / (1.0 + e)
+
+
+def _smooth(t: Any, label_smoothing: Any) -> Any:
+    """Mix the target with 1/2; with no smoothing, the target itself and no rounding."""
+    return t if label_smoothing is None else t + label_smoothing * (0.5 - t)
+
+
+def _times(magnitude: Any, wrong: Any) -> Any:
+    """|z| wrong, which is 0 where nothing is wrong, also at |z| = inf."""
+    return where(wrong == 0.0, 0.0, magnitude * wrong)
+
+
+def _minus(x: Any, log_x: Any) -> Any:
+    """-x log x, which is 0 at x = 0."""
+    return where(x == 0.0, 0.0, -x * log_x)
+
+
+@elementwise_loss(unit_target=True, bounds=_BOUNDS)
+def binary_cross_entropy_with_logits(z: Any, t: Any, pos_weight: Any = None, label_smoothing: Any = None) -> Any:
+    """Binary cross-entropy between targets in [0, 1] and the sigmoid of the input.
+
+    With p = sigmoid(input), per element:
+
+        value     = -(t log p + (1 - t) log(1 - p))
+        slope     = p - t
+        curvature = p (1 - p)
+
+    The reflected form (see the module) keeps value and slope accurate to 2 float32 ulp at every logit, where
+    `max(z, 0) - z t + log1p(exp(-|z|))`, the form of most libraries, loses the value by cancellation, and `p - t` the
+    slope; at infinite logits it has the limit, not inf - inf. On soft targets the minimum is not 0 but
+    `binary_entropy(target)`, reached at p = t.
+
+    Args:
+        input: logits, any shape; float32 or float64.
+        target: probabilities, the same shape; float32, float64, bool, or integers (with `target_scale`, such as 1/255).
+        weight: multiplies value and slope; broadcasts against input. The mean still divides by the number of elements.
+        reduction: "mean", "sum", "none", "batchmean" (sum / first axis), "sample_mean", "sample_sum".
+        pos_weight: factor c >= 0 on the positive part, -c t log p; a number, or an array that broadcasts.
+        label_smoothing: a in [0, 1]: the target becomes t (1 - a) + a / 2.
+        mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see the README.
+
+    Raises:
+        ValueError: shapes differ, an option is out of range, a target is outside [0, 1] (with `validate=True`).
+        TypeError: a dtype is not accepted, an option is unknown.
+
+    Source: Good, "Rational Decisions", 1952; on images in [0, 1], Kingma and Welling, "Auto-Encoding Variational Bayes", 2013.
+    """
+    t = _smooth(t, label_smoothing)
+    e, s = _tail(z)
+    if pos_weight is None:
+        wrong = where(z > 0.0, 1.0 - t, t)
+        value = add_log1p(_times(abs(z), wrong), e)
+        slope, curvature = wrong - s, s / (1.0 + e)
+    else:
+        positive, negative = pos_weight * t, 1.0 - t
+        mass = positive + negative
+        wrong = where(z > 0.0, negative, positive)
+        value = _times(abs(z), wrong) + mass * log1p(e)
+        slope, curvature = wrong - mass * s, mass * (s / (1.0 + e))
+    return value, where(z > 0.0, slope, -slope), curvature
+
+
+@elementwise_loss
+def mse_with_logits_loss(z: Any, t: Any) -> Any:
+    """Squared error between the sigmoid of the input and the target.
+
+    With p = sigmoid(input), per element:
+
+        value     = (p - t)**2
+        slope     = 2 (p - t) p (1 - p)
+        curvature = 2 p (1 - p) (p (1 - p) + (p - t) (1 - 2 p))
+
+    p (1 - p) is s (1 - s) with s = sigmoid(-|z|), accurate in both tails. It is also the saturation: it vanishes at both
+    ends however large the error is, where the slope of `binary_cross_entropy_with_logits` does not.
+
+    Args:
+        input: logits, any shape; float32 or float64.
+        target: the same shape, usually in [0, 1]; float32, float64, bool, or integers (with `target_scale`).
+        weight, reduction, mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see the README.
+
+    Raises:
+        ValueError: shapes differ, or an option is out of range.
+        TypeError: a dtype is not accepted, or an option is unknown.
+
+    Source: Rumelhart, Hinton and Williams, "Learning representations by back-propagating errors", 1986.
+    """
+    e, s = _tail(z)
+    miss = where(z > 0.0, 1.0 - t, t) - s
+    spread = s / (1.0 + e)
+    slope = 2.0 * miss * spread
+    return miss * miss, where(z > 0.0, slope, -slope), 2.0 * spread * (spread - miss * (1.0 - 2.0 * s))
+
+
+def binary_entropy(target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Any:
+    """Entropy of the targets: the least binary cross-entropy that any input reaches, at sigmoid(input) = target.
+
+    Per element -(t log t + (1 - t) log(1 - t)), which is 0 at t = 0 and t = 1; the difference to
+    `binary_cross_entropy_with_logits` under the same options is the Kullback-Leibler divergence, 0 only at p = t. With
+    `pos_weight` c it is the minimum of the weighted loss, at p = c t / (c t + 1 - t).
+
+    Args:
+        target: probabilities, any shape; float32, float64, bool, or integers (with `target_scale`).
+        weight, reduction: as for the losses; "none" gives float32, or float64 for float64 targets.
+        **options: `pos_weight`, `label_smoothing`, `mask`, `ignore_index`, `target_scale`, `validate` as for the loss.
+
+    Raises:
+        ValueError, TypeError: as the loss does.
+
+    Source: Shannon, "A Mathematical Theory of Communication", 1948.
+    """
+    t = as_array("target", target)
+    unread = np.zeros((), t.dtype if t.dtype.kind == "f" else np.float32)
+    return _entropy(np.broadcast_to(unread, t.shape), t, weight, reduction, **options)
+
+
+@elementwise_loss(unit_target=True, bounds=_BOUNDS)
+def _entropy(z: Any, t: Any, pos_weight: Any = None, label_smoothing: Any = None) -> Any:
+    """Binary entropy of the target; z is not read."""
+    t = _smooth(t, label_smoothing)
+    if pos_weight is None:
+        return _minus(t, log(t)) + _minus(1.0 - t, log1p(-t)), 0.0
+    positive, negative = pos_weight * t, 1.0 - t
+    mass = positive + negative
+    return _minus(positive, log(positive / mass)) + _minus(negative, log(negative / mass)), 0.0

@@ -1,0 +1,178 @@
+"""The vocabulary that formulas are written in.
+
+A formula is a branch-free function of one element. The same function is called with NumPy arrays, to be looked at, and
+with a `Symbol` for each argument, to be compiled: then every operator and every function below is handed to
+`Symbol.apply`, which each target (LLVM vectors, CUDA text) defines in its own way.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import numpy as np
+
+__all__ = [
+    "FormulaError", "Symbol", "abs", "add_log1p", "copysign", "exp", "log", "log1p", "maximum", "minimum", "sqrt", "where",
+]  # fmt: skip
+
+
+class FormulaError(TypeError):
+    """A loss formula does something that cannot be compiled; the message says where, and what to write instead."""
+
+
+class Symbol:
+    """One element of an array, known by the operations it goes through and not by its value."""
+
+    def apply(self, op: str, *args: Any) -> Any:
+        """Return the symbol for `op(*args)`; at least one of `args` is a symbol of this kind."""
+        raise NotImplementedError
+
+    def __neg__(self) -> Any:
+        return self.apply("neg", self)
+
+    def __pos__(self) -> Any:
+        return self
+
+    def __abs__(self) -> Any:
+        return self.apply("abs", self)
+
+    def __add__(self, other: Any) -> Any:
+        return self.apply("add", self, other)
+
+    def __radd__(self, other: Any) -> Any:
+        return self.apply("add", other, self)
+
+    def __sub__(self, other: Any) -> Any:
+        return self.apply("sub", self, other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return self.apply("sub", other, self)
+
+    def __mul__(self, other: Any) -> Any:
+        return self.apply("mul", self, other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return self.apply("mul", other, self)
+
+    def __truediv__(self, other: Any) -> Any:
+        return self.apply("div", self, other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return self.apply("div", other, self)
+
+    def __pow__(self, exponent: Any) -> Any:
+        if not isinstance(exponent, int) or not 1 <= exponent <= 16:
+            raise FormulaError(f"** {exponent!r} is not in the vocabulary; use a whole power from 1 to 16, ops.sqrt, or exp(y * log(x))")
+        half = self ** (exponent // 2) if exponent > 1 else 1.0
+        return half * half * self if exponent % 2 else half * half
+
+    def __lt__(self, other: Any) -> Any:
+        return self.apply("lt", self, other)
+
+    def __le__(self, other: Any) -> Any:
+        return self.apply("le", self, other)
+
+    def __gt__(self, other: Any) -> Any:
+        return self.apply("gt", self, other)
+
+    def __ge__(self, other: Any) -> Any:
+        return self.apply("ge", self, other)
+
+    def __eq__(self, other: object) -> Any:
+        return self.apply("eq", self, other)
+
+    def __ne__(self, other: object) -> Any:
+        return self.apply("ne", self, other)
+
+    def __and__(self, other: Any) -> Any:
+        return self.apply("and", self, other)
+
+    def __or__(self, other: Any) -> Any:
+        return self.apply("or", self, other)
+
+    def __invert__(self) -> Any:
+        return self.apply("not", self)
+
+    __hash__ = object.__hash__
+
+    def __bool__(self) -> NoReturn:
+        raise FormulaError("a formula cannot branch on an element (if, and, or, not, min, max); use ops.where, minimum, maximum, &, | or ~")
+
+    def __float__(self) -> NoReturn:
+        raise FormulaError(f"a formula cannot take a number out of an element (float, int, math.*); use {VOCABULARY} from fastloss.ops")
+
+    __int__ = __index__ = __complex__ = __round__ = __float__
+
+    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise FormulaError(f"a formula cannot turn an element into an array; use {VOCABULARY} from fastloss.ops")
+
+    def __array_ufunc__(self, ufunc: np.ufunc, *args: Any, **kwargs: Any) -> NoReturn:
+        raise FormulaError(f"numpy.{ufunc.__name__} is not in the vocabulary of formulas; use {VOCABULARY} from fastloss.ops, or operators")
+
+    def __array_function__(self, function: Any, *args: Any) -> NoReturn:
+        raise FormulaError(f"numpy.{function.__name__} is not in the vocabulary of formulas; use {VOCABULARY} from fastloss.ops")
+
+
+def _render(op: str, numpy_function: Any, *args: Any) -> Any:
+    """Apply `op` to whichever argument is a symbol, and the NumPy function where none is."""
+    for arg in args:
+        if isinstance(arg, Symbol):
+            return arg.apply(op, *args)
+    return numpy_function(*args)
+
+
+def abs(x: Any) -> Any:  # noqa: A001  the vocabulary has NumPy's names
+    """Return |x|."""
+    return _render("abs", np.abs, x)
+
+
+def exp(x: Any) -> Any:
+    """Return e**x."""
+    return _render("exp", np.exp, x)
+
+
+def log(x: Any) -> Any:
+    """Return the natural logarithm of x."""
+    return _render("log", np.log, x)
+
+
+def log1p(x: Any) -> Any:
+    """Return log(1 + x), exact to the last digits for small x."""
+    return _render("log1p", np.log1p, x)
+
+
+def sqrt(x: Any) -> Any:
+    """Return the square root of x."""
+    return _render("sqrt", np.sqrt, x)
+
+
+def copysign(x: Any, y: Any) -> Any:
+    """Return |x| with the sign of y."""
+    return _render("copysign", np.copysign, x, y)
+
+
+def minimum(x: Any, y: Any) -> Any:
+    """Return the smaller of x and y, NaN if either is."""
+    return _render("minimum", np.minimum, x, y)
+
+
+def maximum(x: Any, y: Any) -> Any:
+    """Return the larger of x and y, NaN if either is."""
+    return _render("maximum", np.maximum, x, y)
+
+
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """Return x where the condition holds, else y."""
+    return _render("where", np.where, condition, x, y)
+
+
+def add_log1p(x: Any, e: Any) -> Any:
+    """Return x + log1p(e) for 0 <= e <= 1, which a sum over many elements may collect as one logarithm of a product.
+
+    sum log1p(e_i) = log(prod (1 + e_i)): one multiply-add an element instead of a logarithm. Below 1 the factor at most
+    doubles, so that a block of elements stays finite.
+    """
+    return _render("add_log1p", lambda x, e: x + np.log1p(e), x, e)
+
+
+VOCABULARY = ", ".join(name for name in __all__ if name[0].islower())

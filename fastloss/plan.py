@@ -1,0 +1,251 @@
+"""From the caller's arrays and options to one checked `Plan`: what is computed, and how memory is walked.
+
+Nothing here reads an element. Whatever can be refused without looking at one is refused here, before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+REDUCTIONS = ("mean", "sum", "none", "batchmean", "sample_mean", "sample_sum")
+INPUT_TYPES = ("float32", "float64")
+TARGET_TYPES = (*INPUT_TYPES, "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
+
+ONE_RANGE = 32768  # elements up to which one thread is faster: waking another costs about 15 us
+MOST_RANGES = 256
+LEAST_RANGE = 4096  # elements; a range is a thread's turn, so its start has to be cheap beside it
+
+
+class Formula(Protocol):
+    """What the kernels need of a formula; `fastloss.loss.Formula` is the one there is."""
+
+    def quantities(self, z: Any, t: Any, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Return "value", "slope" and "curvature" of one element."""
+
+    def trace(self, parameters: tuple[str, ...]) -> str:
+        """Return the operations as text, the same for two formulas that compute the same."""
+
+
+class Operand(NamedTuple):
+    """One array as a kernel sees it."""
+
+    name: str
+    code: str  # NumPy's: f4, f8, u1, i8, b1 ...
+    access: str  # along a row: "contiguous", "constant" (one element for the whole row) or "strided"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything that decides the machine code."""
+
+    formula: Formula = field(compare=False, repr=False)
+    trace: str  # the formula, operation by operation
+    compute: str  # the type of the arithmetic, "f4" or "f8"
+    operands: tuple[Operand, ...]  # what is read: input, target, weight, mask, grad_output, parameters given as arrays
+    outputs: tuple[Operand, ...]  # what is written: "value", "slope" or "curvature"
+    parameters: tuple[str, ...]  # of the formula, as far as they were given
+    numbers: tuple[str, ...]  # options given as plain numbers: parameters, "target_scale", "ignore_index"
+    summed: str  # "value", "count" (of the elements that are not excluded) or ""
+    checked: bool  # whether targets outside [0, 1] are counted
+
+    @property
+    def arrays(self) -> tuple[Operand, ...]:
+        """All arrays, in the order of their addresses."""
+        return self.operands + self.outputs
+
+    @property
+    def excludes(self) -> bool:
+        """Whether a mask or an ignored target value takes elements out."""
+        return "ignore_index" in self.numbers or any(op.name == "mask" for op in self.operands)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether the sum of the values collects logarithms in a product; a weight on each logarithm forbids it."""
+        return self.summed == "value" and "add_log1p" in self.trace and not any(op.name == "weight" for op in self.operands)
+
+    @property
+    def key(self) -> str:
+        """A text that is equal where the machine code may be."""
+        return repr(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One pass over memory: the kernel's spec, and the walk of which it only learns at run time."""
+
+    spec: Spec
+    by_sample: bool  # whether each first-axis entry has a sum of its own
+    samples: int  # how many sums there are
+    sample_size: int
+    range_size: int
+    row_size: int
+    row_strides: tuple[int, ...]  # one an array, in bytes
+    axes: tuple[tuple[int, tuple[int, ...]], ...]  # outside the rows, innermost first: length and strides
+    starts: tuple[int, ...]  # bytes from an array's address to the first element visited; not 0 where an axis is walked backwards
+    extents: tuple[tuple[int, int], ...]  # bytes from an array's address to its lowest byte and past its highest
+
+    @property
+    def ranges_per_sample(self) -> int:
+        """How many ranges a sample is cut into."""
+        return -(-self.sample_size // self.range_size)
+
+    @property
+    def ranges(self) -> int:
+        """How many ranges there are; each leaves one partial sum."""
+        return self.samples * self.ranges_per_sample
+
+    @property
+    def size(self) -> int:
+        """How many elements are visited."""
+        return self.samples * self.sample_size
+
+
+class Request(NamedTuple):
+    """What a caller asks of one pass, hashable, so that its plan is made once."""
+
+    formula: Any
+    shape: tuple[int, ...]
+    reduction: str
+    summed: str
+    checked: bool
+    outputs: tuple[str, ...]
+    parameters: tuple[str, ...]
+    numbers: tuple[str, ...]
+    layouts: tuple[tuple[str, np.dtype[Any], tuple[int, ...], tuple[int, ...]], ...]  # name, dtype, shape, strides
+
+
+def make_plan(request: Request) -> Plan:
+    """Choose the order of the axes, merge those that memory does not tell apart, and cut the walk into ranges."""
+    check(request)
+    shape, by_sample = request.shape, request.reduction in ("sample_mean", "sample_sum")
+    strides = [broadcast_strides(name, of, by, shape) for name, _, of, by in request.layouts]
+    codes = [dtype.str[1:] for _, dtype, _, _ in request.layouts]
+    sizes = [dtype.itemsize for _, dtype, _, _ in request.layouts]
+    axes = [(length, by) for length, by in zip(shape, zip(*strides, strict=True), strict=True)]
+    samples = shape[0] if by_sample else 1
+    starts = [0] * len(strides)
+    for k, (length, by) in enumerate(axes):
+        if by[0] < 0 and not (by_sample and k == 0):  # samples keep their order
+            starts = [start + stride * (length - 1) for start, stride in zip(starts, by, strict=True)]
+            axes[k] = length, tuple(-stride for stride in by)
+    fixed = 1 if by_sample else 0
+    axes[fixed:] = sorted(axes[fixed:], key=lambda axis: [-abs(stride) for stride in axis[1]])
+    merged = merge(axes)
+    row_size, row_strides = merged[-1] if merged else (1, tuple(sizes))
+    names = [name for name, *_ in request.layouts]
+    arrays = [Operand(*x) for x in zip(names, codes, map(access, row_strides, sizes), strict=True)]
+    operands = tuple(op for op in arrays if op.name not in request.outputs)
+    wide = any(op.code == "f8" for op in operands if op.name in ("input", "target"))
+    spec = Spec(
+        formula=request.formula,
+        trace=request.formula.trace(request.parameters),
+        compute="f8" if wide else "f4",
+        operands=operands,
+        outputs=tuple(op for op in arrays if op.name in request.outputs),
+        parameters=request.parameters,
+        numbers=request.numbers,
+        summed=request.summed,
+        checked=request.checked,
+    )
+    sample_size = prod(shape) // max(samples, 1)
+    extents = tuple(extent(shape, by, size) for by, size in zip(strides, sizes, strict=True))
+    return Plan(spec, by_sample, samples, sample_size, range_size(samples, sample_size), row_size, row_strides, tuple(merged[-2::-1]), tuple(starts), extents)
+
+
+def broadcast_strides(name: str, shape: tuple[int, ...], strides: tuple[int, ...], to: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides with which an array is read as if it had the shape `to`: 0 along the axes it lacks."""
+    missing = len(to) - len(shape)
+    if missing < 0 or any(have not in (1, want) for have, want in zip(shape, to[missing:], strict=True)):
+        raise ValueError(f"{name} has shape {shape}, which does not broadcast to the input's shape {to}")
+    along = (0 if have == 1 else stride for have, stride in zip(shape, strides, strict=True))
+    return (0,) * missing + tuple(along)
+
+
+def merge(axes: list[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[int, ...]]]:
+    """Join neighbouring axes over which every array runs on evenly, and drop those of length 1."""
+    merged: list[tuple[int, tuple[int, ...]]] = []
+    for length, by in axes:
+        if length == 1:
+            continue
+        if merged and all(outer == inner * length for outer, inner in zip(merged[-1][1], by, strict=True)):
+            length *= merged.pop()[0]
+        merged.append((length, by))
+    return merged
+
+
+def access(stride: int, itemsize: int) -> str:
+    """Name how an array is stepped through along a row."""
+    return {itemsize: "contiguous", 0: "constant"}.get(stride, "strided")
+
+
+def range_size(samples: int, sample_size: int) -> int:
+    """Return how many elements a range has; it depends on the sizes alone, so that sums do not depend on threads."""
+    if samples * sample_size <= ONE_RANGE:
+        return max(sample_size, 1)
+    even = -(-samples * sample_size // MOST_RANGES)
+    whole_blocks = -(-max(even, LEAST_RANGE) // LEAST_RANGE) * LEAST_RANGE
+    return min(whole_blocks, sample_size)
+
+
+def extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    """Return where an array's memory begins and ends, in bytes from its address."""
+    reaches = [(length - 1) * stride for length, stride in zip(shape, strides, strict=True)]
+    return sum(r for r in reaches if r < 0), sum(r for r in reaches if r > 0) + itemsize
+
+
+def check(request: Request) -> None:
+    """Refuse what no plan can be made of."""
+    shape, reduction = request.shape, request.reduction
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction {reduction!r} is unknown; accepted: {', '.join(map(repr, REDUCTIONS))}")
+    if reduction in ("batchmean", "sample_mean", "sample_sum") and not shape:
+        raise ValueError(f"reduction {reduction!r} needs a first axis, and the input has none: its shape is ()")
+    dtypes = {name: dtype for name, dtype, _, _ in request.layouts}
+    for name, dtype, shape_of, strides in request.layouts:
+        if name in request.outputs:
+            check_output(shape_of, strides, dtype, shape, dtypes["input"])
+        else:
+            check_dtype(name, dtype)
+        if name == "target" and shape_of != shape:
+            raise ValueError(f"input has shape {shape} and target {shape_of}; they must be equal: a weight or a mask may broadcast, a target may not")
+    if "target_scale" in request.numbers and dtypes["target"].kind == "f":
+        raise ValueError(f"target_scale multiplies integer targets, and target is {dtypes['target']}: scale it yourself")
+
+
+def check_dtype(name: str, dtype: np.dtype[Any]) -> None:
+    """Refuse dtypes that the kernels do not read."""
+    accepted = {"input": INPUT_TYPES, "mask": ("bool",)}.get(name, TARGET_TYPES)
+    if dtype.name not in accepted:
+        raise TypeError(f"{name} has dtype {dtype}; accepted: {', '.join(accepted)}")
+    if not dtype.isnative:
+        raise TypeError(f"{name} has the other byte order ({dtype.str}); convert it with .astype({dtype.name!r})")
+
+
+def check_output(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any], wanted: tuple[int, ...], wanted_dtype: np.dtype[Any]) -> None:
+    """Refuse a buffer that the result does not fit."""
+    if shape != wanted or dtype != wanted_dtype:
+        raise ValueError(f"out has shape {shape} and dtype {dtype}; the result has shape {wanted} and dtype {wanted_dtype}")
+    if any(length > 1 and stride == 0 for length, stride in zip(shape, strides, strict=True)):
+        raise ValueError("out is a broadcast view: several of its elements share memory")
+
+
+def check_overlap(plan: Plan, arrays: Mapping[str, Array], addresses: list[int], output: str) -> None:
+    """Refuse an output that shares memory with an array that is read, unless it is the input itself, element for element."""
+    names = list(arrays)
+    at = names.index(output)
+    out = arrays[output]
+    low, high = (addresses[at] + end for end in plan.extents[at])
+    for name, address, (first, last), array in zip(names, addresses, plan.extents, arrays.values(), strict=True):
+        if name == output or address + first >= high or low >= address + last:
+            continue
+        same = address == addresses[at] and array.strides == out.strides and array.dtype == out.dtype and array.shape == out.shape
+        if not (name == "input" and same) and np.shares_memory(out, array):
+            raise ValueError(f"out shares memory with {name}; only out=input, the very same elements, is allowed")
