@@ -41,6 +41,7 @@ class Formula:
         self.defaults = {p.name: p.default for p in list(inspect.signature(function).parameters.values())[2:]}
         self._traces: dict[tuple[str, ...], str] = {}
         self.given = tuple(name for name, default in self.defaults.items() if default is not None)
+        self.numbers = {name: float(self.defaults[name]) for name in self.given}
         self.trace(tuple(self.defaults))  # a formula may look at whether a parameter was given: read it both ways
         self.has_curvature = self.trace(self.given).splitlines()[-1].count(" ") == 3
 

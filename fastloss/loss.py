@@ -8,6 +8,7 @@ request alone is checked when its plan is made.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import warnings
@@ -76,42 +77,52 @@ class Loss:
     def _run(self, summed: str, wanted: tuple[str, ...], input: Any, target: Any, weight: Any, reduction: str, options: dict[str, Any]) -> tuple[Any, list[Array]]:
         """Return the reduced value, if it is summed, and the arrays that are wanted."""
         call = _Call(self, input, target, weight, reduction, options)
-        outputs = call.make_outputs(wanted)
-        borrowed = wanted[0] if call.out is not None else None
+        borrowed = call.out is not None
         validate = call.validate and self.unit_target
         if validate and borrowed:
             call.check_targets()  # first, so that nothing is written to the caller's buffer
             validate = False
-        counted = call.count()
+        counted = 1 if reduction == "sum" or reduction == "none" else call.count()
         scale = call.scale(counted) if wanted else 1.0
-        total, bad = call.run(summed, validate, outputs, scale, borrowed)
+        outputs = call.make_outputs(wanted)
+        total, bad = call.run(summed, validate, wanted, outputs, scale, borrowed)
         if bad:
             call.complain()
-        return (call.reduce(total, counted) if summed else None), list(outputs.values())
+        return (call.reduce(total, counted) if summed else None), outputs
 
 
 class _Call:
     """One call's arrays and options, and the passes over memory made for it."""
 
+    __slots__ = ("arrays", "loss", "names", "numbers", "out", "parameters", "reduction", "shape", "upstream", "validate")
+
     def __init__(self, loss: Loss, input: Any, target: Any, weight: Any, reduction: str, options: dict[str, Any]) -> None:
         self.loss, self.reduction = loss, reduction
-        self.arrays = {"input": as_array("input", input), "target": as_array("target", target)}
-        self.shape = self.arrays["input"].shape
-        if weight is not None:
-            self.arrays["weight"] = as_array("weight", weight)
-        self.by_sample = reduction in ("sample_mean", "sample_sum")
-        self.numbers: dict[str, float]
+        x = input if type(input) is np.ndarray else as_array("input", input)
+        t = target if type(target) is np.ndarray else as_array("target", target)
+        self.names, self.arrays = ["input", "target"], [x, t]
+        self.shape = x.shape
         self.upstream: Any = 1.0
-        self.out, self.validate = None, False
-        if options:
+        self.out, self.validate = options.get("out"), False
+        self.parameters, self.numbers = loss.formula.given, loss.formula.numbers
+        if weight is not None:
+            self.add("weight", weight)
+        if len(options) > (self.out is not None):
             self.take(options)
-        else:
-            self.parameters = loss.formula.given
-            self.numbers = {name: loss.formula.defaults[name] for name in self.parameters}
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether each first-axis entry has a value of its own."""
+        return self.reduction in ("sample_mean", "sample_sum")
+
+    def add(self, name: str, value: Any) -> None:
+        """Add an array that is read."""
+        self.names.append(name)
+        self.arrays.append(as_array(name, value))
 
     def take(self, options: dict[str, Any]) -> None:
         """Sort the options into arrays and numbers."""
-        formula, arrays, self.numbers = self.loss.formula, self.arrays, {}
+        formula, self.numbers = self.loss.formula, {}
         if unknown := options.keys() - _OPTIONS.keys() - formula.defaults.keys():
             accepted = ", ".join([*formula.defaults, "weight", "reduction", *_OPTIONS])
             raise TypeError(f"{self.loss.__name__} has no option {', '.join(sorted(unknown))}; accepted: {accepted}")
@@ -121,16 +132,16 @@ class _Call:
             if is_number(value):
                 self.numbers[name] = self.number(name, value)
             else:
-                arrays[name] = as_array(name, value)
+                self.add(name, value)
         if (mask := options.get("mask")) is not None:
-            arrays["mask"] = as_array("mask", mask)
+            self.add("mask", mask)
         if (scale := options.get("target_scale")) is not None:
             self.numbers["target_scale"] = self.number("target_scale", scale)
-        if (ignored := options.get("ignore_index")) is not None and can_hold(arrays["target"].dtype, ignored):
+        if (ignored := options.get("ignore_index")) is not None and can_hold(self.arrays[1].dtype, ignored):
             self.numbers["ignore_index"] = float(ignored)
         if (upstream := options.get("grad_output")) is not None:
             self.take_upstream(upstream)
-        self.out, self.validate = options.get("out"), options.get("validate", False)
+        self.validate = bool(options.get("validate"))
 
     def take_upstream(self, grad_output: Any) -> None:
         """Take the derivative of what follows the loss: a number, or an array of the loss's shape."""
@@ -142,9 +153,9 @@ class _Call:
         if array.shape != shape:
             raise ValueError(f"grad_output has shape {array.shape}; with reduction {self.reduction!r} the loss has shape {shape}")
         if self.reduction == "none":
-            self.arrays["grad_output"] = array
+            self.add("grad_output", array)
         else:
-            self.upstream = np.ascontiguousarray(array, np.float64)
+            self.upstream = array.astype(np.float64)
 
     def number(self, name: str, value: Any) -> float:
         """Return an option that is a plain number, if it lies where it may."""
@@ -158,32 +169,33 @@ class _Call:
             raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
         return number
 
-    def make_outputs(self, wanted: tuple[str, ...]) -> dict[str, Array]:
+    def make_outputs(self, wanted: tuple[str, ...]) -> list[Array]:
         """Return the arrays to write: the caller's buffer for the first, new ones beside it."""
-        x, out = self.arrays["input"], self.out
+        x, out = self.arrays[0], self.out
         if out is None:
-            return {name: np.empty_like(x) for name in wanted}
+            return [np.empty_like(x) for _ in wanted]
         if not isinstance(out, np.ndarray):
             raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
         if not out.flags.writeable:
             raise ValueError("out is read-only")
-        return {name: np.empty_like(x) if k else out for k, name in enumerate(wanted)}
+        return [out, *(np.empty_like(x) for _ in wanted[1:])]
 
-    def run(self, summed: str, checked: bool, outputs: dict[str, Array], scale: Any, borrowed: str | None, only: tuple[str, ...] = ()) -> tuple[Any, bool]:
-        """Make one pass, in which a pass that only counts reads `only` what it needs; return the sum and whether a target was bad."""
-        arrays, numbers, parameters = self.arrays, self.numbers, self.parameters
-        if only:
-            arrays = {name: arrays[name] for name in only if name in arrays}
-            numbers = {name: numbers[name] for name in only if name in numbers}
-            parameters = ()
-        if outputs:
-            arrays = arrays | outputs
-        layouts = tuple([(name, a.dtype, a.shape, a.strides) for name, a in arrays.items()])
-        request = Request(self.loss.formula, self.shape, self.reduction, summed, checked, tuple(outputs), parameters, tuple(numbers), layouts)
-        if 0 in self.shape:
-            make_plan(request)  # for its checks
-            return (np.zeros(self.shape[0]) if self.by_sample else 0.0), False
-        return launch(request).run(arrays, numbers.values(), scale, borrowed)
+    def run(self, summed: str, checked: bool, wanted: tuple[str, ...], outputs: list[Array], scale: Any, borrowed: bool) -> tuple[Any, bool]:
+        """Make one pass; return the sum, or one a sample, and whether a target was bad."""
+        arrays = self.arrays + outputs
+        layouts = tuple([(a.dtype, a.shape, a.strides) for a in arrays])
+        numbers = self.numbers
+        launch = find_launch((self.loss.formula, self.shape, self.reduction, summed, checked, wanted, self.parameters, (*numbers,), (*self.names,), layouts))
+        return launch.run(arrays, numbers.values(), scale, borrowed)
+
+    def scan(self, checked: bool, *needed: str) -> tuple[Any, bool]:
+        """Make a pass that computes no loss and reads only what it needs; return the count of elements that count."""
+        scan = copy.copy(self)
+        kept = [k for k, name in enumerate(self.names) if name in needed]
+        scan.names, scan.arrays = [self.names[k] for k in kept], [self.arrays[k] for k in kept]
+        scan.numbers = {name: x for name, x in self.numbers.items() if name in needed}
+        scan.parameters = ()
+        return scan.run("count", checked, (), [], 1.0, False)
 
     def count(self) -> Any:
         """Return how many elements the reduction divides by, one number or one a sample."""
@@ -192,9 +204,9 @@ class _Call:
         if self.reduction not in ("mean", "sample_mean"):
             return 1
         if "ignore_index" in self.numbers:
-            return self.run("count", False, {}, 1.0, None, only=("target", "mask", "ignore_index"))[0]
-        if "mask" in self.arrays:
-            return self.run("count", False, {}, 1.0, None, only=("mask",))[0]
+            return self.scan(False, "target", "mask", "ignore_index")[0]
+        if "mask" in self.names:
+            return self.scan(False, "mask")[0]
         return math.prod(self.shape[1:] if self.by_sample else self.shape)
 
     def scale(self, counted: Any) -> Any:
@@ -206,22 +218,23 @@ class _Call:
 
     def reduce(self, total: Any, counted: Any) -> Any:
         """Return the reduced value from the sum."""
+        if not self.by_sample and counted:
+            return np.float64(total / counted)
         if not np.all(counted):
             warnings.warn("mean of no elements: the input is empty, or all of it is masked", RuntimeWarning, stacklevel=4)
-        if self.by_sample or not counted:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                return np.divide(total, counted)
-        return np.float64(total / counted)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.divide(total, counted)
 
     def check_targets(self) -> None:
         """Make a pass that reads the targets and writes nothing; complain if one is outside [0, 1]."""
-        if self.run("count", True, {}, 1.0, None, only=("target", "mask", "ignore_index", "target_scale"))[1]:
+        if self.scan(True, "target", "mask", "ignore_index", "target_scale")[1]:
             self.complain()
 
     def complain(self) -> None:
         """Find the first target outside [0, 1], a first-axis entry at a time, and raise the error that names it."""
-        target, scale = self.arrays["target"], self.numbers.get("target_scale", 1.0)
-        counted = np.broadcast_to(self.arrays.get("mask", np.True_), self.shape)
+        named = dict(zip(self.names, self.arrays, strict=True))
+        target, scale = named["target"], self.numbers.get("target_scale", 1.0)
+        counted = np.broadcast_to(named.get("mask", np.True_), self.shape)
         for outer in np.ndindex(self.shape[:1]):
             t = np.asarray(target[outer])
             bad = counted[outer] & ~((t * scale >= 0) & (t * scale <= 1))
@@ -235,12 +248,12 @@ class _Call:
 
 
 @lru_cache(maxsize=1024)
-def launch(request: Request) -> Any:
-    """Return what runs a request: its plan with the compiled kernel."""
-    plan = make_plan(request)
-    from fastloss.cpu.launch import Launch  # brings llvmlite, and Numba where a kernel is compiled
+def find_launch(request: tuple[Any, ...]) -> Any:
+    """Return what runs a request, given as a tuple of its fields: its plan with the compiled kernel."""
+    plan = make_plan(Request(*request))
+    from fastloss.cpu.launch import Launch, Nothing  # brings llvmlite, and Numba where a kernel is compiled
 
-    return Launch(plan)
+    return Launch(plan) if plan.size else Nothing(plan)
 
 
 def as_array(name: str, value: Any) -> Array:

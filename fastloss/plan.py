@@ -5,7 +5,6 @@ Nothing here reads an element. Whatever can be refused without looking at one is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple, Protocol
@@ -119,16 +118,22 @@ class Request(NamedTuple):
     outputs: tuple[str, ...]
     parameters: tuple[str, ...]
     numbers: tuple[str, ...]
-    layouts: tuple[tuple[str, np.dtype[Any], tuple[int, ...], tuple[int, ...]], ...]  # name, dtype, shape, strides
+    operands: tuple[str, ...]  # names of the arrays that are read
+    layouts: tuple[tuple[np.dtype[Any], tuple[int, ...], tuple[int, ...]], ...]  # dtype, shape, strides of these and the outputs
+
+    @property
+    def arrays(self) -> list[tuple[str, np.dtype[Any], tuple[int, ...], tuple[int, ...]]]:
+        """Name, dtype, shape and strides of every array."""
+        return [(name, *layout) for name, layout in zip(self.operands + self.outputs, self.layouts, strict=True)]
 
 
 def make_plan(request: Request) -> Plan:
     """Choose the order of the axes, merge those that memory does not tell apart, and cut the walk into ranges."""
     check(request)
     shape, by_sample = request.shape, request.reduction in ("sample_mean", "sample_sum")
-    strides = [broadcast_strides(name, of, by, shape) for name, _, of, by in request.layouts]
-    codes = [dtype.str[1:] for _, dtype, _, _ in request.layouts]
-    sizes = [dtype.itemsize for _, dtype, _, _ in request.layouts]
+    strides = [broadcast_strides(name, of, by, shape) for name, _, of, by in request.arrays]
+    codes = [dtype.str[1:] for _, dtype, _, _ in request.arrays]
+    sizes = [dtype.itemsize for _, dtype, _, _ in request.arrays]
     axes = [(length, by) for length, by in zip(shape, zip(*strides, strict=True), strict=True)]
     samples = shape[0] if by_sample else 1
     starts = [0] * len(strides)
@@ -140,16 +145,16 @@ def make_plan(request: Request) -> Plan:
     axes[fixed:] = sorted(axes[fixed:], key=lambda axis: [-abs(stride) for stride in axis[1]])
     merged = merge(axes)
     row_size, row_strides = merged[-1] if merged else (1, tuple(sizes))
-    names = [name for name, *_ in request.layouts]
-    arrays = [Operand(*x) for x in zip(names, codes, map(access, row_strides, sizes), strict=True)]
-    operands = tuple(op for op in arrays if op.name not in request.outputs)
+    names = request.operands + request.outputs
+    arrays = tuple(Operand(*x) for x in zip(names, codes, map(access, row_strides, sizes), strict=True))
+    operands, outputs = arrays[: len(request.operands)], arrays[len(request.operands) :]
     wide = any(op.code == "f8" for op in operands if op.name in ("input", "target"))
     spec = Spec(
         formula=request.formula,
         trace=request.formula.trace(request.parameters),
         compute="f8" if wide else "f4",
         operands=operands,
-        outputs=tuple(op for op in arrays if op.name in request.outputs),
+        outputs=outputs,
         parameters=request.parameters,
         numbers=request.numbers,
         summed=request.summed,
@@ -208,8 +213,8 @@ def check(request: Request) -> None:
         raise ValueError(f"reduction {reduction!r} is unknown; accepted: {', '.join(map(repr, REDUCTIONS))}")
     if reduction in ("batchmean", "sample_mean", "sample_sum") and not shape:
         raise ValueError(f"reduction {reduction!r} needs a first axis, and the input has none: its shape is ()")
-    dtypes = {name: dtype for name, dtype, _, _ in request.layouts}
-    for name, dtype, shape_of, strides in request.layouts:
+    dtypes = {name: dtype for name, dtype, _, _ in request.arrays}
+    for name, dtype, shape_of, strides in request.arrays:
         if name in request.outputs:
             check_output(shape_of, strides, dtype, shape, dtypes["input"])
         else:
@@ -237,15 +242,20 @@ def check_output(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dty
         raise ValueError("out is a broadcast view: several of its elements share memory")
 
 
-def check_overlap(plan: Plan, arrays: Mapping[str, Array], addresses: list[int], output: str) -> None:
+def check_overlap(plan: Plan, arrays: list[Array], addresses: list[int]) -> None:
     """Refuse an output that shares memory with an array that is read, unless it is the input itself, element for element."""
-    names = list(arrays)
-    at = names.index(output)
-    out = arrays[output]
-    low, high = (addresses[at] + end for end in plan.extents[at])
-    for name, address, (first, last), array in zip(names, addresses, plan.extents, arrays.values(), strict=True):
-        if name == output or address + first >= high or low >= address + last:
-            continue
-        same = address == addresses[at] and array.strides == out.strides and array.dtype == out.dtype and array.shape == out.shape
-        if not (name == "input" and same) and np.shares_memory(out, array):
-            raise ValueError(f"out shares memory with {name}; only out=input, the very same elements, is allowed")
+    reads = len(plan.spec.operands)
+    begin, end = plan.extents[reads]
+    begin, end = addresses[reads] + begin, addresses[reads] + end
+    for k in range(reads):
+        first, last = plan.extents[k]
+        if addresses[k] + first < end and begin < addresses[k] + last:
+            refuse_overlap(plan, k, arrays[k], arrays[reads], addresses[k] == addresses[reads])
+
+
+def refuse_overlap(plan: Plan, k: int, array: Array, out: Array, same_start: bool) -> None:
+    """Raise if memory that comes close is really shared, and not element for element with the input."""
+    name = plan.spec.operands[k].name
+    same = same_start and array.strides == out.strides and array.dtype == out.dtype
+    if not (name == "input" and same) and np.shares_memory(out, array):
+        raise ValueError(f"out shares memory with {name}; only out=input, the very same elements, is allowed")

@@ -24,7 +24,7 @@ import llvmlite.binding as llvm
 from fastloss.plan import Spec
 
 SYMBOL = "fastloss_kernel"
-PROTOTYPE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 6)  # calling it releases the GIL
+PROTOTYPE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2)  # calling it releases the GIL
 
 statistics = {"compiled": 0, "loaded": 0}  # kernels of this process, by where they came from
 _lock = threading.Lock()
@@ -66,7 +66,7 @@ def _compile(spec: Spec) -> bytes:
 
 def _load(code: bytes) -> int:
     """Map machine code into the process and return the address of the kernel."""
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine(), use_lmm=True)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)
@@ -76,7 +76,7 @@ def _load(code: bytes) -> int:
 def _machine() -> llvm.TargetMachine:
     _start_llvm()
     cpu, features = _cpu()
-    return llvm.Target.from_default_triple().create_target_machine(cpu, features, opt=3, reloc="pic", codemodel="jitdefault", jit=True)
+    return llvm.Target.from_default_triple().create_target_machine(cpu, features, opt=3, reloc="pic", codemodel="small", jit=True)
 
 
 @cache

@@ -1,10 +1,17 @@
-"""Run a plan: put addresses and numbers into a frame, call the kernel, bring the partial sums home."""
+"""Run a plan: lay out what the kernel reads, call it, bring the partial sums home.
+
+The frame of a call, 8 bytes a field: next range, finished ranges, whether to store past the caches, 1 if each sample has
+its own scale, address of the scales; the arrays' addresses; the number options; two partial sums a range (value, bad
+targets); one scale. The layout of a plan: six numbers of ranges, samples, rows and axes; each array's stride along a row;
+each array's start; and for every axis outside the rows its length and each array's stride.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,93 +20,93 @@ from fastloss.cpu import jit
 from fastloss.cpu.pool import POOL
 from fastloss.plan import ONE_RANGE, Array, Plan, check_overlap
 
-# An array's data pointer is the first field after the object header (NumPy's C API, PyArrayObject). Read like this it
-# costs 0.3 us; `array.ctypes.data` builds an object for it and takes 1.6, a third of a small call.
-_POINTER_AT = object.__basicsize__
-_pointer = ctypes.c_size_t.from_address
-
 ALIGNMENT = 16  # bytes, of NumPy's arrays and of the smallest store past the caches
 STREAM_FROM = 4 << 20  # bytes of output from which storing past the caches pays
 
 
+# An array's data pointer is the first field after the object header (NumPy's C API, PyArrayObject). Reading it there takes
+# 0.3 us; `array.ctypes.data` builds an object for it and takes 1.6, an array.
+POINTER_AT = object.__basicsize__
+read_pointer = ctypes.c_size_t.from_address
+
+
 def address(array: Array) -> int:
     """Return the address of an array's first element."""
-    return _pointer(id(array) + _POINTER_AT).value
-
-
-_probe = np.zeros(3)[1:]
-if address(_probe) != _probe.ctypes.data:  # pragma: no cover  an interpreter with other object headers
-
-    def address(array: Array) -> int:
-        """Return the address of an array's first element."""
-        return int(array.ctypes.data)
+    return read_pointer(id(array) + POINTER_AT).value
 
 
 class Launch:
-    """A plan with its compiled kernel and the fixed parts of its frame."""
+    """A plan with its compiled kernel and the fixed parts of what it reads."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.kernel = jit.kernel(plan.spec)
         arrays, numbers = len(plan.row_strides), max(1, len(plan.spec.numbers))
-        fields = [plan.ranges, plan.ranges_per_sample, plan.range_size, plan.sample_size, plan.row_size, len(plan.axes), *plan.row_strides]
+        fields = [plan.ranges, plan.ranges_per_sample, plan.range_size, plan.sample_size, plan.row_size, len(plan.axes)]
+        fields += [*plan.row_strides, *plan.starts]
         for length, strides in plan.axes:
             fields += [length, *strides]
         self.layout = (ctypes.c_int64 * len(fields))(*fields)
         self.layout_address = ctypes.addressof(self.layout)
-        # the frame: work (next range, finished ranges, streaming, scale step), addresses, numbers, one scale, partial sums
-        self.head = struct.Struct(f"4q{arrays}q{numbers}dd")
-        self.padding = [0.0] * (numbers - len(plan.spec.numbers))
-        self.offsets = [8 * n for n in (4, 4 + arrays, 4 + arrays + numbers, 5 + arrays + numbers)]
-        self.frame_type = ctypes.c_int64 * (5 + arrays + numbers + 2 * plan.ranges)
-        self.moved = any(plan.starts)
-        self.may_stream = streams(plan)
+        self.ranges, self.is_small = plan.ranges, plan.size <= ONE_RANGE
+        self.by_sample = plan.by_sample
+        self.unpack_sums = struct.Struct(f"{2 * plan.ranges}d").unpack_from
+        self.head = struct.Struct(f"5q{arrays}q{numbers}d")
+        self.padding = (0.0,) * (numbers - len(plan.spec.numbers))
+        self.partials_at = self.head.size
+        self.scale_at = self.partials_at + 16 * plan.ranges
+        self.frame_type = ctypes.c_int64 * (self.scale_at // 8 + 1)
+        self.may_stream = may_stream(plan)
 
-    def out_of_place_and_aligned(self, addresses: list[int]) -> bool:
-        """Whether no output is read as well (its lines are in the cache then), and all begin where a 16-byte store may."""
-        read, written = addresses[: len(self.plan.spec.operands)], addresses[len(self.plan.spec.operands) :]
-        return all(a % ALIGNMENT == 0 and a not in read for a in written)
+    def run(self, arrays: list[Array], numbers: Iterable[float], scale: Any, borrowed: bool) -> tuple[Any, bool]:
+        """Compute; return the sum, or an array of them with one a sample, and whether a target was bad.
 
-    def run(self, arrays: Mapping[str, Array], numbers: Iterable[float], scale: float | Array, borrowed: str | None) -> tuple[Any, bool]:
-        """Compute; return the sum (an array of them with one a sample) and whether a target was bad.
-
-        `borrowed` names the output that is the caller's own buffer, if one is, and so may overlap.
+        `borrowed` says that the first output is the caller's own buffer, which may overlap with what is read.
         """
-        plan = self.plan
-        addresses = [address(a) for a in arrays.values()]
-        if borrowed is not None:
-            check_overlap(plan, arrays, addresses, borrowed)
-        stream = self.may_stream and self.out_of_place_and_aligned(addresses)
-        if self.moved:
-            addresses = [a + start for a, start in zip(addresses, plan.starts, strict=True)]
+        addresses = [address(a) for a in arrays]
+        if borrowed:
+            check_overlap(self.plan, arrays, addresses)
+        streaming = self.may_stream and is_apart(addresses, len(self.plan.spec.operands))
         frame = self.frame_type()
         base = ctypes.addressof(frame)
-        at_addresses, at_numbers, at_scale, at_partials = self.offsets
-        if isinstance(scale, np.ndarray):
-            scales, step, number = address(scale), 1, 0.0
+        if type(scale) is float:
+            pack_scale(frame, self.scale_at, scale)
+            step, scales = 0, base + self.scale_at
         else:
-            scales, step, number = base + at_scale, 0, scale
-        self.head.pack_into(frame, 0, 0, 0, stream, step, *addresses, *numbers, *self.padding, number)
-        args = (base, self.layout_address, base + at_addresses, base + at_numbers, scales, base + at_partials)
-        if plan.size <= ONE_RANGE:
-            self.kernel(*args)
+            step, scales = 1, address(scale)
+        self.head.pack_into(frame, 0, 0, 0, streaming, step, scales, *addresses, *numbers, *self.padding)
+        if self.is_small:
+            self.kernel(base, self.layout_address)
         else:
-            POOL.run(self.kernel, args, frame, plan.ranges, (self, frame, arrays, scale))
-        if plan.ranges == 1 and not plan.by_sample:
-            total, bad = struct.unpack_from("dd", frame, at_partials)
-            return total, bad > 0
-        partials = np.frombuffer(frame, np.float64, offset=at_partials).reshape(plan.samples, plan.ranges_per_sample, 2)
-        sums = partials[:, :, 0].sum(axis=1)
-        return sums if plan.by_sample else sums[0], bool(partials[:, :, 1].any())
-
-    def out_of_place_and_aligned(self, addresses: list[int]) -> bool:
-        """Whether no output is read as well (its lines are in the cache then), and all begin where a 16-byte store may."""
-        read, written = addresses[: len(self.plan.spec.operands)], addresses[len(self.plan.spec.operands) :]
-        return all(a % ALIGNMENT == 0 and a not in read for a in written)
+            POOL.run(self.kernel, (base, self.layout_address), frame, self.ranges, (self, frame, arrays, scale))
+        if self.by_sample:
+            partials = np.frombuffer(frame, np.float64, 2 * self.ranges, self.partials_at).reshape(self.plan.samples, -1, 2)
+            return partials[:, :, 0].sum(axis=1), bool(partials[:, :, 1].any())
+        sums = self.unpack_sums(frame, self.partials_at)
+        return math.fsum(sums[::2]), any(sums[1::2])
 
 
-def streams(plan: Plan) -> bool:
-    """Whether the output is large, and wherever a step may begin is as well aligned as the first element."""
+pack_scale = struct.Struct("d").pack_into
+
+
+class Nothing:
+    """What runs a plan without elements."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def run(self, *_: Any) -> tuple[Any, bool]:
+        """Return the sum of nothing."""
+        return (np.zeros(self.plan.samples) if self.plan.by_sample else 0.0), False
+
+
+def is_apart(addresses: list[int], reads: int) -> bool:
+    """Whether the outputs are not read as well (their lines are in the cache then), and start where a 16-byte store may."""
+    return all(a % ALIGNMENT == 0 and a not in addresses[:reads] for a in addresses[reads:])
+
+
+def may_stream(plan: Plan) -> bool:
+    """Whether the output is large, and as well aligned wherever a step may begin as at its start."""
     if not plan.spec.outputs:
         return False
     size = int(plan.spec.outputs[-1].code[1])

@@ -25,7 +25,8 @@ from fastloss.cpu import simd, vmath
 from fastloss.cpu.simd import Vector
 from fastloss.plan import Operand, Spec
 
-VECTOR_BYTES = 64  # 16 float32 or 8 float64 lanes
+VECTOR_BYTES = 128  # 16 float32 or 8 float64 lanes
+FRAME_FIELDS, LAYOUT_FIELDS = 5, 6  # integers before the arrays', in what `launch.py` lays out
 BLOCK = 64  # steps summed in float32: a product of that many factors below 2 stays finite
 
 I1, I64, DOUBLE = ir.IntType(1), ir.IntType(64), ir.DoubleType()
@@ -60,31 +61,47 @@ class Step:
     def __init__(self, spec: Spec, builder: ir.IRBuilder, addresses: list[ir.Value], strides: list[ir.Value], start: ir.Value, left: ir.Value) -> None:
         self.spec, self.builder, self.addresses, self.strides, self.start = spec, builder, addresses, strides, start
         self.lanes = lanes_of(spec)
-        ids = ir.Constant(ir.VectorType(I64, self.lanes), list(range(self.lanes)))
-        self.ids, self.all = ids, ir.Constant(ir.VectorType(I1, self.lanes), [1] * self.lanes)
+        self.left = left
+        self.ids = ir.Constant(ir.VectorType(I64, self.lanes), list(range(self.lanes)))
+        self.all = ir.Constant(ir.VectorType(I1, self.lanes), [1] * self.lanes)
         self.is_full = builder.icmp_signed(">=", left, I64(self.lanes))
-        self.within = builder.icmp_signed("<", ids, spread(builder, left, self.lanes))
 
-    def load_all(self) -> tuple[dict[str, Vector], Vector]:
-        """Load a vector of every operand; only the end of a row takes the slower masked loads."""
-        builder, operands = self.builder, self.spec.operands
+    def within(self) -> ir.Value:
+        """Return which lanes lie before the end of the row."""
+        return self.builder.icmp_signed("<", self.ids, spread(self.builder, self.left, self.lanes))
+
+    def either(self, fast: Callable[[], list[ir.Value]], slow: Callable[[], list[ir.Value]]) -> list[ir.Value]:
+        """Write both ways to the same values: `fast` for a whole vector, `slow` for the end of a row.
+
+        The branch is predicted, and costs nothing beside masking every step; writing the formula twice would cost compile
+        time.
+        """
+        builder = self.builder
         with builder.if_else(self.is_full) as (full, tail):
             with full:
-                fast = [self.load(k, op, None) for k, op in enumerate(operands)]
-                fast_block = builder.block
+                a, a_block = fast(), builder.block
             with tail:
-                slow = [self.load(k, op, self.within) for k, op in enumerate(operands)]
-                slow_block = builder.block
+                b, b_block = slow(), builder.block
+        joined = [builder.phi(x.type) for x in a]
+        for phi, x, y in zip(joined, a, b, strict=True):
+            phi.add_incoming(x, a_block)
+            phi.add_incoming(y, b_block)
+        return joined
 
-        def join(a: ir.Value, b: ir.Value) -> ir.Value:
-            phi = builder.phi(a.type)
-            phi.add_incoming(a, fast_block)
-            phi.add_incoming(b, slow_block)
-            return phi
+    def load_all(self) -> dict[str, Vector]:
+        """Load a vector of every operand."""
+        operands = list(enumerate(self.spec.operands))
+        vectors = self.either(lambda: [self.load(k, op, None) for k, op in operands], lambda: [self.load(k, op, self.within()) for k, op in operands])
+        return {op.name: Vector(self.builder, vector) for (_, op), vector in zip(operands, vectors, strict=True)}
 
-        loaded = {op.name: Vector(builder, join(a, b)) for op, a, b in zip(operands, fast, slow, strict=True)}
-        compute = ir.VectorType(simd.scalar_type(self.spec.compute), self.lanes)
-        return loaded, Vector(builder, join(self.all, self.within), compute)
+    def keep_within(self, new: list[Vector], old: list[Vector]) -> list[Vector]:
+        """Return the new sums, and the old ones in lanes past the end of the row."""
+
+        def slow() -> list[ir.Value]:
+            within = self.within()
+            return [self.builder.select(within, a.value, b.value) for a, b in zip(new, old, strict=True)]
+
+        return [Vector(self.builder, v) for v in self.either(lambda: [v.value for v in new], slow)]
 
     def place(self, k: int, element: ir.Type, index: ir.Value) -> ir.Value:
         """Return a pointer to element `index` of the row of operand k."""
@@ -124,7 +141,7 @@ class Step:
         void = ir.VoidType()
         if operand.access == "strided":
             name = f"llvm.masked.scatter.{simd.mangle(vector.type)}.v{self.lanes}p0"
-            simd.call(builder, name, void, vector, self.lane_pointers(k, element), align, self.within)
+            simd.call(builder, name, void, vector, self.lane_pointers(k, element), align, self.within())
             return
         pointer = builder.bitcast(self.place(k, element, self.start), vector.type.as_pointer())
         with builder.if_else(self.is_full) as (full, tail):
@@ -137,7 +154,7 @@ class Step:
                 with through:
                     builder.store(vector, pointer, align=align.constant)
             with tail:
-                simd.call(builder, f"llvm.masked.store.{simd.mangle(vector.type)}.p0", void, vector, pointer, align, self.within)
+                simd.call(builder, f"llvm.masked.store.{simd.mangle(vector.type)}.p0", void, vector, pointer, align, self.within())
 
     def convert(self, raw: Vector, code: str, to: str) -> Vector:
         """Convert lanes stored as NumPy type `code` to the type `to`, rounding once to nearest."""
@@ -166,9 +183,9 @@ def spread(builder: ir.IRBuilder, scalar: ir.Value, count: int) -> ir.Value:
 def emit_step(step: Step, numbers: dict[str, ir.Value], streaming: ir.Value, sums: list[Vector]) -> list[Vector]:
     """Write one step: load, formula, sum, store. Returns the new sums (value, product of logarithms, bad targets)."""
     spec, builder = step.spec, step.builder
-    raw, inside = step.load_all()
+    raw = step.load_all()
     number = {name: spread_number(builder, value, spec) for name, value in numbers.items()}
-    counted = inside
+    counted = Vector(builder, step.all, sums[0].type)
     if "mask" in raw:
         counted = counted & (raw["mask"] != 0)
     if "ignore_index" in number:
@@ -183,7 +200,7 @@ def emit_step(step: Step, numbers: dict[str, ir.Value], streaming: ir.Value, sum
         bad = bad + vmath.where(wrong, bad.splat(1.0), 0.0)
     parameters = {name: loaded[name] if name in loaded else number[name] for name in spec.parameters}
     if spec.summed == "count":
-        return [value_sum + vmath.where(counted, value_sum.splat(1.0), 0.0), product, bad]
+        return step.keep_within([value_sum + vmath.where(counted, value_sum.splat(1.0), 0.0), product, bad], sums)
     quantities = spec.formula.quantities(loaded["input"], target, parameters)
     weight = loaded.get("weight")
     if spec.summed == "value":
@@ -196,7 +213,7 @@ def emit_step(step: Step, numbers: dict[str, ir.Value], streaming: ir.Value, sum
             if spec.excludes:
                 stored = vmath.where(counted, stored, 0.0)
             step.store(k, output, step.convert(stored, spec.compute, output.code).value, streaming)
-    return [value_sum, product, bad]
+    return step.keep_within([value_sum, product, bad], sums)
 
 
 def add_value(value: Any, weight: Vector | None, counted: Vector, total: Vector, product: Vector) -> tuple[Vector, Vector]:
@@ -236,10 +253,6 @@ def as_target(step: Step, value: ir.Value) -> Vector:
 # --- the intrinsics through which the Numba loop reaches them ----------------------------------------------------------
 
 
-def _pointer(number: type = types.int64) -> Any:
-    return types.CPointer(number)
-
-
 @intrinsic(prefer_literal=True)
 def read(typingctx: Any, count: Any, pointer: Any, offset: Any) -> Any:
     """Read `pointer[offset:offset + count]` into a tuple, which no store to an array can be thought to change."""
@@ -271,17 +284,6 @@ def fetch_add(typingctx: Any, pointer: Any, index: Any) -> Any:
         return builder.atomic_rmw("add", builder.gep(args[0], [args[1]]), I64(1), "seq_cst")
 
     return types.int64(pointer, index), codegen
-
-
-@intrinsic
-def drain(typingctx: Any) -> Any:
-    """Wait until the non-temporal stores of this thread are visible to all."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), codegen
 
 
 def _sum_types(spec: Spec) -> tuple[Any, Any]:
@@ -341,50 +343,75 @@ def fold(typingctx: Any, key: Any, totals: Any, sums: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def lane_sum(typingctx: Any, totals: Any, which: Any) -> Any:
-    """Add the lanes of one of the range's sums, in order."""
+    """Add the lanes of one of the range's sums, half to half."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vector = cgutils.unpack_tuple(builder, args[0])[which.literal_value]
-        return simd.call(builder, f"llvm.vector.reduce.fadd.{simd.mangle(vector.type)}", DOUBLE, DOUBLE(-0.0), vector)
+        while (half := vector.type.count // 2) > 0:
+            low, high = (ir.Constant(ir.VectorType(ir.IntType(32), half), list(range(k, k + half))) for k in (0, half))
+            vector = builder.fadd(builder.shuffle_vector(vector, vector, low), builder.shuffle_vector(vector, vector, high))
+        return builder.extract_element(vector, ir.IntType(32)(0))
 
     return types.float64(totals, which), codegen
 
 
-SIGNATURE = types.void(_pointer(), _pointer(), _pointer(), _pointer(types.float64), _pointer(types.float64), _pointer(types.float64))
+@intrinsic
+def doubles(typingctx: Any, pointer: Any, index: Any) -> Any:
+    """Return `pointer + index` as a pointer to float64."""
+    result = types.CPointer(types.float64)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.gep(args[0], [args[1]]), DOUBLE.as_pointer())
+
+    return result(pointer, index), codegen
 
 
-def build(key: str) -> Callable[..., None]:
+@intrinsic
+def doubles_at(typingctx: Any, address: Any) -> Any:
+    """Return an address as a pointer to float64."""
+    result = types.CPointer(types.float64)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], DOUBLE.as_pointer())
+
+    return result(address), codegen
+
+
+def build(key: str) -> Any:
     """Compile the loop for a spec.
 
-    Every thread that helps calls the same function with the same arguments; `launch.py` lays them out. `work` holds the
-    next range to take, how many are finished, whether to store past the caches, and 1 if every sample has its own scale.
-    `layout` says how the arrays are walked: the fields read first below, each array's stride along a row, and for each
-    further axis its length and each array's stride. `partials` gets two numbers a range: the sum, the count of bad targets.
+    Every thread that helps calls the same function with the same two arguments, laid out by `launch.py`: the frame of the
+    call and the layout of its arrays. Ranges are handed out by an atomic counter; the counter of finished ranges is raised
+    by an atomic operation too, which also makes stores past the caches visible.
     """
-    lanes, arrays = lanes_of(SPECS[key]), len(SPECS[key].arrays)
+    spec = SPECS[key]
+    lanes, arrays, numbers = lanes_of(spec), len(spec.arrays), max(1, len(spec.numbers))
     block = BLOCK * lanes
-    len_numbers = max(1, len(SPECS[key].numbers))
-    strides_at = 6  # in `layout`, after the fields read first
+    strides_at, axes_at = LAYOUT_FIELDS, LAYOUT_FIELDS + 2 * arrays
+    addresses_at, numbers_at = FRAME_FIELDS, FRAME_FIELDS + arrays
+    partials_at = numbers_at + numbers
 
-    @cfunc(SIGNATURE, error_model="numpy", boundscheck=False)  # type: ignore[untyped-decorator]
-    def kernel(work: Any, layout: Any, addresses: Any, numbers: Any, scales: Any, partials: Any) -> None:
+    @cfunc(types.void(types.CPointer(types.int64), types.CPointer(types.int64)), error_model="numpy")  # type: ignore[untyped-decorator]
+    def kernel(frame: Any, layout: Any) -> None:
+        _, _, streaming, scale_step, scales = read(5, frame, 0)
         ranges, per_sample, range_size, sample_size, row_size, axes = read(6, layout, 0)
-        streaming, scale_step = read(2, work, 2)
-        base, strides = read(arrays, addresses, 0), read(arrays, layout, strides_at)
-        options = read(len_numbers, numbers, 0)
-        index = fetch_add(work, 0)
+        strides = read(arrays, layout, strides_at)
+        base = advance(read(arrays, frame, addresses_at), read(arrays, layout, strides_at + arrays), 1)
+        options = read(numbers, doubles(frame, numbers_at), 0)
+        partials = doubles(frame, partials_at)
+        index = fetch_add(frame, 0)
         while index < ranges:
             sample = index // per_sample
             at = sample * sample_size + (index - sample * per_sample) * range_size
             stop = min(at + range_size, (sample + 1) * sample_size)
-            scale = scales[sample * scale_step]
+            scale = doubles_at(scales)[sample * scale_step]
             totals = zeros(key, "range")
             while at < stop:
                 row = at // row_size
                 column = at - row * row_size
                 count = min(row_size - column, stop - at)
                 here = advance(base, strides, column)
-                axis = strides_at + arrays
+                axis = axes_at
                 for _ in range(axes):  # innermost first
                     length = layout[axis]
                     here = advance(here, read(arrays, layout, axis + 1), row % length)
@@ -399,8 +426,7 @@ def build(key: str) -> Callable[..., None]:
                 at += count
             partials[2 * index] = lane_sum(totals, 0)
             partials[2 * index + 1] = lane_sum(totals, 1)
-            drain()
-            fetch_add(work, 1)
-            index = fetch_add(work, 0)
+            fetch_add(frame, 1)
+            index = fetch_add(frame, 0)
 
     return kernel

@@ -84,8 +84,9 @@ def exp(x: Vector) -> Vector:
     fmt = FORMATS[x.bits]
     low, high = fmt.exp_range
     half = (fmt.bias + 1) // 2
+    x_is_negative = x.sign < 0
     x = where(x < low, low, x)
-    if x_is_negative := x.sign < 0:
+    if x_is_negative:
         shifter = fmt.shifter + fmt.bias + half
     else:
         x = where(x > high, high, x)
