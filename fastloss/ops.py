@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 __all__ = [
-    "FormulaError", "Symbol", "abs", "add_log1p", "copysign", "exp", "log", "log1p", "maximum", "minimum", "sqrt", "where",
+    "FormulaError", "Symbol", "abs", "add_log1p", "copysign", "exp", "fma", "log", "log1p", "maximum", "minimum", "sqrt", "where",
 ]  # fmt: skip
 
 
@@ -144,6 +144,11 @@ def log1p(x: Any) -> Any:
 def sqrt(x: Any) -> Any:
     """Return the square root of x."""
     return _render("sqrt", np.sqrt, x)
+
+
+def fma(x: Any, y: Any, z: Any) -> Any:
+    """Return x * y + z, rounded once where the hardware can."""
+    return _render("fma", lambda x, y, z: x * y + z, x, y, z)
 
 
 def copysign(x: Any, y: Any) -> Any:

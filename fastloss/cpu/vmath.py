@@ -93,8 +93,11 @@ def exp(x: Vector) -> Vector:
         shifter = fmt.shifter + fmt.bias
     shifted = fma(x, LOG2_E, shifter)
     n = shifted - shifter
-    r = fma(n, -fmt.ln2[1], fma(n, -fmt.ln2[0], x))
-    e_r = fma(r * r, polynomial(r, fmt.exp_terms), r) + 1.0
+    high, low = fma(n, -fmt.ln2[0], x), n * -fmt.ln2[1]
+    r = high + low
+    start = high + 1.0
+    lost = high - (start - 1.0)  # of `high`, by the rounding of `start`
+    e_r = start + (lost + fma(r * r, polynomial(r, fmt.exp_terms), low))
     if x_is_negative:
         first, second = shifted.as_int(), e_r.splat(2.0**-half)
     else:
