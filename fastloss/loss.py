@@ -125,7 +125,7 @@ class _Call:
         formula, self.numbers = self.loss.formula, {}
         if unknown := options.keys() - _OPTIONS.keys() - formula.defaults.keys():
             accepted = ", ".join([*formula.defaults, "weight", "reduction", *_OPTIONS])
-            raise TypeError(f"{self.loss.__name__} has no option {', '.join(sorted(unknown))}; accepted: {accepted}")
+            raise TypeError(f"unknown option {', '.join(sorted(unknown))}; accepted: {accepted}")
         given = {name: value for name, default in formula.defaults.items() if (value := options.get(name, default)) is not None}
         self.parameters = tuple(given)
         for name, value in given.items():
@@ -244,7 +244,7 @@ class _Call:
                 index = (*outer, *map(int, np.argwhere(bad)[0]))
                 whole = target.dtype.kind in "iu" and "target_scale" not in self.numbers
                 hint = "; for images stored as whole numbers pass target_scale=1/255" if whole else ""
-                raise ValueError(f"target[{', '.join(map(str, index))}] is {target[index]}, and {self.loss.__name__} needs targets in [0, 1]{hint}")
+                raise ValueError(f"target[{', '.join(map(str, index))}] is {target[index]!s}; accepted: targets in [0, 1]{hint}")
 
 
 @lru_cache(maxsize=1024)

@@ -238,7 +238,7 @@ def check_output(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dty
     """Refuse a buffer that the result does not fit."""
     if shape != wanted or dtype != wanted_dtype:
         raise ValueError(f"out has shape {shape} and dtype {dtype}; the result has shape {wanted} and dtype {wanted_dtype}")
-    if any(length > 1 and stride == 0 for length, stride in zip(shape, strides, strict=True)):
+    if 0 not in shape and any(length > 1 and stride == 0 for length, stride in zip(shape, strides, strict=True)):
         raise ValueError("out is a broadcast view: several of its elements share memory")
 
 

@@ -1,0 +1,30 @@
+"""Fixtures that several test files use."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.table import LOSSES
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20240229)
+
+
+@pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])
+def dtype(request):
+    return np.dtype(request.param)
+
+
+@pytest.fixture(params=LOSSES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def batch(rng, dtype):
+    """Logits and soft targets of a small batch of images, with a ragged size."""
+    shape = (4, 3, 17, 13)
+    return (3 * rng.standard_normal(shape)).astype(dtype), rng.random(shape).astype(dtype)

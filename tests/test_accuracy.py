@@ -1,0 +1,188 @@
+"""Value, slope and curvature against the textbook: in 60 digits at the edges, in extended precision in bulk."""
+
+from __future__ import annotations
+
+import itertools
+
+import mpmath
+import numpy as np
+import pytest
+
+import fastloss as fl
+from fastloss.ops import exp, log, log1p
+from tests import oracle
+from tests.table import DIFFERENCE, LOSSES, QUANTITIES, ULP, assert_close, assert_ulp, compute
+
+EDGES = [0.0, 1e-45, 1e-38, 1e-20, 1e-7, 0.5, 1.0, 5.0, 10.0, 15.9, 16.0, 17.0, 20.0, 36.7, 87.3, 88.0, 88.7, 89.0, 100.0, 103.0, 103.9, 104.0, 105.0, 700.0, 709.0, 745.0, 746.0, 800.0]
+TARGETS = [0.0, 1.0, 0.5, 0.25, 1 / 255, 254 / 255, 1e-20]
+
+
+def edge_points(dtype):
+    logits = [sign * x for x in [*EDGES, np.inf] for sign in (1, -1)] + [-0.0, np.finfo(dtype).tiny, np.finfo(dtype).max]
+    z, t = np.array(list(itertools.product(logits, TARGETS))).astype(dtype).T
+    return np.ascontiguousarray(z), np.ascontiguousarray(t)
+
+
+def bulk_points(rng, dtype, hard):
+    n = 100_000
+    z = [rng.normal(0, 3, n), rng.uniform(-120, 120, n), rng.choice([-1, 1], n) * 10 ** rng.uniform(-30, 0, n), rng.uniform(-800, 800, n)]
+    z = np.concatenate(z).astype(dtype)
+    t = rng.random(z.size)
+    return z, (t < 0.5 if hard else t).astype(dtype)
+
+
+def exactly(function, z, t, **parameters):
+    """Evaluate the oracle in 60 digits, element by element."""
+    rows = [function(mpmath.mpf(float(a)), mpmath.mpf(float(b)), oracle.MP, **parameters) for a, b in zip(z, t, strict=True)]
+    return [tuple(np.array([_long(row[q][k]) for row in rows]) for k in (0, 1)) for q in range(3)]
+
+
+def _long(x):
+    """Round 60 digits to an extended-precision number, by its leading and its trailing part."""
+    if not mpmath.isfinite(x):
+        return np.longdouble(float(x))
+    scale = 0 if x == 0 else int(mpmath.floor(mpmath.log(abs(x), 2)))
+    mantissa = mpmath.ldexp(x, -scale)
+    head = float(mantissa)
+    return np.ldexp(np.longdouble(head) + np.longdouble(float(mantissa - head)), scale)
+
+
+def limits(name, quantity, t):
+    hard, soft = ULP[name, quantity]
+    return np.where((t == 0) | (t == 1), hard, soft)
+
+
+def test_edges_in_60_digits(name, dtype):
+    z, t = edge_points(dtype)
+    finite = np.isfinite(z) & (np.abs(z) < 1e30)  # beyond, see test_infinite_logits
+    z, t = z[finite], t[finite]
+    want = exactly(LOSSES[name].oracle, z, t)
+    for quantity, got, (true, magnitude) in zip(QUANTITIES, compute(LOSSES[name].loss, z, t), want, strict=True):
+        for limit in set(ULP[name, quantity]):
+            at = limits(name, quantity, t) == limit
+            assert_ulp(got[at], true[at], magnitude[at], limit, dtype, z[at], t[at])
+
+
+@pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
+def test_bulk_in_extended_precision(name, dtype, hard, rng):
+    z, t = bulk_points(rng, dtype, hard)
+    with np.errstate(all="ignore"):
+        want = LOSSES[name].oracle(z.astype(np.longdouble), t.astype(np.longdouble), oracle.LONG)
+    for quantity, got, (true, magnitude) in zip(QUANTITIES, compute(LOSSES[name].loss, z, t), want, strict=True):
+        assert_ulp(got, true, magnitude, ULP[name, quantity][not hard], dtype, z, t)
+
+
+@pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
+def test_pos_weight_in_extended_precision(dtype, hard, rng):
+    z, t = bulk_points(rng, dtype, hard)
+    weight = 2.5
+    with np.errstate(all="ignore"):
+        want = oracle.binary_cross_entropy_with_logits(z.astype(np.longdouble), t.astype(np.longdouble), oracle.LONG, pos_weight=weight)
+    got = compute(fl.binary_cross_entropy_with_logits, z, t, pos_weight=weight)
+    for quantity, g, (true, magnitude) in zip(QUANTITIES, got, want, strict=True):
+        assert_ulp(g, true, magnitude, ULP["binary_cross_entropy_with_logits, pos_weight", quantity][not hard], dtype, z, t)
+
+
+def test_entropy(dtype, rng):
+    t = np.concatenate([[0.0, 1.0, 0.5, 1e-30], rng.random(100_000), 10 ** rng.uniform(-37, 0, 100_000)]).astype(dtype)
+    want = oracle.binary_entropy(t.astype(np.longdouble), oracle.LONG)
+    assert_ulp(fl.binary_entropy(t, reduction="none"), want, want, ULP["binary_entropy", "value"][1], dtype, t)
+    exact = [_long(oracle.binary_entropy(mpmath.mpf(float(x)), oracle.MP)) for x in t[:50]]
+    assert_ulp(fl.binary_entropy(t[:50], reduction="none"), exact, exact, ULP["binary_entropy", "value"][1], dtype, t[:50])
+
+
+INF, NAN = np.inf, np.nan
+
+
+@pytest.mark.parametrize(
+    ("name", "z", "t", "value", "slope", "curvature"),
+    [
+        ("binary_cross_entropy_with_logits", INF, 1, 0, 0, 0),
+        ("binary_cross_entropy_with_logits", INF, 0, INF, 1, 0),
+        ("binary_cross_entropy_with_logits", INF, 0.25, INF, 0.75, 0),
+        ("binary_cross_entropy_with_logits", -INF, 0, 0, 0, 0),
+        ("binary_cross_entropy_with_logits", -INF, 1, INF, -1, 0),
+        ("binary_cross_entropy_with_logits", -INF, 0.25, INF, -0.25, 0),
+        ("binary_cross_entropy_with_logits", NAN, 0, NAN, NAN, NAN),
+        ("binary_cross_entropy_with_logits", NAN, 1, NAN, NAN, NAN),
+        ("binary_cross_entropy_with_logits", 0, NAN, NAN, NAN, 0.25),
+        ("mse_with_logits_loss", INF, 1, 0, 0, 0),
+        ("mse_with_logits_loss", INF, 0, 1, 0, 0),
+        ("mse_with_logits_loss", -INF, 0.25, 0.0625, 0, 0),
+        ("mse_with_logits_loss", NAN, 0, NAN, NAN, NAN),
+        ("mse_loss", INF, 0, INF, INF, 2),
+        ("mse_loss", -INF, 0, INF, -INF, 2),
+        ("mse_loss", INF, INF, NAN, NAN, 2),
+        ("mse_loss", NAN, 0, NAN, NAN, 2),
+    ],
+)
+def test_infinite_logits_have_the_limit(name, z, t, value, slope, curvature, dtype):
+    got = compute(LOSSES[name].loss, dtype.type([z]), dtype.type([t]))
+    np.testing.assert_array_equal(np.concatenate(got), dtype.type([value, slope, curvature]))
+    if name == "binary_cross_entropy_with_logits" and not np.isnan(t):
+        np.testing.assert_array_equal(LOSSES[name].loss(dtype.type([z]), dtype.type([t])), value)
+        weighted = compute(LOSSES[name].loss, dtype.type([z]), dtype.type([t]), pos_weight=1.0)
+        np.testing.assert_array_equal(np.concatenate(weighted), dtype.type([value, slope, curvature]))
+
+
+def test_one_nan_spoils_its_own_gradient_and_the_value(name, batch):
+    z, t = batch
+    z[1, 2, 3, 4] = np.nan
+    value, grad = LOSSES[name].loss.value_and_grad(z, t)
+    assert np.isnan(value)
+    assert np.argwhere(np.isnan(grad)).tolist() == [[1, 2, 3, 4]]
+
+
+def test_slope_and_curvature_are_derivatives(name, rng):
+    loss = LOSSES[name].loss
+    z, t, h = rng.normal(0, 3, 2000), rng.random(2000), 1e-5
+    slope = (loss(z + h, t, reduction="none") - loss(z - h, t, reduction="none")) / (2 * h)
+    assert_close(loss.grad(z, t, reduction="sum"), slope, DIFFERENCE)
+    curvature = (loss.grad(z + h, t, reduction="sum") - loss.grad(z - h, t, reduction="sum")) / (2 * h)
+    assert_close(loss.curvature(z, t, reduction="sum"), curvature, DIFFERENCE)
+
+
+@fl.elementwise_loss
+def exp_loss(z, t):
+    return exp(z), t
+
+
+@fl.elementwise_loss
+def log_loss(z, t):
+    return log(z), t
+
+
+@fl.elementwise_loss
+def log1p_loss(z, t):
+    return log1p(z), t
+
+
+@pytest.mark.parametrize(("function", "loss"), [(np.exp, exp_loss), (np.log, log_loss), (np.log1p, log1p_loss)])
+def test_functions_of_the_vocabulary(function, loss, dtype, rng):
+    info = np.finfo(dtype)
+    sizes = 10.0 ** rng.uniform(np.log10(info.smallest_subnormal), np.log10(info.max), 200_000)
+    special = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, info.max, info.tiny, info.smallest_subnormal, -0.5, 2.0, 0.5**0.5]
+    x = np.concatenate([sizes, -sizes, rng.uniform(-1, 3, 200_000), rng.uniform(-110, 90, 100_000), rng.uniform(-750, 710, 100_000), special])
+    x = x.astype(dtype)
+    with np.errstate(all="ignore"):
+        want = function(x.astype(np.longdouble))
+    assert_ulp(loss(x, x, reduction="none"), want, want, ULP[function.__name__, "value"], dtype, x)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("target", [0, 1])
+def test_every_float32_logit(target):
+    """All 2**32 of them, against float64, whose own error is a billionth of the promise."""
+    loss, name = fl.binary_cross_entropy_with_logits, "binary_cross_entropy_with_logits"
+    step = 1 << 22
+    t = np.full(step, target, np.float32)
+    for start in range(0, 1 << 32, step):
+        z = np.arange(start, start + step, dtype=np.uint32).view(np.float32)
+        with np.errstate(all="ignore"):
+            x = z.astype(np.float64)
+            wrong = -x if target else x  # the logit that argues against the target
+            e = np.exp(-np.abs(x))
+            value = np.maximum(wrong, 0) + np.log1p(e)
+            slope = np.where(wrong > 0, 1, e) / (1 + e) * (-1 if target else 1)
+        assert_ulp(loss(z, t, reduction="none"), value, value, ULP[name, "value"][0], np.float32, z)
+        assert_ulp(loss.grad(z, t, reduction="sum"), slope, slope, ULP[name, "slope"][0], np.float32, z)

@@ -1,0 +1,220 @@
+"""Losses that the library does not have, and formulas that cannot be one."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import pickle
+import re
+
+import numpy as np
+import pytest
+
+import fastloss as fl
+from fastloss import ops
+from fastloss.ops import exp, maximum, minimum, sqrt, where
+from tests.table import DIFFERENCE, PRODUCT, SUM, assert_close, assert_ulp
+
+
+@fl.elementwise_loss
+def charbonnier(z, t, eps=1e-3):
+    d = z - t
+    v = sqrt(d * d + eps * eps)
+    return v, d / v
+
+
+@fl.elementwise_loss(bounds={"q": (0, 1)})
+def pinball(z, t, q=0.5):
+    """Quantile loss."""
+    d = t - z
+    return maximum(q * d, (q - 1) * d), where(d > 0, -q, 1 - q), 0.0
+
+
+def test_a_loss_in_five_lines_has_everything(batch, rng):
+    z, t = batch
+    d = z.astype(np.float64) - t
+    v = np.sqrt(d**2 + 1e-4)
+    value, grad = charbonnier.value_and_grad(z, t, eps=1e-2)
+    assert_close(value, v.mean(), SUM[z.dtype])
+    assert_close(grad, d / v / z.size, 2 * SUM[z.dtype])
+    assert charbonnier(z, t, eps=1e-2) == value
+    mask, weight, eps = rng.random(z.shape) < 0.5, rng.random((3, 1, 1)), rng.random((17, 13))
+    v = np.sqrt(d**2 + eps**2)
+    value, grad = charbonnier.value_and_grad(z, t, weight, "sample_sum", mask=mask, eps=eps, grad_output=np.arange(4.0))
+    assert_close(value, (v * weight * mask).sum(axis=(1, 2, 3)), SUM[z.dtype])
+    assert_close(grad, d / v * weight * mask * np.arange(4.0).reshape(-1, 1, 1, 1), 4 * SUM[z.dtype])
+    assert charbonnier(z, (t * 255).astype(np.uint8), target_scale=1 / 255) > 0
+    overwritten = z.copy()
+    charbonnier.grad(overwritten, t, out=overwritten)
+    np.testing.assert_array_equal(overwritten, charbonnier.grad(z, t))
+
+
+def test_curvature_is_there_if_the_formula_gives_it(batch):
+    assert not pinball.curvature(*batch).any()
+    with pytest.raises(NotImplementedError, match=re.escape("charbonnier has no curvature: its formula returns (value, slope)")):
+        charbonnier.curvature(*batch)
+
+
+def test_bounds():
+    with pytest.raises(ValueError, match=re.escape("q is 1.5; accepted: from 0 to 1")):
+        pinball(1.0, 0.0, q=1.5)
+    assert pinball(1.0, 0.0, q=0.25) == 0.75
+
+
+def test_a_loss_looks_like_a_function():
+    assert pinball.__name__ == "pinball"
+    assert pinball.__doc__ == "Quantile loss."
+    assert list(inspect.signature(pinball).parameters)[:6] == ["input", "target", "weight", "reduction", "q", "mask"]
+    assert repr(pinball).startswith("<loss pinball(input, target, weight=None, reduction='mean', *, q=0.5, mask=None")
+    assert pickle.loads(pickle.dumps(pinball)) is pinball
+    assert pickle.loads(pickle.dumps(fl.mse_loss)) is fl.mse_loss
+
+
+def test_a_formula_is_also_plain_numpy(batch):
+    z, t = (x.astype(np.float64) for x in batch)
+    for loss in (fl.binary_cross_entropy_with_logits, fl.mse_loss, fl.mse_with_logits_loss, charbonnier, pinball):
+        value, slope, *_ = loss.__wrapped__(z, t)
+        assert_close(loss(z, t, reduction="none"), value, SUM[z.dtype])
+        assert_close(loss.grad(z, t, reduction="sum"), slope, SUM[z.dtype])
+
+
+@fl.elementwise_loss
+def everything(z, t, a=2.0):
+    """Every function and operator of the vocabulary."""
+    x = +abs(-z) + ops.abs(t) - 3 * z / (1 + t) + z**3 + z**1 + z**4
+    x = x + exp(-abs(z)) + ops.log(1 + abs(z)) + ops.log1p(abs(z)) + sqrt(abs(z)) + ops.copysign(a, z) + ops.fma(z, t, a)
+    x = x + minimum(z, t) + maximum(z, a) + where((z < t) & (z <= a) | ~(z > 0.5) & (z >= -1), 1.0, -1.0) + ops.add_log1p(z, exp(-abs(z)))
+    x = x + where((z == t) | (z != 0.0), z, t) + 1 / (2 + abs(z)) + (5 - z)
+    return x, x - z, x + z
+
+
+def test_the_whole_vocabulary(batch):
+    z, t = (x.astype(np.float64) for x in batch)
+    for got, want in zip((everything(z, t, reduction="none"), everything.grad(z, t, reduction="sum"), everything.curvature(z, t, reduction="sum")), everything.__wrapped__(z, t), strict=True):
+        assert_close(got, want, SUM[z.dtype])
+
+
+@pytest.mark.parametrize(("op", "function"), [(minimum, np.minimum), (maximum, np.maximum)])
+def test_minimum_and_maximum_let_nan_through(op, function, dtype):
+    loss = fl.elementwise_loss(lambda z, t: (op(z, t), 0.0))
+    values = np.array([-np.inf, -1, -0.0, 0.0, 2, np.inf, np.nan], dtype)
+    z, t = (x.ravel() for x in np.meshgrid(values, values))
+    np.testing.assert_array_equal(loss(z, t, reduction="none"), function(z, t))
+
+
+def branches(z, t):
+    d = z - t
+    return (d, 1.0) if d > 0 else (-d, -1.0)
+
+
+def uses_math(z, t):
+    return math.exp(z - t), 1.0
+
+
+def uses_numpy(z, t):
+    return np.exp(z - t), 1.0
+
+
+def uses_numpy_where(z, t):
+    return np.where(z > t, z, t), 1.0
+
+
+def uses_max(z, t):
+    return max(z - t, 0.0), 1.0
+
+
+def uses_and(z, t):
+    return where(z > 0 and t > 0, z, t), 1.0
+
+
+def chained(z, t):
+    return where(0 < z < 1, z, t), 1.0
+
+
+def to_float(z, t):
+    return float(z) - t, 1.0
+
+
+def power(z, t):
+    return (z - t) ** 0.5, 1.0
+
+
+def array_method(z, t):
+    return (z - t).sum(), 1.0
+
+
+def mixes_an_array_in(z, t):
+    return (z - t) * [1.0, 2.0], 1.0
+
+
+def returns_one(z, t):
+    return z - t
+
+
+def indexes(z, t):
+    return z[0] - t, 1.0
+
+
+@pytest.mark.parametrize(
+    ("function", "line", "message"),
+    [
+        (branches, "return (d, 1.0) if d > 0 else (-d, -1.0)", "cannot branch on an element (if, and, or, not, min, max); use ops.where, minimum, maximum, &, | or ~"),
+        (uses_math, "return math.exp(z - t), 1.0", "cannot take a number out of an element (float, int, math.*); use abs, add_log1p, copysign, exp,"),
+        (uses_numpy, "return np.exp(z - t), 1.0", "numpy.exp is not in the vocabulary of formulas; use abs, add_log1p, copysign, exp,"),
+        (uses_numpy_where, "return np.where(z > t, z, t), 1.0", "numpy.where is not in the vocabulary"),
+        (uses_max, "return max(z - t, 0.0), 1.0", "cannot branch on an element"),
+        (uses_and, "return where(z > 0 and t > 0, z, t), 1.0", "cannot branch on an element"),
+        (chained, "return where(0 < z < 1, z, t), 1.0", "cannot branch on an element"),
+        (to_float, "return float(z) - t, 1.0", "cannot take a number out of an element"),
+        (power, "return (z - t) ** 0.5, 1.0", "** 0.5 is not in the vocabulary; use a whole power from 1 to 16, ops.sqrt, or exp(y * log(x))"),
+        (array_method, "return (z - t).sum(), 1.0", "has no attribute 'sum'; a formula is written with operators and fastloss.ops (abs, add_log1p,"),
+        (mixes_an_array_in, "return (z - t) * [1.0, 2.0], 1.0", "computes with elements and numbers, not with list"),
+        (returns_one, "def returns_one(z, t):", "a formula returns (value, slope) or (value, slope, curvature)"),
+        (indexes, "return z[0] - t, 1.0", "is not subscriptable; a formula is written with operators"),
+    ],
+)
+def test_what_cannot_be_compiled_fails_at_once_and_names_the_line(function, line, message):
+    with pytest.raises(fl.FormulaError) as error:
+        fl.elementwise_loss(function)
+    assert isinstance(error.value, TypeError)
+    assert str(error.value).startswith(f"{function.__name__} ({__file__}:")
+    assert f"`{line}`" in str(error.value)
+    assert message in str(error.value)
+
+
+def test_a_helper_of_the_formula_is_named_too():
+    def helper(z):
+        return z if z > 0 else -z
+
+    with pytest.raises(fl.FormulaError, match=re.escape("`return z if z > 0 else -z`")):
+        fl.elementwise_loss(lambda z, t: (helper(z - t), 1.0))
+
+
+def test_a_formula_with_fewer_than_two_arguments_is_refused():
+    with pytest.raises(fl.FormulaError, match="takes an element of the input and one of the target"):
+        fl.elementwise_loss(lambda z: (z, 1.0))
+
+
+def test_losses_of_the_same_formula_do_not_mix_and_edits_are_seen(batch):
+    z, t = np.abs(batch[0]), batch[1]
+    for k in (1.0, 2.0, 3.0):
+        loss = fl.elementwise_loss(lambda z, t, k=k: (k * z, 2.0))
+        assert_close(loss(z, t, reduction="sum"), k * z.sum(dtype=np.float64), SUM[z.dtype])
+
+    def constant(n):
+        return fl.elementwise_loss(lambda z, t: (z * 0.0 + n, 2.0))
+
+    assert [constant(n)(z, t) for n in (1.0, 2.0)] == [1.0, 2.0]
+
+
+def test_slope_of_a_users_loss_against_its_value(rng):
+    z, t, h = rng.normal(size=500), rng.normal(size=500), 1e-5
+    slope = (charbonnier(z + h, t, reduction="none", eps=0.1) - charbonnier(z - h, t, reduction="none", eps=0.1)) / (2 * h)
+    assert_close(charbonnier.grad(z, t, reduction="sum", eps=0.1), slope, DIFFERENCE)
+
+
+def test_a_weight_of_a_third_is_rounded_once(rng):
+    z = rng.normal(size=1000).astype(np.float32)
+    got = charbonnier.grad(z, np.zeros_like(z), 1 / 3, "sum")
+    plain = charbonnier.grad(z, np.zeros_like(z), reduction="sum").astype(np.longdouble)
+    assert_ulp(got, plain / 3, plain / 3, PRODUCT["scale"], np.float32)

@@ -1,0 +1,186 @@
+"""Bad input: the right error, a message that says what was found and what is accepted, and nothing written."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+import fastloss as fl
+from tests.table import LOSSES
+
+LOSS = fl.binary_cross_entropy_with_logits
+F4 = np.dtype(np.float32)
+
+
+def arrays(shape=(2, 3), dtype=np.float32):
+    return np.full(shape, 0.5, dtype), np.full(shape, 0.25, dtype)
+
+
+Z, T = arrays()
+READ_ONLY = np.zeros((2, 3), np.float32)
+READ_ONLY.flags.writeable = False
+
+CASES = {
+    "shapes": (ValueError, "input has shape (2, 3) and target (3,); they must be equal", (Z, T[0]), {}),
+    "target of another rank": (ValueError, "input has shape (2, 3) and target (2, 3, 1)", (Z, T[..., None]), {}),
+    "reduction": (ValueError, "reduction 'avg' is unknown; accepted: 'mean', 'sum', 'none', 'batchmean', 'sample_mean', 'sample_sum'", (Z, T), {"reduction": "avg"}),
+    "reduction without an axis": (ValueError, "reduction 'sample_mean' needs a first axis", (1.0, 0.0), {"reduction": "sample_mean"}),
+    "integer input": (TypeError, "input has dtype int64; accepted: float32, float64", (np.zeros((2, 3), int), T), {}),
+    "complex target": (TypeError, "target has dtype complex128; accepted: float32, float64, bool, int8", (Z, T.astype(complex)), {}),
+    "byte order": (TypeError, "input has the other byte order (>f4); convert it with .astype('float32')", (Z.astype(">f4"), T), {}),
+    "masked array": (TypeError, "input is a masked array, whose mask would be lost; pass input.data, and mask=~input.mask", (np.ma.array(Z), T), {}),
+    "mask dtype": (TypeError, "mask has dtype uint8; accepted: bool", (Z, T), {"mask": np.ones((2, 3), np.uint8)}),
+    "mask shape": (ValueError, "mask has shape (2,), which does not broadcast to the input's shape (2, 3)", (Z, T), {"mask": np.ones(2, bool)}),
+    "weight shape": (ValueError, "weight has shape (4, 3), which does not broadcast to the input's shape (2, 3)", (Z, T, np.ones((4, 3))), {}),
+    "weight of higher rank": (ValueError, "weight has shape (1, 2, 3), which does not broadcast", (Z, T, np.ones((1, 2, 3))), {}),
+    "pos_weight shape": (ValueError, "pos_weight has shape (2,), which does not broadcast", (Z, T), {"pos_weight": np.ones(2)}),
+    "pos_weight negative": (ValueError, "pos_weight is -1; accepted: 0 or more", (Z, T), {"pos_weight": -1}),
+    "label_smoothing": (ValueError, "label_smoothing is 1.5; accepted: from 0 to 1", (Z, T), {"label_smoothing": 1.5}),
+    "NaN parameter": (ValueError, "label_smoothing is nan; accepted: from 0 to 1", (Z, T), {"label_smoothing": float("nan")}),
+    "parameter type": (TypeError, "label_smoothing must be a number, not 'some'", (Z, T), {"label_smoothing": "some"}),
+    "option": (TypeError, "unknown option wieght; accepted: pos_weight, label_smoothing, weight, reduction, mask", (Z, T), {"wieght": Z}),
+    "target_scale on floats": (ValueError, "target_scale multiplies integer targets, and target is float32: scale it yourself", (Z, T), {"target_scale": 1 / 255}),
+    "ignore_index NaN": (ValueError, "ignore_index is NaN, which equals nothing; pass mask=~numpy.isnan(target)", (Z, T), {"ignore_index": float("nan")}),
+    "ignore_index fraction": (ValueError, "ignore_index is 0.5; accepted for uint8 targets: whole numbers", (Z, T.astype(np.uint8)), {"ignore_index": 0.5}),
+}
+GRADIENT_CASES = {
+    "out type": (TypeError, "out must be a numpy.ndarray, not list", {"out": [0.0]}),
+    "out shape": (ValueError, "out has shape (3, 2) and dtype float32; the result has shape (2, 3) and dtype float32", {"out": np.zeros((3, 2), F4)}),
+    "out dtype": (ValueError, "out has shape (2, 3) and dtype float64; the result has shape (2, 3) and dtype float32", {"out": np.zeros((2, 3))}),
+    "out read-only": (ValueError, "out is read-only", {"out": READ_ONLY}),
+    "grad_output shape": (ValueError, "grad_output has shape (2,); with reduction 'mean' the loss has shape ()", {"grad_output": np.ones(2)}),
+    "grad_output per sample": (ValueError, "grad_output has shape (3,); with reduction 'sample_sum' the loss has shape (2,)", {"grad_output": np.ones(3), "reduction": "sample_sum"}),
+    "grad_output type": (TypeError, "grad_output must be a number, not 'x'", {"grad_output": "x"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("method", ["__call__", "grad", "value_and_grad", "curvature"])
+def test_bad_input(case, method):
+    error, message, args, options = CASES[case]
+    with pytest.raises(error, match=re.escape(message)):
+        getattr(LOSS, method)(*args, **options)
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES)
+@pytest.mark.parametrize("method", ["grad", "value_and_grad", "curvature"])
+def test_bad_input_of_gradients(case, method):
+    error, message, options = GRADIENT_CASES[case]
+    with pytest.raises(error, match=re.escape(message)):
+        getattr(LOSS, method)(Z, T, **options)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_written_before_an_error(case):
+    error, _, args, options = CASES[case]
+    out = np.full(np.shape(args[0]), 7, F4)
+    with pytest.raises(error):
+        LOSS.grad(*args, **options, out=out)
+    assert (out == 7).all()
+
+
+def test_the_value_has_no_grad_output_and_mostly_no_out():
+    with pytest.raises(ValueError, match="grad_output scales a gradient, and the value alone has none"):
+        LOSS(Z, T, grad_output=2.0)
+    with pytest.raises(ValueError, match="with reduction 'mean' the value is none; use grad or value_and_grad"):
+        LOSS(Z, T, out=np.zeros_like(Z))
+
+
+def test_arrays_of_other_libraries_are_refused_until_they_are_served():
+    Tensor = type("Tensor", (), {"__module__": "torch"})
+    with pytest.raises(TypeError, match=r"input is a torch\.Tensor; accepted: numpy\.ndarray"):
+        LOSS(Tensor(), T)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_overlapping_out(name):
+    loss = LOSSES[name].loss
+    memory = np.linspace(0, 1, 30, dtype=np.float32)
+    z, t = memory[:10], memory[10:20]
+    before = memory.copy()
+    for out, other in ((t, "target"), (memory[1:11], "input"), (memory[9::-1], "input"), (memory[15:25], "target")):
+        with pytest.raises(ValueError, match=f"out shares memory with {other}; only out=input, the very same elements, is allowed"):
+            loss.grad(z, t, out=out)
+        np.testing.assert_array_equal(memory, before)
+    weight = np.ones(10, np.float32)
+    with pytest.raises(ValueError, match="out shares memory with weight"):
+        loss.grad(z, t, weight, out=weight)
+
+
+def test_interleaved_memory_does_not_overlap():
+    memory = np.linspace(0, 1, 30, dtype=np.float32)
+    z, t, out = memory[::3], memory[1::3], memory[2::3]
+    want = LOSS.grad(z.copy(), t.copy())
+    np.testing.assert_array_equal(LOSS.grad(z, t, out=out), want)
+
+
+def test_broadcast_out():
+    memory = np.zeros(3, np.float32)
+    out = np.lib.stride_tricks.as_strided(memory, (2, 3), (0, 4))
+    with pytest.raises(ValueError, match="out is a broadcast view: several of its elements share memory"):
+        LOSS.grad(Z, T, out=out)
+
+
+@pytest.mark.parametrize("bad", [-0.01, 1.01, np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("method", ["__call__", "grad", "value_and_grad", "curvature"])
+def test_validate_names_the_first_bad_target(bad, method):
+    z, t = arrays((3, 40, 50))
+    t[1, 2, 3] = t[2, 0, 0] = bad
+    getattr(LOSS, method)(z, t)
+    with pytest.raises(ValueError, match=re.escape(f"target[1, 2, 3] is {bad}; accepted: targets in [0, 1]") + "$"):
+        getattr(LOSS, method)(z, t, validate=True)
+
+
+def test_validate_accepts_what_is_right():
+    z, t = arrays((3, 40, 50))
+    t[0, 0, :3] = 0.0, 1.0, np.finfo(np.float32).tiny
+    assert LOSS(z, t, validate=True) == LOSS(z, t)
+    value, grad = LOSS.value_and_grad(z, t, validate=True, out=z)
+    assert grad is z
+    assert value > 0
+
+
+def test_validate_leaves_out_what_does_not_count():
+    z, t = arrays((3, 4))
+    t[1, 2] = 255
+    with pytest.raises(ValueError, match=re.escape("target[1, 2] is 255.0")):
+        LOSS(z, t, validate=True)
+    assert LOSS(z, t, validate=True, ignore_index=255) == LOSS(z, t, mask=t <= 1)
+    assert LOSS(z, t, validate=True, mask=t <= 1) == LOSS(z, t, mask=t <= 1)
+
+
+def test_validate_hints_at_target_scale():
+    z, _ = arrays((2, 3))
+    images = np.array([[0, 1, 1], [200, 0, 255]], np.uint8)
+    with pytest.raises(ValueError, match=re.escape("target[1, 0] is 200; accepted: targets in [0, 1]; for images stored as whole numbers pass target_scale=1/255")):
+        LOSS(z, images, validate=True)
+    assert LOSS(z, images, validate=True, target_scale=1 / 255) > 0
+    with pytest.raises(ValueError, match=re.escape("target[1, 0] is 200; accepted: targets in [0, 1]") + "$"):
+        LOSS(z, images, validate=True, target_scale=1 / 128)
+    with pytest.raises(ValueError, match=re.escape("target[] is 2; accepted")):
+        LOSS(np.float32(0), np.uint8(2), validate=True)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_validate_writes_nothing_to_the_callers_buffer(in_place):
+    z, t = arrays((3, 40, 50))
+    t[2, 1, 0] = 2
+    out = z if in_place else np.full_like(z, 7)
+    before = out.copy()
+    with pytest.raises(ValueError, match=re.escape("target[2, 1, 0] is 2.0")):
+        LOSS.value_and_grad(z, t, validate=True, out=out)
+    np.testing.assert_array_equal(out, before)
+
+
+def test_squared_error_has_no_range_to_check():
+    assert fl.mse_loss(Z, T + 5, validate=True) == fl.mse_loss(Z, T + 5)
+
+
+@pytest.mark.parametrize(("n", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), ("2", TypeError), (True, TypeError)])
+def test_number_of_threads(n, error):
+    before = fl.get_num_threads()
+    with pytest.raises(error, match="the number of threads"):
+        fl.set_num_threads(n)
+    assert fl.get_num_threads() == before

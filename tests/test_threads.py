@@ -1,0 +1,148 @@
+"""Results do not depend on threads: how many there are, who else calls, or what forks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import fastloss as fl
+
+LOSS = fl.binary_cross_entropy_with_logits
+
+
+@pytest.fixture
+def threads():
+    before = fl.get_num_threads()
+    yield fl.set_num_threads
+    fl.set_num_threads(before)
+
+
+@pytest.fixture
+def large(rng):
+    shape = (5, 3, 171, 257)
+    return rng.normal(0, 3, shape).astype(np.float32), rng.random(shape).astype(np.float32)
+
+
+def run_python(code, **environment):
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "sample_mean"])
+def test_bit_identical_for_any_number_of_threads(name, large, threads, reduction, rng):
+    loss = getattr(fl, name)
+    z, t = large
+    mask = rng.random(z.shape) < 0.7
+    results = []
+    for n in (1, 2, 4, 7, 2):
+        threads(n)
+        assert fl.get_num_threads() == n
+        results += [loss.value_and_grad(z, t, reduction=reduction, mask=m) for m in (None, mask)]
+    for k, (value, grad) in enumerate(results):
+        np.testing.assert_array_equal(value, results[k % 2][0])
+        np.testing.assert_array_equal(grad, results[k % 2][1])
+
+
+def test_bit_identical_from_run_to_run_and_at_any_address(large):
+    z, t = large
+    want = LOSS(z, t)
+    for offset in (1, 3, 17):
+        memory = np.zeros(z.size + 64, np.float32)
+        moved = memory[offset : offset + z.size].reshape(z.shape)
+        moved[...] = z
+        assert LOSS(moved, t) == want
+    code = """
+import numpy as np, fastloss as fl
+rng = np.random.default_rng(1)
+print(fl.binary_cross_entropy_with_logits(rng.normal(0, 3, 300_001).astype("f4"), rng.random(300_001).astype("f4")).hex())"""
+    assert len({run_python(code, FASTLOSS_NUM_THREADS=str(n)) for n in (1, 2, 3)}) == 1
+
+
+def test_several_python_threads_at_once(large, threads):
+    threads(3)
+    z, t = large
+    want, want_grad = LOSS.value_and_grad(z, t)
+    small, small_grad = LOSS.value_and_grad(z[0, 0], t[0, 0])
+    failures = []
+
+    def work():
+        out = np.empty_like(z)
+        for _ in range(20):
+            value, grad = LOSS.value_and_grad(z, t, out=out)
+            again, again_grad = LOSS.value_and_grad(z[0, 0], t[0, 0])
+            if (value, again) != (want, small) or not (np.array_equal(grad, want_grad) and np.array_equal(again_grad, small_grad)):
+                failures.append(value)
+
+    callers = [threading.Thread(target=work) for _ in range(6)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not failures
+
+
+def test_first_calls_from_several_threads_compile_once(tmp_path):
+    code = """
+import threading, numpy as np, fastloss as fl
+z = np.linspace(-3, 3, 100)
+got = []
+callers = [threading.Thread(target=lambda: got.append(fl.mse_loss(z, z + 1))) for _ in range(8)]
+[c.start() for c in callers]
+[c.join() for c in callers]
+from fastloss.cpu import jit
+print(len(set(got)), len(got), jit.statistics["compiled"])"""
+    assert run_python(code, FASTLOSS_CACHE_DIR=str(tmp_path)) == "1 8 1"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_in_a_child_after_fork():
+    code = """
+import os, numpy as np, fastloss as fl
+fl.set_num_threads(4)
+z = np.linspace(-3, 3, 500_000)
+want = fl.mse_loss(z, z + 1)
+child = os.fork()
+if child == 0:
+    os._exit(0 if all(fl.mse_loss(z, z + 1) == want for _ in range(10)) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), fl.mse_loss(z, z + 1) == want)"""
+    assert run_python(code) == "0 True"
+
+
+def test_workers_help_and_hold_no_array_afterwards(large, threads, monkeypatch):
+    from fastloss.cpu.pool import POOL
+
+    threads(2)
+    z, t = (x.copy() for x in large)
+    LOSS(z, t)
+    assert any(thread.name == "fastloss" for thread in threading.enumerate())
+    assert POOL._workers >= 1
+    for _ in range(1000):
+        if sys.getrefcount(z) == 2:
+            break
+        threading.Event().wait(0.001)
+    assert sys.getrefcount(z) == 2
+
+
+def test_small_inputs_never_touch_the_pool():
+    code = """
+import threading, numpy as np, fastloss as fl
+z = np.zeros(32768)
+fl.mse_loss(z, z)
+print(threading.active_count())"""
+    assert run_python(code, FASTLOSS_NUM_THREADS="4") == "1"
+
+
+def test_environment_variable():
+    code = "import fastloss; print(fastloss.get_num_threads())"
+    assert run_python(code, FASTLOSS_NUM_THREADS="3") == "3"
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    without = {k: v for k, v in os.environ.items() if k != "FASTLOSS_NUM_THREADS"}
+    assert subprocess.run([sys.executable, "-c", code], env=without, capture_output=True, text=True, check=True).stdout.strip() == str(available)
+    for bad in ("0", "-2", "many", "1.5", ""):
+        with pytest.raises(subprocess.CalledProcessError) as error:
+            run_python(code, FASTLOSS_NUM_THREADS=bad)
+        assert f"FASTLOSS_NUM_THREADS is {bad!r}; accepted: a whole number from 1 on" in error.value.stderr
