@@ -5,6 +5,7 @@ after its first, exact terms are taken out, weighted so that the error printed i
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from mpmath import cos, exp, linspace, log, lu_solve, matrix, mp, mpf, nstr, pi, sqrt
 
@@ -27,7 +28,7 @@ def exchange(target: Function, weight: Function, low: mpf, high: mpf, degree: in
         solved = list(lu_solve(system, values))[:-1]
         errors = [weight(x) * (mp.polyval(solved[::-1], x) - target(x)) for x in grid]
         turns = [0, *(k for k in range(1, len(grid)) if (errors[k] > 0) != (errors[k - 1] > 0)), len(grid)]
-        peaks = [max(range(a, b), key=lambda k: abs(errors[k])) for a, b in zip(turns, turns[1:], strict=False)]
+        peaks = [max(range(a, b), key=lambda k: abs(errors[k])) for a, b in pairwise(turns)]
         if len(peaks) != count:
             break
         points = [grid[k] for k in peaks]

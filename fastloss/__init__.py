@@ -1,10 +1,10 @@
 """Losses on large image batches, and their gradients: as fast as memory allows, no temporaries, right to the last digits."""
 
+from fastloss.cpu.pool import get_num_threads, set_num_threads
 from fastloss.loss import Loss, elementwise_loss
 from fastloss.losses.logistic import binary_cross_entropy_with_logits, binary_entropy, mse_with_logits_loss
 from fastloss.losses.regression import mse_loss
 from fastloss.ops import FormulaError
-from fastloss.cpu.pool import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 __all__ = [

@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -34,15 +35,16 @@ BATCH = 1024
 HIDDEN = 96
 START = -7.0  # every output's first logit: p = 0.0009, an almost black picture
 RATE, MOMENTUM = 6e-3, 0.9
-PIXELS = {"target_scale": 1 / 255, "reduction": "batchmean"}  # uint8 images as they are; sum over pixels, mean over patches
+PIXELS: dict[str, Any] = {"target_scale": 1 / 255, "reduction": "batchmean"}  # uint8 images as they are; sum over pixels, mean over patches
 SHOWN = 8
 
 
 def cut_patches() -> Bytes:
     """Cut scikit-learn's two sample photographs into overlapping patches, shuffled: (patches, 3 * SIZE * SIZE)."""
-    windows = [np.lib.stride_tricks.sliding_window_view(image, (SIZE, SIZE), (0, 1))[::6, ::6] for image in load_sample_images().images]
+    windows = [sliding_window_view(image, (SIZE, SIZE), (0, 1))[::6, ::6] for image in load_sample_images().images]
     patches = np.concatenate([w.reshape(-1, 3 * SIZE * SIZE) for w in windows])
-    return np.random.default_rng(0).permutation(patches)
+    np.random.default_rng(0).shuffle(patches)
+    return patches
 
 
 def varied(patches: Bytes) -> Bytes:
@@ -123,13 +125,23 @@ def run(steps: int, png: Path) -> int:
         console.print(f"the folder {png.resolve().parent} for the picture does not exist", style="red")
         return 1
     patches = cut_patches()
-    console.print(f"{len(patches):,} patches of {SIZE} x {SIZE} pixels in 3 colours, uint8; batches of {BATCH}; {fl.get_num_threads()} threads")
+    console.print(
+        f"{len(patches):,} patches of {SIZE} x {SIZE} pixels in 3 colours, uint8; batches of {BATCH}; {fl.get_num_threads()} threads"
+    )
     trainings = [
-        Training("cross-entropy", fl.binary_cross_entropy_with_logits, reference.binary_cross_entropy_with_logits, Autoencoder(patches.shape[1])),
+        Training(
+            "cross-entropy", fl.binary_cross_entropy_with_logits, reference.binary_cross_entropy_with_logits, Autoencoder(patches.shape[1])
+        ),
         Training("squared error", fl.mse_with_logits_loss, reference.mse_with_logits_loss, Autoencoder(patches.shape[1])),
     ]
     floor = float(fl.binary_entropy(patches, **PIXELS))
-    columns = TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}")
+    columns = (
+        TextColumn("{task.description:>16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=console) as progress:
         for training in trainings:
             train(training, patches, steps, progress)
@@ -184,7 +196,7 @@ def draw(trainings: list[Training], floor: float, images: Bytes, png: Path) -> N
     for axes in (left, right):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-    rows = [("original", images / 255), *((training.name, training.reconstruct(images)) for training in trainings)]
+    rows: list[tuple[str, Any]] = [("original", images / 255), *((training.name, training.reconstruct(images)) for training in trainings)]
     for row, (label, pictures) in zip(bottom.subplots(len(rows), len(images)), rows, strict=True):
         for axes, picture in zip(row, pictures, strict=True):
             axes.imshow(picture.reshape(3, SIZE, SIZE).transpose(1, 2, 0))

@@ -39,7 +39,9 @@ class Formula:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         if len(inspect.signature(function).parameters) < 2:
-            raise FormulaError(f"{function.__name__}: a formula takes an element of the input and one of the target, then the loss's parameters")
+            raise FormulaError(
+                f"{function.__name__}: a formula takes an element of the input and one of the target, then the loss's parameters"
+            )
         self.defaults = {p.name: p.default for p in list(inspect.signature(function).parameters.values())[2:]}
         self._traces: dict[tuple[str, ...], str] = {}
         self.given = tuple(name for name, default in self.defaults.items() if default is not None)

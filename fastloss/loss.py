@@ -23,7 +23,7 @@ from fastloss.plan import Array, Request, make_plan
 
 Bounds = Mapping[str, tuple[float, float]]
 
-_OPTIONS: dict[str, Any] = dict(mask=None, ignore_index=None, target_scale=None, grad_output=None, out=None, validate=False)
+_OPTIONS = {"mask": None, "ignore_index": None, "target_scale": None, "grad_output": None, "out": None, "validate": False}
 
 
 class Loss:
@@ -53,7 +53,9 @@ class Loss:
         if reduction == "none":
             return self._run("", ("value",), input, target, weight, reduction, options)[1][0]
         if options.get("out") is not None:
-            raise ValueError(f"out takes an array of the input's shape, and with reduction {reduction!r} the value is none; use grad or value_and_grad")
+            raise ValueError(
+                f"out takes an array of the input's shape, and with reduction {reduction!r} the value is none; use grad or value_and_grad"
+            )
         return self._run("value", (), input, target, weight, reduction, options)[0]
 
     def grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Array:
@@ -74,7 +76,9 @@ class Loss:
             raise NotImplementedError(f"{self.__name__} has no curvature: its formula returns (value, slope)")
         return self._run("", ("curvature",), input, target, weight, reduction, options)[1][0]
 
-    def _run(self, summed: str, wanted: tuple[str, ...], input: Any, target: Any, weight: Any, reduction: str, options: dict[str, Any]) -> tuple[Any, list[Array]]:
+    def _run(
+        self, summed: str, wanted: tuple[str, ...], input: Any, target: Any, weight: Any, reduction: str, options: dict[str, Any]
+    ) -> tuple[Any, list[Array]]:
         """Return the reduced value, if it is summed, and the arrays that are wanted."""
         call = _Call(self, input, target, weight, reduction, options)
         borrowed = call.out is not None
@@ -180,13 +184,18 @@ class _Call:
             raise ValueError("out is read-only")
         return [out, *(np.empty_like(x) for _ in wanted[1:])]
 
-    def run(self, summed: str, checked: bool, wanted: tuple[str, ...], outputs: list[Array], scale: Any, borrowed: bool) -> tuple[Any, bool]:
+    def run(
+        self, summed: str, checked: bool, wanted: tuple[str, ...], outputs: list[Array], scale: Any, borrowed: bool
+    ) -> tuple[Any, bool]:
         """Make one pass; return the sum, or one a sample, and whether a target was bad."""
         arrays = self.arrays + outputs
         layouts = tuple([(a.dtype, a.shape, a.strides) for a in arrays])
         numbers = self.numbers
-        launch = find_launch((self.loss.formula, self.shape, self.reduction, summed, checked, wanted, self.parameters, (*numbers,), (*self.names,), layouts))
-        return launch.run(arrays, numbers.values(), scale, borrowed)
+        launch = find_launch(
+            (self.loss.formula, self.shape, self.reduction, summed, checked, wanted, self.parameters, (*numbers,), (*self.names,), layouts)
+        )
+        result: tuple[Any, bool] = launch.run(arrays, numbers.values(), scale, borrowed)
+        return result
 
     def scan(self, checked: bool, *needed: str) -> tuple[Any, bool]:
         """Make a pass that computes no loss and reads only what it needs; return the count of elements that count."""
@@ -263,7 +272,9 @@ def as_array(name: str, value: Any) -> Array:
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be lost; pass {name}.data, and mask=~{name}.mask")
     if type(value).__module__.partition(".")[0] in ("torch", "cupy", "dask", "jax", "jaxlib", "tensorflow"):
-        raise TypeError(f"{name} is a {type(value).__module__}.{type(value).__qualname__}; accepted: numpy.ndarray, and what numpy.asarray makes one of")
+        raise TypeError(
+            f"{name} is a {type(value).__module__}.{type(value).__qualname__}; accepted: numpy.ndarray, and what numpy.asarray makes one of"
+        )
     return np.asarray(value)
 
 

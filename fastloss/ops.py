@@ -121,7 +121,7 @@ def _render(op: str, numpy_function: Any, *args: Any) -> Any:
     return numpy_function(*args)
 
 
-def abs(x: Any) -> Any:  # noqa: A001  the vocabulary has NumPy's names
+def abs(x: Any) -> Any:
     """Return |x|."""
     return _render("abs", np.abs, x)
 

@@ -162,7 +162,18 @@ def make_plan(request: Request) -> Plan:
     )
     sample_size = prod(shape) // max(samples, 1)
     extents = tuple(extent(shape, by, size) for by, size in zip(strides, sizes, strict=True))
-    return Plan(spec, by_sample, samples, sample_size, range_size(samples, sample_size), row_size, row_strides, tuple(merged[-2::-1]), tuple(starts), extents)
+    return Plan(
+        spec,
+        by_sample,
+        samples,
+        sample_size,
+        range_size(samples, sample_size),
+        row_size,
+        row_strides,
+        tuple(merged[-2::-1]),
+        tuple(starts),
+        extents,
+    )
 
 
 def broadcast_strides(name: str, shape: tuple[int, ...], strides: tuple[int, ...], to: tuple[int, ...]) -> tuple[int, ...]:
@@ -220,7 +231,9 @@ def check(request: Request) -> None:
         else:
             check_dtype(name, dtype)
         if name == "target" and shape_of != shape:
-            raise ValueError(f"input has shape {shape} and target {shape_of}; they must be equal: a weight or a mask may broadcast, a target may not")
+            raise ValueError(
+                f"input has shape {shape} and target {shape_of}; they must be equal: a weight or a mask may broadcast, a target may not"
+            )
     if "target_scale" in request.numbers and dtypes["target"].kind == "f":
         raise ValueError(f"target_scale multiplies integer targets, and target is {dtypes['target']}: scale it yourself")
 
@@ -234,7 +247,9 @@ def check_dtype(name: str, dtype: np.dtype[Any]) -> None:
         raise TypeError(f"{name} has the other byte order ({dtype.str}); convert it with .astype({dtype.name!r})")
 
 
-def check_output(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any], wanted: tuple[int, ...], wanted_dtype: np.dtype[Any]) -> None:
+def check_output(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any], wanted: tuple[int, ...], wanted_dtype: np.dtype[Any]
+) -> None:
     """Refuse a buffer that the result does not fit."""
     if shape != wanted or dtype != wanted_dtype:
         raise ValueError(f"out has shape {shape} and dtype {dtype}; the result has shape {wanted} and dtype {wanted_dtype}")

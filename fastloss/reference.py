@@ -17,7 +17,8 @@ Array = npt.NDArray[Any]
 def sigmoid(z: Array) -> Array:
     """Return 1 / (1 + exp(-z)) without overflow."""
     e = np.exp(-np.abs(z))
-    return np.where(z > 0, 1, e) / (1 + e)
+    p: Array = np.where(z > 0, 1, e) / (1 + e)
+    return p
 
 
 def binary_cross_entropy_with_logits(z: Array, t: Array, pos_weight: Any = 1, label_smoothing: Any = 0) -> tuple[Array, Array]:

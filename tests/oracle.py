@@ -74,5 +74,4 @@ def binary_entropy(t, m):
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(x == 0, 0, -x * log_x())
 
-    value = minus_x_log_x(t, lambda: m.log(t)) + minus_x_log_x(1 - t, lambda: m.log1p(-t))
-    return value
+    return minus_x_log_x(t, lambda: m.log(t)) + minus_x_log_x(1 - t, lambda: m.log1p(-t))

@@ -90,7 +90,11 @@ def everything(z, t, a=2.0):
 
 def test_the_whole_vocabulary(batch):
     z, t = (x.astype(np.float64) for x in batch)
-    for got, want in zip((everything(z, t, reduction="none"), everything.grad(z, t, reduction="sum"), everything.curvature(z, t, reduction="sum")), everything.__wrapped__(z, t), strict=True):
+    for got, want in zip(
+        (everything(z, t, reduction="none"), everything.grad(z, t, reduction="sum"), everything.curvature(z, t, reduction="sum")),
+        everything.__wrapped__(z, t),
+        strict=True,
+    ):
         assert_close(got, want, SUM[z.dtype])
 
 
@@ -158,16 +162,32 @@ def indexes(z, t):
 @pytest.mark.parametrize(
     ("function", "line", "message"),
     [
-        (branches, "return (d, 1.0) if d > 0 else (-d, -1.0)", "cannot branch on an element (if, and, or, not, min, max); use ops.where, minimum, maximum, &, | or ~"),
-        (uses_math, "return math.exp(z - t), 1.0", "cannot take a number out of an element (float, int, math.*); use abs, add_log1p, copysign, exp,"),
+        (
+            branches,
+            "return (d, 1.0) if d > 0 else (-d, -1.0)",
+            "cannot branch on an element (if, and, or, not, min, max); use ops.where, minimum, maximum, &, | or ~",
+        ),
+        (
+            uses_math,
+            "return math.exp(z - t), 1.0",
+            "cannot take a number out of an element (float, int, math.*); use abs, add_log1p, copysign, exp,",
+        ),
         (uses_numpy, "return np.exp(z - t), 1.0", "numpy.exp is not in the vocabulary of formulas; use abs, add_log1p, copysign, exp,"),
         (uses_numpy_where, "return np.where(z > t, z, t), 1.0", "numpy.where is not in the vocabulary"),
         (uses_max, "return max(z - t, 0.0), 1.0", "cannot branch on an element"),
         (uses_and, "return where(z > 0 and t > 0, z, t), 1.0", "cannot branch on an element"),
         (chained, "return where(0 < z < 1, z, t), 1.0", "cannot branch on an element"),
         (to_float, "return float(z) - t, 1.0", "cannot take a number out of an element"),
-        (power, "return (z - t) ** 0.5, 1.0", "** 0.5 is not in the vocabulary; use a whole power from 1 to 16, ops.sqrt, or exp(y * log(x))"),
-        (array_method, "return (z - t).sum(), 1.0", "has no attribute 'sum'; a formula is written with operators and fastloss.ops (abs, add_log1p,"),
+        (
+            power,
+            "return (z - t) ** 0.5, 1.0",
+            "** 0.5 is not in the vocabulary; use a whole power from 1 to 16, ops.sqrt, or exp(y * log(x))",
+        ),
+        (
+            array_method,
+            "return (z - t).sum(), 1.0",
+            "has no attribute 'sum'; a formula is written with operators and fastloss.ops (abs, add_log1p,",
+        ),
         (mixes_an_array_in, "return (z - t) * [1.0, 2.0], 1.0", "computes with elements and numbers, not with list"),
         (returns_one, "def returns_one(z, t):", "a formula returns (value, slope) or (value, slope, curvature)"),
         (indexes, "return z[0] - t, 1.0", "is not subscriptable; a formula is written with operators"),

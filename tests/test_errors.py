@@ -25,15 +25,35 @@ READ_ONLY.flags.writeable = False
 CASES = {
     "shapes": (ValueError, "input has shape (2, 3) and target (3,); they must be equal", (Z, T[0]), {}),
     "target of another rank": (ValueError, "input has shape (2, 3) and target (2, 3, 1)", (Z, T[..., None]), {}),
-    "reduction": (ValueError, "reduction 'avg' is unknown; accepted: 'mean', 'sum', 'none', 'batchmean', 'sample_mean', 'sample_sum'", (Z, T), {"reduction": "avg"}),
+    "reduction": (
+        ValueError,
+        "reduction 'avg' is unknown; accepted: 'mean', 'sum', 'none', 'batchmean', 'sample_mean', 'sample_sum'",
+        (Z, T),
+        {"reduction": "avg"},
+    ),
     "reduction without an axis": (ValueError, "reduction 'sample_mean' needs a first axis", (1.0, 0.0), {"reduction": "sample_mean"}),
     "integer input": (TypeError, "input has dtype int64; accepted: float32, float64", (np.zeros((2, 3), int), T), {}),
     "complex target": (TypeError, "target has dtype complex128; accepted: float32, float64, bool, int8", (Z, T.astype(complex)), {}),
     "byte order": (TypeError, "input has the other byte order (>f4); convert it with .astype('float32')", (Z.astype(">f4"), T), {}),
-    "masked array": (TypeError, "input is a masked array, whose mask would be lost; pass input.data, and mask=~input.mask", (np.ma.array(Z), T), {}),
+    "masked array": (
+        TypeError,
+        "input is a masked array, whose mask would be lost; pass input.data, and mask=~input.mask",
+        (np.ma.array(Z), T),
+        {},
+    ),
     "mask dtype": (TypeError, "mask has dtype uint8; accepted: bool", (Z, T), {"mask": np.ones((2, 3), np.uint8)}),
-    "mask shape": (ValueError, "mask has shape (2,), which does not broadcast to the input's shape (2, 3)", (Z, T), {"mask": np.ones(2, bool)}),
-    "weight shape": (ValueError, "weight has shape (4, 3), which does not broadcast to the input's shape (2, 3)", (Z, T, np.ones((4, 3))), {}),
+    "mask shape": (
+        ValueError,
+        "mask has shape (2,), which does not broadcast to the input's shape (2, 3)",
+        (Z, T),
+        {"mask": np.ones(2, bool)},
+    ),
+    "weight shape": (
+        ValueError,
+        "weight has shape (4, 3), which does not broadcast to the input's shape (2, 3)",
+        (Z, T, np.ones((4, 3))),
+        {},
+    ),
     "weight of higher rank": (ValueError, "weight has shape (1, 2, 3), which does not broadcast", (Z, T, np.ones((1, 2, 3))), {}),
     "pos_weight shape": (ValueError, "pos_weight has shape (2,), which does not broadcast", (Z, T), {"pos_weight": np.ones(2)}),
     "pos_weight negative": (ValueError, "pos_weight is -1; accepted: 0 or more", (Z, T), {"pos_weight": -1}),
@@ -41,17 +61,48 @@ CASES = {
     "NaN parameter": (ValueError, "label_smoothing is nan; accepted: from 0 to 1", (Z, T), {"label_smoothing": float("nan")}),
     "parameter type": (TypeError, "label_smoothing must be a number, not 'some'", (Z, T), {"label_smoothing": "some"}),
     "option": (TypeError, "unknown option wieght; accepted: pos_weight, label_smoothing, weight, reduction, mask", (Z, T), {"wieght": Z}),
-    "target_scale on floats": (ValueError, "target_scale multiplies integer targets, and target is float32: scale it yourself", (Z, T), {"target_scale": 1 / 255}),
-    "ignore_index NaN": (ValueError, "ignore_index is NaN, which equals nothing; pass mask=~numpy.isnan(target)", (Z, T), {"ignore_index": float("nan")}),
-    "ignore_index fraction": (ValueError, "ignore_index is 0.5; accepted for uint8 targets: whole numbers", (Z, T.astype(np.uint8)), {"ignore_index": 0.5}),
+    "target_scale on floats": (
+        ValueError,
+        "target_scale multiplies integer targets, and target is float32: scale it yourself",
+        (Z, T),
+        {"target_scale": 1 / 255},
+    ),
+    "ignore_index NaN": (
+        ValueError,
+        "ignore_index is NaN, which equals nothing; pass mask=~numpy.isnan(target)",
+        (Z, T),
+        {"ignore_index": float("nan")},
+    ),
+    "ignore_index fraction": (
+        ValueError,
+        "ignore_index is 0.5; accepted for uint8 targets: whole numbers",
+        (Z, T.astype(np.uint8)),
+        {"ignore_index": 0.5},
+    ),
 }
 GRADIENT_CASES = {
     "out type": (TypeError, "out must be a numpy.ndarray, not list", {"out": [0.0]}),
-    "out shape": (ValueError, "out has shape (3, 2) and dtype float32; the result has shape (2, 3) and dtype float32", {"out": np.zeros((3, 2), F4)}),
-    "out dtype": (ValueError, "out has shape (2, 3) and dtype float64; the result has shape (2, 3) and dtype float32", {"out": np.zeros((2, 3))}),
+    "out shape": (
+        ValueError,
+        "out has shape (3, 2) and dtype float32; the result has shape (2, 3) and dtype float32",
+        {"out": np.zeros((3, 2), F4)},
+    ),
+    "out dtype": (
+        ValueError,
+        "out has shape (2, 3) and dtype float64; the result has shape (2, 3) and dtype float32",
+        {"out": np.zeros((2, 3))},
+    ),
     "out read-only": (ValueError, "out is read-only", {"out": READ_ONLY}),
-    "grad_output shape": (ValueError, "grad_output has shape (2,); with reduction 'mean' the loss has shape ()", {"grad_output": np.ones(2)}),
-    "grad_output per sample": (ValueError, "grad_output has shape (3,); with reduction 'sample_sum' the loss has shape (2,)", {"grad_output": np.ones(3), "reduction": "sample_sum"}),
+    "grad_output shape": (
+        ValueError,
+        "grad_output has shape (2,); with reduction 'mean' the loss has shape ()",
+        {"grad_output": np.ones(2)},
+    ),
+    "grad_output per sample": (
+        ValueError,
+        "grad_output has shape (3,); with reduction 'sample_sum' the loss has shape (2,)",
+        {"grad_output": np.ones(3), "reduction": "sample_sum"},
+    ),
     "grad_output type": (TypeError, "grad_output must be a number, not 'x'", {"grad_output": "x"}),
 }
 
@@ -89,9 +140,9 @@ def test_the_value_has_no_grad_output_and_mostly_no_out():
 
 
 def test_arrays_of_other_libraries_are_refused_until_they_are_served():
-    Tensor = type("Tensor", (), {"__module__": "torch"})
+    tensor = type("Tensor", (), {"__module__": "torch"})()
     with pytest.raises(TypeError, match=r"input is a torch\.Tensor; accepted: numpy\.ndarray"):
-        LOSS(Tensor(), T)
+        LOSS(tensor, T)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -154,7 +205,10 @@ def test_validate_leaves_out_what_does_not_count():
 def test_validate_hints_at_target_scale():
     z, _ = arrays((2, 3))
     images = np.array([[0, 1, 1], [200, 0, 255]], np.uint8)
-    with pytest.raises(ValueError, match=re.escape("target[1, 0] is 200; accepted: targets in [0, 1]; for images stored as whole numbers pass target_scale=1/255")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape("target[1, 0] is 200; accepted: targets in [0, 1]; for images stored as whole numbers pass target_scale=1/255"),
+    ):
         LOSS(z, images, validate=True)
     assert LOSS(z, images, validate=True, target_scale=1 / 255) > 0
     with pytest.raises(ValueError, match=re.escape("target[1, 0] is 200; accepted: targets in [0, 1]") + "$"):

@@ -48,11 +48,15 @@ def test_two_arrays_in_the_same_odd_order_are_walked_in_memory_order(rng):
     assert value > 0
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (7,), (1, 9, 1), (3, 1, 5), (31,), (32,), (33,), (65, 2), (4095,), (4097,), (70000,), (3, 33001)])
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (1, 1), (7,), (1, 9, 1), (3, 1, 5), (31,), (32,), (33,), (65, 2), (4095,), (4097,), (70000,), (3, 33001)]
+)
 def test_shapes(shape, dtype, rng):
     z, t = rng.normal(0, 3, shape).astype(dtype), rng.random(shape).astype(dtype)
     value, grad = LOSS.value_and_grad(z, t, reduction="sum")
-    each, each_grad = (np.array([f(z.reshape(-1)[k : k + 1], t.reshape(-1)[k : k + 1])[0] for k in range(0, z.size, 97)]) for f in (_value, LOSS.grad))
+    each, each_grad = (
+        np.array([f(z.reshape(-1)[k : k + 1], t.reshape(-1)[k : k + 1])[0] for k in range(0, z.size, 97)]) for f in (_value, LOSS.grad)
+    )
     np.testing.assert_array_equal(LOSS(z, t, reduction="none").reshape(-1)[::97], each)
     np.testing.assert_array_equal(grad.reshape(-1)[::97], each_grad)
     assert_close(value, LOSS(z, t, reduction="none").sum(dtype=np.longdouble), SUM[np.dtype(dtype)])

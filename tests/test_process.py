@@ -47,7 +47,10 @@ from fastloss.cpu import jit
 print(jit.statistics["compiled"])"""
     for factor, compiled in ((2.0, 1), (3.0, 1), (2.0, 0)):
         module.write_text(f"import fastloss\n@fastloss.elementwise_loss\ndef loss(z, t):\n    return {factor} * z, {factor}\n")
-        assert run_python(code, FASTLOSS_CACHE_DIR=str(tmp_path / "cache"), PYTHONDONTWRITEBYTECODE="1").split() == [str(factor), str(compiled)]
+        assert run_python(code, FASTLOSS_CACHE_DIR=str(tmp_path / "cache"), PYTHONDONTWRITEBYTECODE="1").split() == [
+            str(factor),
+            str(compiled),
+        ]
 
 
 def test_an_edited_package_is_compiled_anew(tmp_path, monkeypatch):
@@ -120,7 +123,9 @@ def test_imports_run_one_way():
         imported = {
             name
             for node in ast.walk(ast.parse(path.read_text()))
-            for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else [])
+            for name in (
+                [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            )
             if name.split(".")[0] == "fastloss"
         }
         if parts[1] in ALONE:

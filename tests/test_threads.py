@@ -29,7 +29,9 @@ def large(rng):
 
 
 def run_python(code, **environment):
-    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "sample_mean"])
@@ -141,7 +143,9 @@ def test_environment_variable():
     assert run_python(code, FASTLOSS_NUM_THREADS="3") == "3"
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     without = {k: v for k, v in os.environ.items() if k != "FASTLOSS_NUM_THREADS"}
-    assert subprocess.run([sys.executable, "-c", code], env=without, capture_output=True, text=True, check=True).stdout.strip() == str(available)
+    assert subprocess.run([sys.executable, "-c", code], env=without, capture_output=True, text=True, check=True).stdout.strip() == str(
+        available
+    )
     for bad in ("0", "-2", "many", "1.5", ""):
         with pytest.raises(subprocess.CalledProcessError) as error:
             run_python(code, FASTLOSS_NUM_THREADS=bad)

@@ -69,18 +69,18 @@ class Launch:
         streaming = self.may_stream and is_apart(addresses, len(self.plan.spec.operands))
         frame = self.frame_type()
         base = ctypes.addressof(frame)
-        if type(scale) is float:
+        if isinstance(scale, np.ndarray):
+            step, scales = 1, address(scale)
+        else:
             pack_scale(frame, self.scale_at, scale)
             step, scales = 0, base + self.scale_at
-        else:
-            step, scales = 1, address(scale)
         self.head.pack_into(frame, 0, 0, 0, streaming, step, scales, *addresses, *numbers, *self.padding)
         if self.is_small:
             self.kernel(base, self.layout_address)
         else:
             POOL.run(self.kernel, (base, self.layout_address), frame, self.ranges, (self, frame, arrays, scale))
         if self.by_sample:
-            partials = np.frombuffer(frame, np.float64, 2 * self.ranges, self.partials_at).reshape(self.plan.samples, -1, 2)
+            partials = np.frombuffer(memoryview(frame), np.float64, 2 * self.ranges, self.partials_at).reshape(self.plan.samples, -1, 2)
             return partials[:, :, 0].sum(axis=1), bool(partials[:, :, 1].any())
         sums = self.unpack_sums(frame, self.partials_at)
         return math.fsum(sums[::2]), any(sums[1::2])

@@ -58,7 +58,9 @@ class _LanesModel(models.PrimitiveModel):
 class Step:
     """The addresses and numbers one step works with, and what it loads from them."""
 
-    def __init__(self, spec: Spec, builder: ir.IRBuilder, addresses: list[ir.Value], strides: list[ir.Value], start: ir.Value, left: ir.Value) -> None:
+    def __init__(
+        self, spec: Spec, builder: ir.IRBuilder, addresses: list[ir.Value], strides: list[ir.Value], start: ir.Value, left: ir.Value
+    ) -> None:
         self.spec, self.builder, self.addresses, self.strides, self.start = spec, builder, addresses, strides, start
         self.lanes = lanes_of(spec)
         self.left = left
@@ -91,7 +93,9 @@ class Step:
     def load_all(self) -> dict[str, Vector]:
         """Load a vector of every operand."""
         operands = list(enumerate(self.spec.operands))
-        vectors = self.either(lambda: [self.load(k, op, None) for k, op in operands], lambda: [self.load(k, op, self.within()) for k, op in operands])
+        vectors = self.either(
+            lambda: [self.load(k, op, None) for k, op in operands], lambda: [self.load(k, op, self.within()) for k, op in operands]
+        )
         return {op.name: Vector(self.builder, vector) for (_, op), vector in zip(operands, vectors, strict=True)}
 
     def keep_within(self, new: list[Vector], old: list[Vector]) -> list[Vector]:
@@ -161,10 +165,7 @@ class Step:
         builder, target = self.builder, ir.VectorType(simd.scalar_type(to), self.lanes)
         if code == to:
             return raw
-        if code[0] == "f":
-            cast = builder.fpext if to > code else builder.fptrunc
-        else:
-            cast = builder.sitofp if code[0] == "i" else builder.uitofp
+        cast = {"i": builder.sitofp, "f": builder.fpext if to > code else builder.fptrunc}.get(code[0], builder.uitofp)
         return Vector(builder, cast(raw.value, target))
 
 
@@ -191,9 +192,7 @@ def emit_step(step: Step, numbers: dict[str, ir.Value], streaming: ir.Value, sum
     if "ignore_index" in number:
         counted = counted & (raw["target"] != as_target(step, numbers["ignore_index"]))
     loaded = {op.name: step.convert(raw[op.name], op.code, spec.compute) for op in spec.operands if op.name != "mask"}
-    target = loaded.get("target")
-    if "target_scale" in number:
-        target = target * number["target_scale"]
+    target: Any = multiply(loaded.get("target"), number.get("target_scale"))
     value_sum, product, bad = sums
     if spec.checked:
         wrong = counted & ~((target >= 0.0) & (target <= 1.0))
@@ -304,7 +303,9 @@ def zeros(typingctx: Any, key: Any, what: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def step(typingctx: Any, key: Any, addresses: Any, strides: Any, start: Any, stop: Any, numbers: Any, scale: Any, streaming: Any, sums: Any) -> Any:
+def step(
+    typingctx: Any, key: Any, addresses: Any, strides: Any, start: Any, stop: Any, numbers: Any, scale: Any, streaming: Any, sums: Any
+) -> Any:
     """Work on one vector's width of elements from `start` on; see `emit_step`."""
     spec = SPECS[key.literal_value]
 
@@ -391,7 +392,7 @@ def build(key: str) -> Any:
     addresses_at, numbers_at = FRAME_FIELDS, FRAME_FIELDS + arrays
     partials_at = numbers_at + numbers
 
-    @cfunc(types.void(types.CPointer(types.int64), types.CPointer(types.int64)), error_model="numpy")  # type: ignore[untyped-decorator]
+    @cfunc(types.void(types.CPointer(types.int64), types.CPointer(types.int64)), error_model="numpy")
     def kernel(frame: Any, layout: Any) -> None:
         _, _, streaming, scale_step, scales = read(5, frame, 0)
         ranges, per_sample, range_size, sample_size, row_size, axes = read(6, layout, 0)

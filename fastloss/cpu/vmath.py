@@ -41,16 +41,25 @@ FORMATS = {
         exp_range=(-104.0, 89.0),
         exp_terms=(0.499999930506401433, 0.166665147921380389, 0.0416684568432674612, 0.00836941878129966977, 0.00138131405739139917),
         # of (log(1 + f) - f + f**2 / 2) / f**3
-        log_terms=(0.333333306660862106, -0.250008551683165312, 0.200013601295478706, -0.166221668203789453, 0.141976062904101962, -0.131681943026098062, 0.127967234089990006, -0.0765774699990402187),
+        log_terms=(
+            0.33333330665121394, -0.250008551723393629, 0.200013601832602556, -0.166221666612724464,
+            0.141976047724205988, -0.131681940339433364, 0.127967344543299994, -0.0765776246545338396,
+        ),
         tiny=2.0**-126, large=2.0**100,
     ),
     64: Format(
         mantissa=52, bias=1023,
         ln2=(6.93147180369123816490e-01, 1.90821492927058770002e-10),
         exp_range=(-746.0, 710.0),
-        exp_terms=(0.50000000000000117, 0.166666666666663863, 0.0416666666665191571, 0.00833333333350765685, 0.00138888889469188972, 0.000198412694861699913, 0.0000248014893533799021, 2.75575971796438486e-6, 2.76316869549207971e-7, 2.49989947595823107e-8),
+        exp_terms=(
+            0.50000000000000117, 0.166666666666663863, 0.0416666666665191571, 0.00833333333350765685, 0.00138888889469188972,
+            0.000198412694861699913, 0.0000248014893533799021, 2.75575971796438486e-6, 2.76316869549207971e-7, 2.49989947595823107e-8,
+        ),
         # of (log((1 + s) / (1 - s)) / s - 2) / s**2 in s**2
-        log_terms=(0.66666666666667297, 0.399999999994312334, 0.285714287408362028, 0.222221985699758694, 0.181835712501628886, 0.153137282468068074, 0.148004342241845612),
+        log_terms=(
+            0.66666666666667297, 0.399999999994312334, 0.285714287408362028, 0.222221985699758694,
+            0.181835712501628886, 0.153137282468068074, 0.148004342241845612,
+        ),
         tiny=2.0**-1022, large=2.0**1000,
     ),
 }  # fmt: skip
@@ -79,36 +88,35 @@ def power_of_two(k: Vector, fmt: Format) -> Vector:
     return k.apply("shl", k, fmt.mantissa).as_float()
 
 
+def one_plus(large: Vector, small: Vector) -> Vector:
+    """Return 1 + large + small, rounded as if once: what 1 + large loses is added to the small part."""
+    start = large + 1.0
+    return start + ((large - (start - 1.0)) + small)
+
+
 def exp(x: Vector) -> Vector:
-    """e**x = 2**n e**r with n = round(x / log 2); 2**n is applied in two factors, so that subnormal results round once."""
+    """Return e**x = 2**n e**r with n = round(x / log 2); 2**n is applied in two factors, so that subnormal results round once."""
     fmt = FORMATS[x.bits]
-    low, high = fmt.exp_range
+    least, most = fmt.exp_range
     half = (fmt.bias + 1) // 2
-    x_is_negative = x.sign < 0
-    x = where(x < low, low, x)
-    if x_is_negative:
-        shifter = fmt.shifter + fmt.bias + half
-    else:
-        x = where(x > high, high, x)
-        shifter = fmt.shifter + fmt.bias
+    never_positive = x.sign < 0
+    x = where(x < least, least, x)
+    if not never_positive:
+        x = where(x > most, most, x)
+    shifter = fmt.shifter + fmt.bias + (half if never_positive else 0)
     shifted = fma(x, LOG2_E, shifter)
     n = shifted - shifter
-    high, low = fma(n, -fmt.ln2[0], x), n * -fmt.ln2[1]
-    r = high + low
-    start = high + 1.0
-    lost = high - (start - 1.0)  # of `high`, by the rounding of `start`
-    e_r = start + (lost + fma(r * r, polynomial(r, fmt.exp_terms), low))
-    if x_is_negative:
-        first, second = shifted.as_int(), e_r.splat(2.0**-half)
-    else:
-        negative = x < 0.0
-        first = shifted.as_int() + where(negative, x.as_int().splat(half), x.as_int().splat(-half))
-        second = where(negative, 2.0**-half, 2.0**half)
-    return (e_r * power_of_two(first, fmt) * second).with_sign(1)
+    r, r_low = fma(n, -fmt.ln2[0], x), n * -fmt.ln2[1]
+    e_r = one_plus(r, fma((r + r_low) * (r + r_low), polynomial(r + r_low, fmt.exp_terms), r_low))
+    if never_positive:
+        return (e_r * power_of_two(shifted.as_int(), fmt) * 2.0**-half).with_sign(1)
+    negative, whole = x < 0.0, shifted.as_int()
+    first = power_of_two(whole + where(negative, whole.splat(half), whole.splat(-half)), fmt)
+    return (e_r * first * where(negative, e_r.splat(2.0**-half), 2.0**half)).with_sign(1)
 
 
 def log1p_of_product(x: Vector) -> Vector:
-    """log1p for 0 <= x < 2**100, as exact for tiny x as for large: no special case, NaN goes through."""
+    """Return log1p for 0 <= x < 2**100, as exact for tiny x as for large: no special case, NaN goes through."""
     fmt = FORMATS[x.bits]
     k = exponent(x + 1.0, fmt)
     scale = power_of_two(k.splat(fmt.bias) - k, fmt)
@@ -117,7 +125,7 @@ def log1p_of_product(x: Vector) -> Vector:
 
 
 def log1p(x: Vector) -> Vector:
-    """log(1 + x) for every x."""
+    """Return log(1 + x) for every x."""
     fmt = FORMATS[x.bits]
     huge, shift = x > fmt.large, fmt.bias // 2
     result = log1p_of_product(where(huge, x * 2.0**-shift, x))
@@ -126,7 +134,7 @@ def log1p(x: Vector) -> Vector:
 
 
 def log(x: Vector) -> Vector:
-    """log x = k log 2 + log(m) with x = 2**k m and sqrt(1/2) <= m < sqrt(2)."""
+    """Return the natural logarithm: k log 2 + log m, with x = 2**k m and sqrt(1/2) <= m < sqrt(2)."""
     fmt = FORMATS[x.bits]
     subnormal = x < fmt.tiny
     normal = where(subnormal, x * 2.0**fmt.mantissa, x)

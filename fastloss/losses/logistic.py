@@ -123,7 +123,7 @@ def mse_with_logits_loss(z: Any, t: Any) -> Any:
 
     Source: Rumelhart, Hinton and Williams, "Learning representations by back-propagating errors", 1986.
     """
-    e, s = _tail(z)
+    _, s = _tail(z)
     miss = where(z > 0.0, 1.0 - t, t) - s
     spread = _variance(s)
     slope = 2.0 * miss * spread

@@ -1,0 +1,1 @@
+"""Benchmarks: `pytest bench`, and `python -m bench.report` for the README's table."""

@@ -1,0 +1,135 @@
+"""Speed of the core losses: `pytest bench/test_speed.py --benchmark-json=FILE`, then `python -m bench.report FILE`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fastloss as fl
+from bench import limit as limits
+from bench.conftest import THREADS, Row
+from fastloss import reference
+from tests.table import NUMPY, SUM, assert_close
+
+BCE, MSE = fl.binary_cross_entropy_with_logits, fl.mse_loss
+SHAPE = (64, 3, 256, 256)
+
+
+class Batch:
+    """Arrays of one size, and every call that is timed on them."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        rng = np.random.default_rng(0)
+        self.shape = shape
+        self.logits = 3 * rng.standard_normal(shape, np.float32)
+        self.bytes = rng.integers(0, 256, shape, np.uint8)
+        self.targets = self.bytes * np.float32(1 / 255)
+        self.out, self.in_place = np.zeros_like(self.logits), self.logits.copy()
+        self.weight = rng.random(shape, np.float32)
+        self.mask = rng.random(shape, np.float32) < 0.8
+        self.per_channel = np.linspace(0.5, 2, shape[1], dtype=np.float32).reshape(-1, 1, 1) if len(shape) == 4 else None
+        self.flat = limits.aligned(self.logits.size)
+
+    def both(self, loss=BCE, **options):
+        return lambda: loss.value_and_grad(self.logits, self.targets, out=self.out, **options)
+
+    def value(self, loss=BCE, **options):
+        return lambda: loss(self.logits, self.targets, **options)
+
+    def with_bytes(self):
+        return BCE.value_and_grad(self.logits, self.bytes, target_scale=1 / 255, out=self.out)
+
+    def overwrite(self):
+        return BCE.value_and_grad(self.in_place, self.targets, out=self.in_place)
+
+    def restore(self):
+        np.copyto(self.in_place, self.logits)
+
+    def channels_last(self):
+        views = [np.ascontiguousarray(a.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2) for a in (self.logits, self.targets)]
+        out = np.zeros_like(views[0])
+        return lambda: BCE.value_and_grad(*views, out=out)
+
+    def numpy(self, loss):
+        return lambda: reference.value_and_grad(loss, self.logits, self.targets)
+
+
+def large_rows():
+    """Return the rows of the large batch; made lazily, it is 300 MB."""
+    batch, limit = Batch(SHAPE), limits.Limit(THREADS)
+    limits.check(limit)
+    z, t = batch.logits.reshape(-1), batch.targets.reshape(-1)
+    triad = ("triad", lambda: limit.triad(batch.flat, z, t))
+    dot = ("dot product", lambda: limit.dot(z, t))
+    plain = ("BCE value_and_grad(out=)", batch.both())
+    numpy = ("NumPy", batch.numpy(reference.binary_cross_entropy_with_logits))
+    return [
+        Row("triad, ordinary stores", lambda: limit.ordinary(batch.flat, z, t), *triad),
+        Row("BCE value_and_grad(out=)", batch.both(), *triad, 1.7, 1.3),
+        Row("BCE value", batch.value(), *dot, 1.6, 1.2),
+        Row("MSE value_and_grad(out=)", batch.both(MSE), *triad, 1.2, 1.05),
+        Row("MSE value", batch.value(MSE), *dot, 1.2, 1.05),
+        Row("MSE through a sigmoid value_and_grad(out=)", batch.both(fl.mse_with_logits_loss), *triad),
+        Row("BCE value_and_grad, a fresh gradient", lambda: BCE.value_and_grad(batch.logits, batch.targets), *triad),
+        Row("uint8 targets", batch.with_bytes, *plain, 1.0, 0.8),
+        Row("in place, out=input", batch.overwrite, *plain, 1.0, 0.9, restore=batch.restore),
+        Row("weight, full size", batch.both(weight=batch.weight), *plain, 1.5),
+        Row("weight, per channel", batch.both(weight=batch.per_channel), *plain, 1.5),
+        Row("mask, full size", batch.both(mask=batch.mask), *plain, 1.5),
+        Row("pos_weight, full size", batch.both(pos_weight=batch.weight), *plain, 1.5),
+        Row("pos_weight, per channel", batch.both(pos_weight=batch.per_channel), *plain, 1.5),
+        Row("channels-last", batch.channels_last(), *plain, 1.05),
+        Row("BCE value_and_grad(out=)", batch.both(), *numpy, 30, 40, faster=True),
+        Row("MSE value_and_grad(out=)", batch.both(MSE), "NumPy", batch.numpy(reference.mse_loss), faster=True),
+    ]
+
+
+def small_rows():
+    """Return the rows of batches that fit a cache."""
+    rows = []
+    for shape, calls, must, aim, must_us, aim_us in (((1024,), 200, 2.0, None, 8, 4), ((128, 1, 28, 28), 20, None, None, 60, 35)):
+        batch = Batch(shape)
+        numpy = batch.numpy(reference.binary_cross_entropy_with_logits)
+        name = f"BCE value_and_grad(out=), {batch.logits.size:,} elements"
+        rows.append(Row(name, batch.both(), "NumPy", numpy, must, aim, faster=True, calls=calls, must_us=must_us, aim_us=aim_us))
+    return rows
+
+
+LARGE = [
+    "ordinary", "bce", "bce-value", "mse", "mse-value", "mse-logits", "fresh", "uint8", "in-place", "weight", "weight-channel",
+    "mask", "pos-weight", "pos-weight-channel", "channels-last", "bce-numpy", "mse-numpy",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def large():
+    rows = large_rows()
+    assert len(rows) == len(LARGE)
+    return dict(zip(LARGE, rows, strict=True))
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large(measure, large, name):
+    measure(large[name])
+
+
+@pytest.mark.parametrize("row", small_rows(), ids=["1024", "100352"])
+def test_small(measure, row):
+    measure(row)
+
+
+def test_results_before_times():
+    """Every loss that is timed agrees with the reference on the timed batch's kind of data."""
+    batch = Batch((4, 3, 64, 64))
+    for loss, numpy in (
+        (BCE, reference.binary_cross_entropy_with_logits),
+        (MSE, reference.mse_loss),
+        (fl.mse_with_logits_loss, reference.mse_with_logits_loss),
+    ):
+        want, want_grad = reference.value_and_grad(numpy, batch.logits.astype(np.float64), batch.targets.astype(np.float64))
+        value, grad = batch.both(loss)()
+        assert_close(value, want, SUM[np.dtype(np.float32)])
+        assert_close(grad, want_grad, NUMPY[np.dtype(np.float32)])
+    np.testing.assert_array_equal(batch.with_bytes()[1].copy(), batch.both()()[1])
+    value = batch.value()()
+    assert batch.overwrite()[0] == value

@@ -1,0 +1,29 @@
+"""The NumPy reference that users and benchmarks compare with agrees with the textbook, and with the kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+
+import fastloss as fl
+from fastloss import reference
+from tests import oracle
+from tests.table import LOSSES, NUMPY, SUM, assert_close
+
+
+def test_reference_agrees_with_the_oracle(name, batch):
+    z, t = batch
+    (value, _), (slope, _), _ = LOSSES[name].oracle(z.astype(np.longdouble), t.astype(np.longdouble), oracle.LONG)
+    got_value, got_slope = LOSSES[name].reference(z, t)
+    assert_close(got_value, value, NUMPY[z.dtype])
+    assert_close(got_slope, slope, NUMPY[z.dtype])
+    mean, grad = reference.value_and_grad(LOSSES[name].reference, z, t)
+    want, want_grad = LOSSES[name].loss.value_and_grad(z, t)
+    assert_close(mean, want, NUMPY[z.dtype])
+    assert_close(grad, want_grad, NUMPY[z.dtype])
+
+
+def test_reference_entropy(batch):
+    t = batch[1]
+    t.flat[:2] = 0, 1
+    assert_close(reference.binary_entropy(t), fl.binary_entropy(t, reduction="none"), NUMPY[t.dtype])
+    assert_close(reference.binary_entropy(t).mean(dtype=np.float64), fl.binary_entropy(t), SUM[t.dtype])
