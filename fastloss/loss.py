@@ -182,7 +182,7 @@ class _Call:
             raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
         if not out.flags.writeable:
             raise ValueError("out is read-only")
-        return [out, *(np.empty_like(x) for _ in wanted[1:])]
+        return [out] if len(wanted) == 1 else [out, np.empty_like(x)]
 
     def run(
         self, summed: str, checked: bool, wanted: tuple[str, ...], outputs: list[Array], scale: Any, borrowed: bool

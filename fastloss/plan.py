@@ -89,7 +89,7 @@ class Plan:
     row_strides: tuple[int, ...]  # one an array, in bytes
     axes: tuple[tuple[int, tuple[int, ...]], ...]  # outside the rows, innermost first: length and strides
     starts: tuple[int, ...]  # bytes from an array's address to the first element visited; not 0 where an axis is walked backwards
-    extents: tuple[tuple[int, int], ...]  # bytes from an array's address to its lowest byte and past its highest
+    near: tuple[tuple[int, int], ...]  # for each array that is read: distances from the first output at which their memory meets
 
     @property
     def ranges_per_sample(self) -> int:
@@ -161,7 +161,7 @@ def make_plan(request: Request) -> Plan:
         checked=request.checked,
     )
     sample_size = prod(shape) // max(samples, 1)
-    extents = tuple(extent(shape, by, size) for by, size in zip(strides, sizes, strict=True))
+    extents = [extent(shape, by, size) for by, size in zip(strides, sizes, strict=True)]
     return Plan(
         spec,
         by_sample,
@@ -172,7 +172,7 @@ def make_plan(request: Request) -> Plan:
         row_strides,
         tuple(merged[-2::-1]),
         tuple(starts),
-        extents,
+        near(extents, len(operands)),
     )
 
 
@@ -217,6 +217,14 @@ def extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> t
     return sum(r for r in reaches if r < 0), sum(r for r in reaches if r > 0) + itemsize
 
 
+def near(extents: list[tuple[int, int]], reads: int) -> tuple[tuple[int, int], ...]:
+    """Return, for each array that is read, between which distances of its address from the first output's they overlap."""
+    if len(extents) == reads:
+        return ()
+    begin, end = extents[reads]
+    return tuple((begin - last, end - first) for first, last in extents[:reads])
+
+
 def check(request: Request) -> None:
     """Refuse what no plan can be made of."""
     shape, reduction = request.shape, request.reduction
@@ -259,13 +267,11 @@ def check_output(
 
 def check_overlap(plan: Plan, arrays: list[Array], addresses: list[int]) -> None:
     """Refuse an output that shares memory with an array that is read, unless it is the input itself, element for element."""
-    reads = len(plan.spec.operands)
-    begin, end = plan.extents[reads]
-    begin, end = addresses[reads] + begin, addresses[reads] + end
-    for k in range(reads):
-        first, last = plan.extents[k]
-        if addresses[k] + first < end and begin < addresses[k] + last:
-            refuse_overlap(plan, k, arrays[k], arrays[reads], addresses[k] == addresses[reads])
+    reads = len(plan.near)
+    out = addresses[reads]
+    for k, (least, most) in enumerate(plan.near):
+        if least < addresses[k] - out < most:
+            refuse_overlap(plan, k, arrays[k], arrays[reads], addresses[k] == out)
 
 
 def refuse_overlap(plan: Plan, k: int, array: Array, out: Array, same_start: bool) -> None:

@@ -1,8 +1,8 @@
 """Run a plan: lay out what the kernel reads, call it, bring the partial sums home.
 
 The frame of a call, 8 bytes a field: next range, finished ranges, whether to store past the caches, 1 if each sample has
-its own scale, address of the scales; the arrays' addresses; the number options; two partial sums a range (value, bad
-targets); one scale. The layout of a plan: six numbers of ranges, samples, rows and axes; each array's stride along a row;
+its own scale, address of the scales; the arrays' addresses; the number options; one scale; two partial sums a range (value,
+bad targets). The layout of a plan: six numbers of ranges, samples, rows and axes; each array's stride along a row;
 each array's start; and for every axis outside the rows its length and each array's stride.
 """
 
@@ -51,11 +51,10 @@ class Launch:
         self.ranges, self.is_small = plan.ranges, plan.size <= ONE_RANGE
         self.by_sample = plan.by_sample
         self.unpack_sums = struct.Struct(f"{2 * plan.ranges}d").unpack_from
-        self.head = struct.Struct(f"5q{arrays}q{numbers}d")
+        self.head = struct.Struct(f"5q{arrays}q{numbers + 1}d")
         self.padding = (0.0,) * (numbers - len(plan.spec.numbers))
         self.partials_at = self.head.size
-        self.scale_at = self.partials_at + 16 * plan.ranges
-        self.frame_type = ctypes.c_int64 * (self.scale_at // 8 + 1)
+        self.frame_type = ctypes.c_int64 * (self.partials_at // 8 + 2 * plan.ranges)
         self.may_stream = may_stream(plan)
 
     def run(self, arrays: list[Array], numbers: Iterable[float], scale: Any, borrowed: bool) -> tuple[Any, bool]:
@@ -70,11 +69,10 @@ class Launch:
         frame = self.frame_type()
         base = ctypes.addressof(frame)
         if isinstance(scale, np.ndarray):
-            step, scales = 1, address(scale)
+            step, scales, scale_here = 1, address(scale), 0.0
         else:
-            pack_scale(frame, self.scale_at, scale)
-            step, scales = 0, base + self.scale_at
-        self.head.pack_into(frame, 0, 0, 0, streaming, step, scales, *addresses, *numbers, *self.padding)
+            step, scales, scale_here = 0, base + self.partials_at - 8, scale
+        self.head.pack_into(frame, 0, 0, 0, streaming, step, scales, *addresses, *numbers, *self.padding, scale_here)
         if self.is_small:
             self.kernel(base, self.layout_address)
         else:
@@ -83,10 +81,7 @@ class Launch:
             partials = np.frombuffer(memoryview(frame), np.float64, 2 * self.ranges, self.partials_at).reshape(self.plan.samples, -1, 2)
             return partials[:, :, 0].sum(axis=1), bool(partials[:, :, 1].any())
         sums = self.unpack_sums(frame, self.partials_at)
-        return math.fsum(sums[::2]), any(sums[1::2])
-
-
-pack_scale = struct.Struct("d").pack_into
+        return (sums[0], sums[1] > 0.0) if self.ranges == 1 else (math.fsum(sums[::2]), any(sums[1::2]))
 
 
 class Nothing:

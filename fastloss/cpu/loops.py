@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import cfunc, types
 from numba.core import cgutils
@@ -25,7 +26,9 @@ from fastloss.cpu import simd, vmath
 from fastloss.cpu.simd import Vector
 from fastloss.plan import Operand, Spec
 
-VECTOR_BYTES = 128  # 16 float32 or 8 float64 lanes
+# Two registers of AVX-512, or of AVX2, which has half as many: with one, a step's chain of dependent instructions leaves
+# the units idle (BCE took 1.4 times as long), with more, values spill.
+VECTOR_BYTES = 128 if llvm.get_host_cpu_features().get("avx512f") else 64
 FRAME_FIELDS, LAYOUT_FIELDS = 5, 6  # integers before the arrays', in what `launch.py` lays out
 BLOCK = 64  # steps summed in float32: a product of that many factors below 2 stays finite
 
@@ -390,7 +393,7 @@ def build(key: str) -> Any:
     block = BLOCK * lanes
     strides_at, axes_at = LAYOUT_FIELDS, LAYOUT_FIELDS + 2 * arrays
     addresses_at, numbers_at = FRAME_FIELDS, FRAME_FIELDS + arrays
-    partials_at = numbers_at + numbers
+    partials_at = numbers_at + numbers + 1  # behind the scale that all samples share
 
     @cfunc(types.void(types.CPointer(types.int64), types.CPointer(types.int64)), error_model="numpy")
     def kernel(frame: Any, layout: Any) -> None:
