@@ -18,7 +18,7 @@ REDUCTIONS = ("mean", "sum", "none", "batchmean", "sample_mean", "sample_sum")
 INPUT_TYPES = ("float32", "float64")
 TARGET_TYPES = (*INPUT_TYPES, "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 
-ONE_RANGE = 32768  # elements up to which one thread is faster: waking another costs about 15 us
+ONE_RANGE = 65536  # elements up to which one thread is as fast: waking another costs about 15 us
 MOST_RANGES = 256
 LEAST_RANGE = 4096  # elements; a range is a thread's turn, so its start has to be cheap beside it
 

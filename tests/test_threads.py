@@ -132,7 +132,7 @@ def test_workers_help_and_hold_no_array_afterwards(large, threads, monkeypatch):
 def test_small_inputs_never_touch_the_pool():
     code = """
 import threading, numpy as np, fastloss as fl
-z = np.zeros(32768)
+z = np.zeros(65536)
 fl.mse_loss(z, z)
 print(threading.active_count())"""
     assert run_python(code, FASTLOSS_NUM_THREADS="4") == "1"

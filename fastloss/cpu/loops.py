@@ -28,7 +28,7 @@ from fastloss.plan import Operand, Spec
 
 # Two registers of AVX-512, or of AVX2, which has half as many: with one, a step's chain of dependent instructions leaves
 # the units idle (BCE took 1.4 times as long), with more, values spill.
-VECTOR_BYTES = 128 if llvm.get_host_cpu_features().get("avx512f") else 64
+VECTOR_BYTES = 256 if llvm.get_host_cpu_features().get("avx512f") else 64
 FRAME_FIELDS, LAYOUT_FIELDS = 5, 6  # integers before the arrays', in what `launch.py` lays out
 BLOCK = 64  # steps summed in float32: a product of that many factors below 2 stays finite
 

@@ -8,6 +8,7 @@ depends on the auto-vectoriser. No fast-math flag is set: `nnan` and `ninf` woul
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 from llvmlite import ir
@@ -43,7 +44,7 @@ class Vector(Symbol):
         self.builder = builder
         self.value = value
         self.numbers = numbers or value.type  # the type plain numbers take beside this vector: a comparison's operands'
-        self.sign = 0  # 1 where no lane can be negative, -1 where none can be positive
+        self.bounds = (-inf, inf)  # no lane is known to lie outside; exp and log1p save instructions where that helps
         self.log_term: tuple[Vector, Vector] | None = None  # (x, e) of x + log1p(e), for sums that collect the logarithms
 
     @property
@@ -66,9 +67,9 @@ class Vector(Symbol):
         is_mask = value.type.element == ir.IntType(1)
         return Vector(self.builder, value, self.numbers if is_mask else None)
 
-    def with_sign(self, sign: int) -> Vector:
-        """Note what is known of the sign: exp saves instructions where its argument cannot be positive."""
-        self.sign = sign
+    def within(self, low: float, high: float) -> Vector:
+        """Note the bounds of the lanes."""
+        self.bounds = low, high
         return self
 
     def splat(self, number: float) -> Vector:
@@ -147,14 +148,14 @@ def _extremum(sign: str) -> Callable[[Vector, Vector], Vector]:
 
 
 def _add_log1p(x: Vector, e: Vector) -> Vector:
-    result = x + vmath.log1p_of_product(e)
+    result = x + vmath.log1p(e.within(0.0, 1.0))
     result.log_term = (x, e)  # LLVM drops the logarithm where a sum reads the term instead
     return result
 
 
 _OPS: dict[str, Callable[..., Vector]] = {
-    "neg": lambda x: x.like(x.builder.fneg(x.value)).with_sign(-x.sign),
-    "abs": lambda x: x.intrinsic("fabs").with_sign(1),
+    "neg": lambda x: x.like(x.builder.fneg(x.value)).within(-x.bounds[1], -x.bounds[0]),
+    "abs": lambda x: x.intrinsic("fabs").within(0.0, inf),
     "sqrt": lambda x: x.intrinsic("sqrt"),
     "fma": lambda x, y, z: x.intrinsic("fmuladd", y, z),
     "copysign": lambda x, y: x.intrinsic("copysign", y),

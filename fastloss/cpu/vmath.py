@@ -7,6 +7,7 @@ through; infinities and poles have their limits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Format:
     exp_range: tuple[float, float]  # beyond, exp is 0 or inf
     exp_terms: tuple[float, ...]  # of (exp(r) - 1 - r) / r**2
     log_terms: tuple[float, ...]
+    log1p_terms: tuple[float, ...]  # of (log(1 + x) - x) / x**2 for 0 <= x <= 1, if that is the shorter way
     tiny: float  # the smallest normal number
     large: float  # from here on, 1 + x is x
 
@@ -45,6 +47,10 @@ FORMATS = {
             0.33333330665121394, -0.250008551723393629, 0.200013601832602556, -0.166221666612724464,
             0.141976047724205988, -0.131681940339433364, 0.127967344543299994, -0.0765776246545338396,
         ),
+        log1p_terms=(
+            -0.499999327627133129, 0.333305113014213097, -0.249585872566114731, 0.196953997950619283, -0.153553944205191869,
+            0.106805527432954984, -0.0576644207353518465, 0.0202045743339697848, -0.00331847058962595915,
+        ),
         tiny=2.0**-126, large=2.0**100,
     ),
     64: Format(
@@ -60,6 +66,7 @@ FORMATS = {
             0.66666666666667297, 0.399999999994312334, 0.285714287408362028, 0.222221985699758694,
             0.181835712501628886, 0.153137282468068074, 0.148004342241845612,
         ),
+        log1p_terms=(),  # 20 terms would be needed
         tiny=2.0**-1022, large=2.0**1000,
     ),
 }  # fmt: skip
@@ -76,11 +83,13 @@ def where(condition: Vector, x: Any, y: Any) -> Vector:
 
 
 def polynomial(x: Vector, terms: tuple[float, ...]) -> Vector:
-    """Return terms[0] + terms[1] x + terms[2] x**2 + ... by Horner's rule."""
-    result = x.match(terms[-1])
-    for term in reversed(terms[:-1]):
-        result = fma(result, x, term)
-    return result
+    """Return terms[0] + terms[1] x + terms[2] x**2 + ... by Estrin's scheme, whose chain of dependent steps is short."""
+    parts: list[Any] = list(terms)
+    while len(parts) > 1:
+        pairs = [fma(x.match(high), x, low) for low, high in zip(parts[::2], parts[1::2], strict=False)]
+        parts = pairs + parts[2 * len(pairs) :]
+        x = x * x
+    return parts[0]
 
 
 def power_of_two(k: Vector, fmt: Format) -> Vector:
@@ -99,7 +108,7 @@ def exp(x: Vector) -> Vector:
     fmt = FORMATS[x.bits]
     least, most = fmt.exp_range
     half = (fmt.bias + 1) // 2
-    never_positive = x.sign < 0
+    never_positive = x.bounds[1] <= 0.0
     x = where(x < least, least, x)
     if not never_positive:
         x = where(x > most, most, x)
@@ -109,10 +118,10 @@ def exp(x: Vector) -> Vector:
     r, r_low = fma(n, -fmt.ln2[0], x), n * -fmt.ln2[1]
     e_r = one_plus(r, fma((r + r_low) * (r + r_low), polynomial(r + r_low, fmt.exp_terms), r_low))
     if never_positive:
-        return (e_r * power_of_two(shifted.as_int(), fmt) * 2.0**-half).with_sign(1)
+        return (e_r * power_of_two(shifted.as_int(), fmt) * 2.0**-half).within(0.0, 1.0)
     negative, whole = x < 0.0, shifted.as_int()
     first = power_of_two(whole + where(negative, whole.splat(half), whole.splat(-half)), fmt)
-    return (e_r * first * where(negative, e_r.splat(2.0**-half), 2.0**half)).with_sign(1)
+    return (e_r * first * where(negative, e_r.splat(2.0**-half), 2.0**half)).within(0.0, inf)
 
 
 def log1p_of_product(x: Vector) -> Vector:
@@ -127,6 +136,8 @@ def log1p_of_product(x: Vector) -> Vector:
 def log1p(x: Vector) -> Vector:
     """Return log(1 + x) for every x."""
     fmt = FORMATS[x.bits]
+    if x.bounds == (0.0, 1.0):
+        return fma(x * x, polynomial(x, fmt.log1p_terms), x) if fmt.log1p_terms else log1p_of_product(x)
     huge, shift = x > fmt.large, fmt.bias // 2
     result = log1p_of_product(where(huge, x * 2.0**-shift, x))
     result = where(huge, result + shift / LOG2_E, result)
