@@ -12,7 +12,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fastloss", description="Losses on large image batches, and their gradients.")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="train an autoencoder on real photographs, once with cross-entropy and once with squared error")
-    demo.add_argument("--steps", type=positive, default=400, help="gradient steps for each of the two trainings (default: %(default)s)")
+    demo.add_argument("--steps", type=positive, default=1000, help="gradient steps for each of the two trainings (default: %(default)s)")
     demo.add_argument("--png", type=Path, default=Path("fastloss-demo.png"), help="where the picture goes (default: %(default)s)")
     arguments = parser.parse_args()
     try:
