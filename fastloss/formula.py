@@ -1,8 +1,14 @@
-"""`Formula`: a loss's function of one element, read once with symbols, so that what cannot be compiled fails at once."""
+"""`Formula`: a loss's function of one element, read once with symbols, so that what cannot be compiled fails at once.
+
+Numba could type the same function on scalars, and a SIMD type of its own; reading it with symbols instead gives one front
+end for every target, error messages in the user's terms instead of the compiler's, plain Python helpers inside formulas,
+and the operations as text, which is all that the kernel cache has to compare.
+"""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import linecache
 import traceback
 from collections.abc import Callable
@@ -12,17 +18,34 @@ import numpy as np
 
 from fastloss.ops import VOCABULARY, FormulaError, Symbol
 
+QUANTITIES = ("value", "slope", "curvature")
+OPTIONS = {"mask": None, "ignore_index": None, "target_scale": None, "grad_output": None, "out": None, "validate": False}
+RESERVED = {"input", "target", "weight", "reduction", *OPTIONS, *QUANTITIES}
+
+_COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}
+_LOGIC = {"and", "or", "not"}
+
 
 class _Trace(Symbol):
-    """A symbol that writes down the operations it goes through."""
+    """A symbol that writes down the operations it goes through, and knows a number from a condition."""
 
-    def __init__(self, lines: list[str], name: str) -> None:
-        self.lines, self.name = lines, name
+    def __init__(self, lines: list[str], name: str, is_condition: bool = False) -> None:
+        self.lines, self.name, self.is_condition = lines, name, is_condition
 
     def apply(self, op: str, *args: Any) -> _Trace:
         """Append the operation."""
+        for k, arg in enumerate(args):
+            wants_condition = op in _LOGIC or (op == "where" and k == 0)
+            if wants_condition != (isinstance(arg, _Trace) and arg.is_condition):
+                raise FormulaError(_MIXED[wants_condition])
         self.lines.append(f"{op} {' '.join(map(_name, args))}")
-        return _Trace(self.lines, f"%{len(self.lines)}")
+        return _Trace(self.lines, f"%{len(self.lines)}", op in _COMPARISONS or op in _LOGIC)
+
+
+_MIXED = {
+    True: "&, |, ~ and the first argument of ops.where take conditions such as z > 0, not numbers",
+    False: "a condition such as z > 0 is not a number; use ops.where(condition, 1.0, 0.0)",
+}
 
 
 def _name(arg: Any) -> str:
@@ -37,39 +60,46 @@ class Formula:
     """A function of one element's input `z` and target `t`, and of the loss's parameters, each a number or an element."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
+        if not inspect.isfunction(function):
+            raise FormulaError(f"a formula is a function (def or lambda), not {function!r}")
         self.function = function
-        if len(inspect.signature(function).parameters) < 2:
-            raise FormulaError(
-                f"{function.__name__}: a formula takes an element of the input and one of the target, then the loss's parameters"
-            )
-        self.defaults = {p.name: p.default for p in list(inspect.signature(function).parameters.values())[2:]}
-        self._traces: dict[tuple[str, ...], str] = {}
+        self.defaults = _defaults(function)
         self.given = tuple(name for name, default in self.defaults.items() if default is not None)
         self.numbers = {name: float(self.defaults[name]) for name in self.given}
-        self.trace(tuple(self.defaults))  # a formula may look at whether a parameter was given: read it both ways
-        self.has_curvature = self.trace(self.given).splitlines()[-1].count(" ") == 3
+        self._traces: dict[tuple[str, ...], str] = {}
+        # a formula may ask whether a parameter was given, so it is read in every way it may be called
+        absent = [name for name in self.defaults if name not in self.given]
+        for missing in itertools.product((True, False), repeat=len(absent)):
+            left_out = {name for name, is_missing in zip(absent, missing, strict=True) if is_missing}
+            self.trace(tuple(name for name in self.defaults if name not in left_out))
+        self.has_curvature = len(self._read(self.given)[1]) == len(QUANTITIES)
 
     def quantities(self, z: Any, t: Any, parameters: dict[str, Any]) -> dict[str, Any]:
         """Return "value", "slope" and, where the formula has one, "curvature" of one element."""
-        return dict(zip(("value", "slope", "curvature"), self.function(z, t, **parameters), strict=False))
+        return dict(zip(QUANTITIES, self.function(z, t, **parameters), strict=False))
 
     def trace(self, parameters: tuple[str, ...]) -> str:
-        """Return the operations as text, when these parameters are given and the others are None."""
+        """Return the operations as text, the same for two formulas that compute the same; parameters not named are None."""
         if parameters not in self._traces:
-            self._traces[parameters] = self._read(parameters)
+            lines, result = self._read(parameters)
+            self._traces[parameters] = "\n".join([*lines, "return " + " ".join(map(_name, result))])
         return self._traces[parameters]
 
-    def _read(self, parameters: tuple[str, ...]) -> str:
+    def _read(self, parameters: tuple[str, ...]) -> tuple[list[str], tuple[Any, ...]]:
+        """Call the function with symbols; return the operations and the quantities."""
         lines: list[str] = []
-        z, t, *rest = (_Trace(lines, name) for name in ("z", "t", *parameters))
+        z, t, *rest = (_Trace(lines, name) for name in ("%input", "%target", *parameters))
         try:
             result = self.function(z, t, **dict(zip(parameters, rest, strict=True)))
             if not isinstance(result, tuple) or len(result) not in (2, 3):
                 raise FormulaError("a formula returns (value, slope) or (value, slope, curvature)")
-            lines.append("return " + " ".join(map(_name, result)))
+            for quantity in result:
+                if isinstance(quantity, _Trace) and quantity.is_condition:
+                    raise FormulaError(_MIXED[False])
+                _name(quantity)
         except Exception as error:
             raise FormulaError(self._locate(error)) from error
-        return "\n".join(lines)
+        return lines, result
 
     def _locate(self, error: Exception) -> str:
         """Return the error's message behind the line of the formula that it came from."""
@@ -79,3 +109,20 @@ class Formula:
         source = linecache.getline(code.co_filename, line).strip()
         hint = "" if isinstance(error, FormulaError) else f"; a formula is written with operators and fastloss.ops ({VOCABULARY})"
         return f"{self.function.__name__} ({code.co_filename}:{line}: `{source}`): {error}{hint}"
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the loss's parameters with their defaults, or say why they cannot be a loss's."""
+    arguments = list(inspect.signature(function).parameters.values())
+    name = function.__name__
+    if any(a.kind in (a.VAR_POSITIONAL, a.VAR_KEYWORD) for a in arguments):
+        raise FormulaError(f"{name}: a formula names each of its parameters, without * or **")
+    if len(arguments) < 2 or any(a.kind is a.KEYWORD_ONLY for a in arguments[:2]):
+        raise FormulaError(f"{name}: a formula takes an element of the input and one of the target, then the loss's parameters")
+    for a in arguments[2:]:
+        if a.kind is a.POSITIONAL_ONLY or a.name in RESERVED:
+            raise FormulaError(f"{name}: the parameter {a.name} is given by name, and may not be called {', '.join(sorted(RESERVED))}")
+        if isinstance(a.default, bool) or not isinstance(a.default, (int, float, np.integer, np.floating, type(None))):
+            found = "no default" if a.default is a.empty else f"the default {a.default!r}"
+            raise FormulaError(f"{name}: the parameter {a.name} has {found}; accepted: a number, or None for one that may be absent")
+    return {a.name: a.default for a in arguments[2:]}

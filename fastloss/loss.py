@@ -9,21 +9,21 @@ request alone is checked when its plan is made.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any, overload
 
 import numpy as np
 
-from fastloss.formula import Formula
-from fastloss.plan import Array, Request, make_plan
+from fastloss.formula import OPTIONS, Formula
+from fastloss.plan import REDUCTIONS, Array, Request, make_plan
 
 Bounds = Mapping[str, tuple[float, float]]
 
-_OPTIONS = {"mask": None, "ignore_index": None, "target_scale": None, "grad_output": None, "out": None, "validate": False}
+SEARCHED = 1 << 20  # elements looked at together when the first bad target is sought
 
 
 class Loss:
@@ -48,6 +48,9 @@ class Loss:
 
     def __call__(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Any:
         """Return the loss: a float64 number, one a sample, or with reduction "none" an array of the input's dtype."""
+        return self._value(input, target, weight, reduction, options)
+
+    def _value(self, input: Any, target: Any, weight: Any, reduction: str, options: dict[str, Any]) -> Any:
         if options.get("grad_output") is not None:
             raise ValueError("grad_output scales a gradient, and the value alone has none: use grad or value_and_grad")
         if reduction == "none":
@@ -95,6 +98,30 @@ class Loss:
         return (call.reduce(total, counted) if summed else None), outputs
 
 
+class TargetLoss:
+    """A quantity of the target alone, with the options of a loss: its formula does not read the input."""
+
+    def __init__(self, loss: Loss) -> None:
+        self._loss = loss
+        functools.update_wrapper(self, loss, updated=())
+        parameters = list(loss.__signature__.parameters.values())[1:]
+        self.__signature__ = inspect.Signature([p for p in parameters if p.name != "grad_output"])
+
+    def __repr__(self) -> str:
+        return f"<{self._loss.__name__}{self.__signature__}>"
+
+    def __reduce__(self) -> str:
+        return self._loss.__qualname__
+
+    def __call__(self, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Any:
+        """Return the value, as a loss does; with reduction "none" float32, or float64 for float64 targets."""
+        t = as_array("target", target)
+        unread = np.broadcast_to(np.zeros((), np.float64 if t.dtype == np.float64 else np.float32), t.shape)
+        if "grad_output" in options:
+            raise TypeError(f"{self._loss.__name__} has no gradient, and so no grad_output")
+        return self._loss._value(unread, t, weight, reduction, options)
+
+
 class _Call:
     """One call's arrays and options, and the passes over memory made for it."""
 
@@ -104,6 +131,8 @@ class _Call:
         self.loss, self.reduction = loss, reduction
         x = input if type(input) is np.ndarray else as_array("input", input)
         t = target if type(target) is np.ndarray else as_array("target", target)
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction {reduction!r} is unknown; accepted: {', '.join(map(repr, REDUCTIONS))}")
         self.names, self.arrays = ["input", "target"], [x, t]
         self.shape = x.shape
         self.upstream: Any = 1.0
@@ -127,8 +156,8 @@ class _Call:
     def take(self, options: dict[str, Any]) -> None:
         """Sort the options into arrays and numbers."""
         formula, self.numbers = self.loss.formula, {}
-        if unknown := options.keys() - _OPTIONS.keys() - formula.defaults.keys():
-            accepted = ", ".join([*formula.defaults, "weight", "reduction", *_OPTIONS])
+        if unknown := options.keys() - OPTIONS.keys() - formula.defaults.keys():
+            accepted = ", ".join([*formula.defaults, "weight", "reduction", *OPTIONS])
             raise TypeError(f"unknown option {', '.join(sorted(unknown))}; accepted: {accepted}")
         given = {name: value for name, default in formula.defaults.items() if (value := options.get(name, default)) is not None}
         self.parameters = tuple(given)
@@ -141,7 +170,7 @@ class _Call:
             self.add("mask", mask)
         if (scale := options.get("target_scale")) is not None:
             self.numbers["target_scale"] = self.number("target_scale", scale)
-        if (ignored := options.get("ignore_index")) is not None and can_hold(self.arrays[1].dtype, ignored):
+        if (ignored := options.get("ignore_index")) is not None and can_hold(self.arrays[1].dtype, to_float("ignore_index", ignored)):
             self.numbers["ignore_index"] = float(ignored)
         if (upstream := options.get("grad_output")) is not None:
             self.take_upstream(upstream)
@@ -150,7 +179,7 @@ class _Call:
     def take_upstream(self, grad_output: Any) -> None:
         """Take the derivative of what follows the loss: a number, or an array of the loss's shape."""
         if is_number(grad_output):
-            self.upstream = self.number("grad_output", grad_output)
+            self.upstream = to_float("grad_output", grad_output)
             return
         array = as_array("grad_output", grad_output)
         shape = self.shape if self.reduction == "none" else self.shape[:1] if self.by_sample else ()
@@ -163,10 +192,7 @@ class _Call:
 
     def number(self, name: str, value: Any) -> float:
         """Return an option that is a plain number, if it lies where it may."""
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise TypeError(f"{name} must be a number, not {value!r}") from None
+        number = to_float(name, value)
         low, high = self.loss.bounds.get(name, (-math.inf, math.inf))
         if not low <= number <= high:
             accepted = f"from {low:g} to {high:g}" if high < math.inf else f"{low:g} or more" if low > -math.inf else "any number but NaN"
@@ -230,7 +256,7 @@ class _Call:
         if not self.by_sample and counted:
             return np.float64(total / counted)
         if not np.all(counted):
-            warnings.warn("mean of no elements: the input is empty, or all of it is masked", RuntimeWarning, stacklevel=4)
+            warnings.warn("mean of no elements: the input is empty, or all of it is masked", RuntimeWarning, stacklevel=5)
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.divide(total, counted)
 
@@ -240,23 +266,27 @@ class _Call:
             self.complain()
 
     def complain(self) -> None:
-        """Find the first target outside [0, 1], a first-axis entry at a time, and raise the error that names it."""
+        """Find the first target outside [0, 1], a part of the batch at a time, and raise the error that names it."""
         named = dict(zip(self.names, self.arrays, strict=True))
-        target, scale = named["target"], self.numbers.get("target_scale", 1.0)
-        counted = np.broadcast_to(named.get("mask", np.True_), self.shape)
-        for outer in np.ndindex(self.shape[:1]):
-            t = np.asarray(target[outer])
-            bad = counted[outer] & ~((t * scale >= 0) & (t * scale <= 1))
+        shape = self.shape or (1,)
+        target, counted = named["target"].reshape(shape), np.broadcast_to(named.get("mask", np.True_), shape)
+        scale = self.numbers.get("target_scale", 1.0)
+        step = max(1, SEARCHED * shape[0] // target.size)
+        for first in range(0, shape[0], step):
+            t = target[first : first + step]
+            bad = counted[first : first + step] & ~((t * scale >= 0) & (t * scale <= 1))
             if "ignore_index" in self.numbers:
                 bad &= t != self.numbers["ignore_index"]
             if bad.any():
-                index = (*outer, *map(int, np.argwhere(bad)[0]))
+                where = np.unravel_index(np.argmax(bad), bad.shape)
+                index = (int(where[0]) + first, *map(int, where[1:]))[: len(self.shape)]
                 whole = target.dtype.kind in "iu" and "target_scale" not in self.numbers
                 hint = "; for images stored as whole numbers pass target_scale=1/255" if whole else ""
-                raise ValueError(f"target[{', '.join(map(str, index))}] is {target[index]!s}; accepted: targets in [0, 1]{hint}")
+                raise ValueError(f"target[{', '.join(map(str, index))}] is {t[where]!s}; accepted: targets in [0, 1]{hint}")
+        raise ValueError("a target is outside [0, 1] by a rounding error; accepted: targets in [0, 1]")
 
 
-@lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)
 def find_launch(request: tuple[Any, ...]) -> Any:
     """Return what runs a request, given as a tuple of its fields: its plan with the compiled kernel."""
     plan = make_plan(Request(*request))
@@ -283,16 +313,27 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) or np.ndim(value) == 0
 
 
-def can_hold(dtype: np.dtype[Any], value: Any) -> bool:
+def to_float(name: str, value: Any) -> float:
+    """Return an option that is a plain number."""
+    if isinstance(value, (str, bytes)) or np.ndim(value) != 0 or np.iscomplexobj(value):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, not {value!r}") from None
+
+
+def can_hold(dtype: np.dtype[Any], ignored: float) -> bool:
     """Whether a target of this dtype can equal the number; where it cannot, no element is ignored."""
-    number = float(value)
-    if math.isnan(number):
+    if math.isnan(ignored):
         raise ValueError("ignore_index is NaN, which equals nothing; pass mask=~numpy.isnan(target)")
-    if int(number) != value and dtype.kind in "iu":
-        raise ValueError(f"ignore_index is {value!r}; accepted for {dtype} targets: whole numbers up to 2**53")
+    if dtype.kind == "f":
+        return True
+    if abs(ignored) > 2.0**53 or not ignored.is_integer():
+        raise ValueError(f"ignore_index is {ignored!r}; accepted for {dtype} targets: whole numbers up to 2**53")
     if dtype.kind == "b":
-        return number in (0.0, 1.0)
-    return dtype.kind == "f" or np.iinfo(dtype).min <= number <= np.iinfo(dtype).max
+        return ignored in (0.0, 1.0)
+    return dtype.kind in "iu" and bool(np.iinfo(dtype).min <= ignored <= np.iinfo(dtype).max)
 
 
 def _signature(parameters: Mapping[str, Any]) -> inspect.Signature:
@@ -301,7 +342,7 @@ def _signature(parameters: Mapping[str, Any]) -> inspect.Signature:
     leading = {"input": Parameter.empty, "target": Parameter.empty, "weight": None, "reduction": "mean"}
     return inspect.Signature(
         [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default) for name, default in leading.items()]
-        + [Parameter(name, Parameter.KEYWORD_ONLY, default=default) for name, default in {**parameters, **_OPTIONS}.items()]
+        + [Parameter(name, Parameter.KEYWORD_ONLY, default=default) for name, default in {**parameters, **OPTIONS}.items()]
     )
 
 

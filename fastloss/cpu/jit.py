@@ -28,6 +28,8 @@ PROTOTYPE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2)  # calling it releases
 
 statistics = {"compiled": 0, "loaded": 0}  # kernels of this process, by where they came from
 _lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a child must not be born while another thread compiles: its lock would never open
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _kernels: dict[str, Any] = {}
 _engines: list[llvm.ExecutionEngine] = []  # they own the machine code
 

@@ -9,7 +9,6 @@ each array's start; and for every axis outside the rows its length and each arra
 from __future__ import annotations
 
 import ctypes
-import math
 import struct
 from collections.abc import Iterable
 from typing import Any
@@ -50,7 +49,7 @@ class Launch:
         self.layout_address = ctypes.addressof(self.layout)
         self.ranges, self.is_small = plan.ranges, plan.size <= ONE_RANGE
         self.by_sample = plan.by_sample
-        self.unpack_sums = struct.Struct(f"{2 * plan.ranges}d").unpack_from
+        self.unpack_sums = struct.Struct(f"{2 * plan.ranges}d" if not plan.by_sample else "").unpack_from
         self.head = struct.Struct(f"5q{arrays}q{numbers + 1}d")
         self.padding = (0.0,) * (numbers - len(plan.spec.numbers))
         self.partials_at = self.head.size
@@ -65,7 +64,7 @@ class Launch:
         addresses = [address(a) for a in arrays]
         if borrowed:
             check_overlap(self.plan, arrays, addresses)
-        streaming = self.may_stream and is_apart(addresses, len(self.plan.spec.operands))
+        streaming = self.may_stream and self.is_apart(addresses)
         frame = self.frame_type()
         base = ctypes.addressof(frame)
         if isinstance(scale, np.ndarray):
@@ -81,7 +80,13 @@ class Launch:
             partials = np.frombuffer(memoryview(frame), np.float64, 2 * self.ranges, self.partials_at).reshape(self.plan.samples, -1, 2)
             return partials[:, :, 0].sum(axis=1), bool(partials[:, :, 1].any())
         sums = self.unpack_sums(frame, self.partials_at)
-        return (sums[0], sums[1] > 0.0) if self.ranges == 1 else (math.fsum(sums[::2]), any(sums[1::2]))
+        return (sums[0], sums[1] > 0.0) if self.ranges == 1 else (sum(sums[::2]), any(sums[1::2]))
+
+    def is_apart(self, addresses: list[int]) -> bool:
+        """Whether the outputs are not read as well (their lines are in the cache then), and start where a 16-byte store may."""
+        reads = len(self.plan.spec.operands)
+        firsts = [address + start for address, start in zip(addresses, self.plan.starts, strict=True)]
+        return all(first % ALIGNMENT == 0 for first in firsts[reads:]) and not set(addresses[:reads]) & set(addresses[reads:])
 
 
 class Nothing:
@@ -93,11 +98,6 @@ class Nothing:
     def run(self, *_: Any) -> tuple[Any, bool]:
         """Return the sum of nothing."""
         return (np.zeros(self.plan.samples) if self.plan.by_sample else 0.0), False
-
-
-def is_apart(addresses: list[int], reads: int) -> bool:
-    """Whether the outputs are not read as well (their lines are in the cache then), and start where a 16-byte store may."""
-    return all(a % ALIGNMENT == 0 and a not in addresses[:reads] for a in addresses[reads:])
 
 
 def may_stream(plan: Plan) -> bool:

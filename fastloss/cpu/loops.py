@@ -184,7 +184,7 @@ def spread(builder: ir.IRBuilder, scalar: ir.Value, count: int) -> ir.Value:
     return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), count), None))
 
 
-def emit_step(step: Step, numbers: dict[str, ir.Value], streaming: ir.Value, sums: list[Vector]) -> list[Vector]:
+def emit_step(step: Step, numbers: dict[str, ir.Value], scale: ir.Value, streaming: ir.Value, sums: list[Vector]) -> list[Vector]:
     """Write one step: load, formula, sum, store. Returns the new sums (value, product of logarithms, bad targets)."""
     spec, builder = step.spec, step.builder
     raw = step.load_all()
@@ -208,7 +208,7 @@ def emit_step(step: Step, numbers: dict[str, ir.Value], streaming: ir.Value, sum
     if spec.summed == "value":
         value_sum, product = add_value(quantities["value"], weight, counted, value_sum, product)
     if spec.outputs:
-        factor = multiply(weight, number.get("scale"))
+        factor = multiply(weight, spread_number(builder, scale, spec))
         for k, output in enumerate(spec.outputs, len(spec.operands)):
             shared = weight if output.name == "value" else multiply(factor, loaded.get("grad_output"))
             stored = multiply(value_sum.match(quantities[output.name]), shared)
@@ -316,10 +316,8 @@ def step(
         addresses_, strides_, numbers_, sums_ = (cgutils.unpack_tuple(builder, args[k]) for k in (1, 2, 5, 8))
         start_, stop_, scale_, streaming_ = args[3], args[4], args[6], args[7]
         named = dict(zip(spec.numbers, numbers_, strict=False))
-        if spec.outputs:
-            named["scale"] = scale_
         one = Step(spec, builder, addresses_, strides_, start_, builder.sub(stop_, start_))
-        new_sums = emit_step(one, named, streaming_, [Vector(builder, v) for v in sums_])
+        new_sums = emit_step(one, named, scale_, streaming_, [Vector(builder, v) for v in sums_])
         return context.make_tuple(builder, sums, [v.value for v in new_sums])
 
     return sums(key, addresses, strides, start, stop, numbers, scale, streaming, sums), codegen

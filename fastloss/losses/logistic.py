@@ -16,9 +16,7 @@ from __future__ import annotations
 from math import inf
 from typing import Any
 
-import numpy as np
-
-from fastloss.loss import as_array, elementwise_loss
+from fastloss.loss import TargetLoss, elementwise_loss
 from fastloss.ops import abs, add_log1p, exp, fma, log, log1p, where
 
 _BOUNDS = {"pos_weight": (0.0, inf), "label_smoothing": (0.0, 1.0)}
@@ -76,7 +74,7 @@ def binary_cross_entropy_with_logits(z: Any, t: Any, pos_weight: Any = None, lab
         reduction: "mean", "sum", "none", "batchmean" (sum / first axis), "sample_mean", "sample_sum".
         pos_weight: factor c >= 0 on the positive part, -c t log p; a number, or an array that broadcasts.
         label_smoothing: a in [0, 1]: the target becomes t (1 - a) + a / 2.
-        mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see the README.
+        mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
 
     Raises:
         ValueError: shapes differ, an option is out of range, a target is outside [0, 1] (with `validate=True`).
@@ -115,7 +113,7 @@ def mse_with_logits_loss(z: Any, t: Any) -> Any:
     Args:
         input: logits, any shape; float32 or float64.
         target: the same shape, usually in [0, 1]; float32, float64, bool, or integers (with `target_scale`).
-        weight, reduction, mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see the README.
+        weight, reduction, mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
 
     Raises:
         ValueError: shapes differ, or an option is out of range.
@@ -130,31 +128,30 @@ def mse_with_logits_loss(z: Any, t: Any) -> Any:
     return miss * miss, where(z > 0.0, slope, -slope), 2.0 * spread * (spread - miss * (1.0 - 2.0 * s))
 
 
-def binary_entropy(target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Any:
+@TargetLoss
+@elementwise_loss(unit_target=True, bounds=_BOUNDS)
+def binary_entropy(z: Any, t: Any, pos_weight: Any = None, label_smoothing: Any = None) -> Any:
     """Entropy of the targets: the least binary cross-entropy that any input reaches, at sigmoid(input) = target.
 
-    Per element -(t log t + (1 - t) log(1 - t)), which is 0 at t = 0 and t = 1; the difference to
-    `binary_cross_entropy_with_logits` under the same options is the Kullback-Leibler divergence, 0 only at p = t. With
-    `pos_weight` c it is the minimum of the weighted loss, at p = c t / (c t + 1 - t).
+    Per element:
+
+        value = -(t log t + (1 - t) log(1 - t))
+
+    which is 0 at t = 0 and t = 1. The difference to `binary_cross_entropy_with_logits` under the same options is the
+    Kullback-Leibler divergence, 0 only at p = t. With `pos_weight` c it is the minimum of the weighted loss, reached at
+    p = c t / (c t + 1 - t). It has no gradient.
 
     Args:
         target: probabilities, any shape; float32, float64, bool, or integers (with `target_scale`).
         weight, reduction: as for the losses; "none" gives float32, or float64 for float64 targets.
-        **options: `pos_weight`, `label_smoothing`, `mask`, `ignore_index`, `target_scale`, `validate` as for the loss.
+        pos_weight, label_smoothing: as for `binary_cross_entropy_with_logits`.
+        mask, ignore_index, target_scale, out, validate: as for every loss; see `fastloss.Loss`.
 
     Raises:
-        ValueError, TypeError: as the loss does.
+        ValueError, TypeError: as the losses do.
 
     Source: Shannon, "A Mathematical Theory of Communication", 1948.
     """
-    t = as_array("target", target)
-    unread = np.zeros((), t.dtype if t.dtype.kind == "f" else np.float32)
-    return _entropy(np.broadcast_to(unread, t.shape), t, weight, reduction, **options)
-
-
-@elementwise_loss(unit_target=True, bounds=_BOUNDS)
-def _entropy(z: Any, t: Any, pos_weight: Any = None, label_smoothing: Any = None) -> Any:
-    """Binary entropy of the target; z is not read."""
     t = _smooth(t, label_smoothing)
     if pos_weight is None:
         return _minus(t, log(t)) + _minus(1.0 - t, log1p(-t)), 0.0

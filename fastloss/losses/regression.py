@@ -20,7 +20,7 @@ def mse_loss(z: Any, t: Any) -> Any:
     Args:
         input: any shape; float32 or float64.
         target: the same shape; float32, float64, bool, or integers (with `target_scale`).
-        weight, reduction, mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see the README.
+        weight, reduction, mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
 
     Raises:
         ValueError: shapes differ, or an option is out of range.
