@@ -9,7 +9,7 @@ import fastloss as fl
 from bench import limit as limits
 from bench.conftest import THREADS, Row
 from fastloss import reference
-from tests.table import NUMPY, SUM, assert_close
+from tests.ulp import NUMPY, SUM, assert_close
 
 BCE, MSE = fl.binary_cross_entropy_with_logits, fl.mse_loss
 SHAPE = (64, 3, 256, 256)

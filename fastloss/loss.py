@@ -27,7 +27,33 @@ SEARCHED = 1 << 20  # elements looked at together when the first bad target is s
 
 
 class Loss:
-    """A loss function: call it for the value; `grad`, `value_and_grad` and `curvature` take the same arguments."""
+    """A loss function: call it for the value; `grad`, `value_and_grad` and `curvature` take the same arguments.
+
+    Args:
+        input: any shape and strides; float32 or float64. Arithmetic is float32, or float64 where input or target is.
+        target: the same shape; float32, float64, bool, or an integer type of 8 to 64 bits.
+        weight: array that broadcasts against input; multiplies value and gradient, not the number a mean divides by.
+        reduction: "mean", "sum", "none", "batchmean" (sum / first axis), and "sample_mean" and "sample_sum", one number a
+            first-axis entry. Sums accumulate in float64, and do not depend on the number of threads.
+        mask: bool array that broadcasts against input; elements where it is False count nowhere, not in the mean's number
+            either, and have gradient 0.
+        ignore_index: a target value that means "masked".
+        target_scale: number that multiplies integer targets, such as 1/255 for uint8 images.
+        grad_output: derivative of what follows the loss: a number, or an array of the loss's shape. Scales gradients and
+            curvatures only.
+        out: array of the input's shape and dtype for the gradient or curvature, or with "none" for the value. It may be the
+            input, which is then overwritten; any other overlap with what is read is an error.
+        validate: whether a target outside [0, 1] is an error; only the cross-entropies have that condition. The check is
+            part of the same pass, or with `out` a pass before it, so that nothing is written.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown reduction, a number out of its bounds (arrays of parameters are not
+            looked at), an `out` that is read-only or overlaps, a bad target.
+        TypeError: a dtype or type that is not accepted, an unknown option.
+        NotImplementedError: `curvature`, where the loss's formula gives none.
+
+    A mean of no elements, all masked or the input empty, is NaN with a RuntimeWarning.
+    """
 
     def __init__(self, function: Callable[..., Any], unit_target: bool, bounds: Bounds) -> None:
         self.formula = Formula(function)
@@ -213,7 +239,10 @@ class _Call:
     def run(
         self, summed: str, checked: bool, wanted: tuple[str, ...], outputs: list[Array], scale: Any, borrowed: bool
     ) -> tuple[Any, bool]:
-        """Make one pass; return the sum, or one a sample, and whether a target was bad."""
+        """Make one pass; return the sum, or one a sample, and whether a target was bad.
+
+        The request is a bare tuple here, because making a `Request` takes longer than finding its launch.
+        """
         arrays = self.arrays + outputs
         layouts = tuple([(a.dtype, a.shape, a.strides) for a in arrays])
         numbers = self.numbers
@@ -361,13 +390,14 @@ def elementwise_loss(function: Callable[..., Any] | None = None, /, *, unit_targ
             v = sqrt(d * d + eps * eps)
             return v, d / v
 
-    The first two arguments are an element of the input and of the target; the slope is the derivative by the first.
-    Further arguments are the loss's parameters: numbers, or arrays that broadcast against the input. One that defaults to
-    None may be absent, and the formula may ask `is None`; it may not branch on an element, and computes with operators
-    and the functions of `fastloss.ops` alone.
+    The first two arguments are an element of the input and of the target; the slope is the derivative by the first, the
+    curvature, if it is given, the second. Further arguments are the loss's parameters, each with a number as its default, or
+    None for one that may be absent, which the formula may ask; a call gives numbers, or arrays that broadcast against the
+    input. The names of options (see `Loss`) are taken. A formula may not branch on an element, and computes with
+    operators and the functions of `fastloss.ops` alone; helpers written like that may be called.
 
     `unit_target` says that targets belong in [0, 1], which `validate=True` then checks. `bounds` gives, by parameter,
-    the least and the largest number that is accepted.
+    the least and the largest number that is accepted; arrays are not looked at.
 
     Raises `FormulaError`, a `TypeError`, at once if the formula cannot be compiled; it names the line and what to use.
     """

@@ -2,7 +2,7 @@
 
 A formula is a branch-free function of one element. The same function is called with NumPy arrays, to be looked at, and
 with a `Symbol` for each argument, to be compiled: then every operator and every function below is handed to
-`Symbol.apply`, which each target (LLVM vectors, CUDA text) defines in its own way.
+`Symbol.apply`, which each target defines in its own way: `formula.py` writes down, `cpu/simd.py` emits LLVM code.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def sqrt(x: Any) -> Any:
 
 
 def fma(x: Any, y: Any, z: Any) -> Any:
-    """Return x * y + z, rounded once where the hardware can."""
+    """Return x * y + z, rounded once where the CPU has an instruction for it (x86-64 since 2013, all 64-bit ARM)."""
     return _render("fma", lambda x, y, z: x * y + z, x, y, z)
 
 
@@ -175,7 +175,7 @@ def add_log1p(x: Any, e: Any) -> Any:
     """Return x + log1p(e) for 0 <= e <= 1, which a sum over many elements may collect as one logarithm of a product.
 
     sum log1p(e_i) = log(prod (1 + e_i)): one multiply-add an element instead of a logarithm. Below 1 the factor at most
-    doubles, so that a block of elements stays finite.
+    doubles, so that a block of elements stays finite. Compiled, it is wrong for e outside [0, 1].
     """
     return _render("add_log1p", lambda x, e: x + np.log1p(e), x, e)
 

@@ -21,12 +21,16 @@ def sigmoid(z: Array) -> Array:
     return p
 
 
-def binary_cross_entropy_with_logits(z: Array, t: Array, pos_weight: Any = 1, label_smoothing: Any = 0) -> tuple[Array, Array]:
+def binary_cross_entropy_with_logits(z: Array, t: Array, pos_weight: Any = None, label_smoothing: Any = None) -> tuple[Array, Array]:
     """Return value and slope of every element."""
-    t = t * (1 - label_smoothing) + label_smoothing / 2
-    mass = pos_weight * t + (1 - t)
-    value = (1 - t) * np.maximum(z, 0) - pos_weight * t * np.minimum(z, 0) + mass * np.log1p(np.exp(-np.abs(z)))
-    return value, mass * sigmoid(z) - pos_weight * t
+    if label_smoothing is not None:
+        t = t + label_smoothing * (0.5 - t)
+    e = np.exp(-np.abs(z))
+    p = np.where(z > 0, 1, e) / (1 + e)
+    if pos_weight is None:
+        return np.maximum(z, 0) - z * t + np.log1p(e), p - t
+    mass = 1 + (pos_weight - 1) * t
+    return (1 - t) * z + mass * (np.log1p(e) + np.maximum(-z, 0)), mass * p - pos_weight * t
 
 
 def mse_loss(z: Array, t: Array) -> tuple[Array, Array]:
@@ -38,7 +42,8 @@ def mse_loss(z: Array, t: Array) -> tuple[Array, Array]:
 def mse_with_logits_loss(z: Array, t: Array) -> tuple[Array, Array]:
     """Return value and slope of every element."""
     p = sigmoid(z)
-    return (p - t) ** 2, 2 * (p - t) * p * sigmoid(-z)
+    d = p - t
+    return d * d, 2 * d * p * (1 - p)
 
 
 def binary_entropy(t: Array) -> Array:

@@ -13,7 +13,7 @@ import pytest
 import fastloss as fl
 from fastloss import ops
 from fastloss.ops import exp, maximum, minimum, sqrt, where
-from tests.table import DIFFERENCE, PRODUCT, SUM, assert_close, assert_ulp
+from tests.ulp import DIFFERENCE, PRODUCT, SUM, assert_close, assert_ulp
 
 
 @fl.elementwise_loss

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastloss as fl
-from tests.table import SUM, assert_close
+from tests.ulp import SUM, assert_close
 
 LOSS = fl.binary_cross_entropy_with_logits
 

@@ -7,7 +7,8 @@ import numpy as np
 import fastloss as fl
 from fastloss import reference
 from tests import oracle
-from tests.table import LOSSES, NUMPY, SUM, assert_close
+from tests.table import LOSSES
+from tests.ulp import NUMPY, SUM, assert_close
 
 
 def test_reference_agrees_with_the_oracle(name, batch):

@@ -1,8 +1,9 @@
 """From a `Spec` to a function that can be called: compiled by Numba once, then kept on disk as machine code.
 
 Numba's own disk cache starts all of Numba to load a function: 0.9 s of a process, where this one takes 0.1 s, because
-loading machine code needs llvmlite alone. Its key is the spec, the package's sources, the compiler's version and the CPU,
-so that an edited formula or package is never served an old kernel.
+loading machine code needs llvmlite alone. Its key is the spec, in which the formula stands operation by operation, the
+sources of this folder, the versions of Numba and llvmlite, and the CPU: an edited formula or package is never served an old
+kernel. Nothing is ever deleted; a kernel takes 5 to 20 KB.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import threading
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,7 @@ def _compile(spec: Spec) -> bytes:
     from fastloss.cpu import loops  # brings Numba, which a process with a warm cache never imports
 
     loops.SPECS[spec.key] = spec
+    # Numba's own machine code refers to Python symbols and to this process; its LLVM text, compiled again, stands alone
     module = llvm.parse_assembly(loops.build(spec.key).inspect_llvm())
     entry = next(f for f in module.functions if f.name.startswith("cfunc."))
     entry.name = SYMBOL
@@ -95,7 +98,7 @@ def _cpu() -> tuple[str, str]:
 @cache
 def _fingerprint() -> str:
     """Everything beside the spec that the machine code depends on."""
-    digest = hashlib.sha256(f"{llvmlite.__version__} {sys.platform} {_cpu()}".encode())
+    digest = hashlib.sha256(f"{version('numba')} {llvmlite.__version__} {sys.platform} {_cpu()}".encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -128,6 +131,7 @@ def _write(path: Path, code: bytes) -> None:
     """Keep the code for the next process; a folder that cannot be written only costs the next compilation."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, path)  # whole or not at all, also with several processes at it
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            file = Path(folder) / path.name
+            file.write_bytes(hashlib.sha256(code).digest() + code)
+            file.replace(path)  # whole or not at all, also with several processes at it

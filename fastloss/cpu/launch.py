@@ -1,10 +1,4 @@
-"""Run a plan: lay out what the kernel reads, call it, bring the partial sums home.
-
-The frame of a call, 8 bytes a field: next range, finished ranges, whether to store past the caches, 1 if each sample has
-its own scale, address of the scales; the arrays' addresses; the number options; one scale; two partial sums a range (value,
-bad targets). The layout of a plan: six numbers of ranges, samples, rows and axes; each array's stride along a row;
-each array's start; and for every axis outside the rows its length and each array's stride.
-"""
+"""Run a plan: lay out what the kernel reads, call it, bring the partial sums home."""
 
 from __future__ import annotations
 
@@ -16,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastloss.cpu import jit
+from fastloss.cpu.frame import frame_of, layout_of
 from fastloss.cpu.pool import POOL
 from fastloss.plan import ONE_RANGE, Array, Plan, check_overlap
 
@@ -40,20 +35,16 @@ class Launch:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.kernel = jit.kernel(plan.spec)
-        arrays, numbers = len(plan.row_strides), max(1, len(plan.spec.numbers))
-        fields = [plan.ranges, plan.ranges_per_sample, plan.range_size, plan.sample_size, plan.row_size, len(plan.axes)]
-        fields += [*plan.row_strides, *plan.starts]
-        for length, strides in plan.axes:
-            fields += [length, *strides]
+        fields = layout_of(plan)
         self.layout = (ctypes.c_int64 * len(fields))(*fields)
         self.layout_address = ctypes.addressof(self.layout)
-        self.ranges, self.is_small = plan.ranges, plan.size <= ONE_RANGE
-        self.by_sample = plan.by_sample
+        self.ranges, self.by_sample, self.is_small = plan.ranges, plan.by_sample, plan.size <= ONE_RANGE
+        frame = frame_of(plan.spec)
+        self.head = struct.Struct(f"{frame.numbers}q{frame.partials - frame.numbers}d")
+        self.padding = (0.0,) * (frame.scale - frame.numbers - len(plan.spec.numbers))
+        self.scale_at, self.partials_at = 8 * frame.scale, 8 * frame.partials
+        self.frame_type = ctypes.c_int64 * (frame.partials + 2 * plan.ranges)
         self.unpack_sums = struct.Struct(f"{2 * plan.ranges}d" if not plan.by_sample else "").unpack_from
-        self.head = struct.Struct(f"5q{arrays}q{numbers + 1}d")
-        self.padding = (0.0,) * (numbers - len(plan.spec.numbers))
-        self.partials_at = self.head.size
-        self.frame_type = ctypes.c_int64 * (self.partials_at // 8 + 2 * plan.ranges)
         self.may_stream = may_stream(plan)
 
     def run(self, arrays: list[Array], numbers: Iterable[float], scale: Any, borrowed: bool) -> tuple[Any, bool]:
@@ -70,7 +61,7 @@ class Launch:
         if isinstance(scale, np.ndarray):
             step, scales, scale_here = 1, address(scale), 0.0
         else:
-            step, scales, scale_here = 0, base + self.partials_at - 8, scale
+            step, scales, scale_here = 0, base + self.scale_at, scale
         self.head.pack_into(frame, 0, 0, 0, streaming, step, scales, *addresses, *numbers, *self.padding, scale_here)
         if self.is_small:
             self.kernel(base, self.layout_address)

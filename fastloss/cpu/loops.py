@@ -23,13 +23,14 @@ from numba.core.datamodel import models, register_default
 from numba.extending import intrinsic
 
 from fastloss.cpu import simd, vmath
+from fastloss.cpu.frame import COUNTERS, LAYOUT_COUNTERS, frame_of
 from fastloss.cpu.simd import Vector
 from fastloss.plan import Operand, Spec
 
-# Two registers of AVX-512, or of AVX2, which has half as many: with one, a step's chain of dependent instructions leaves
-# the units idle (BCE took 1.4 times as long), with more, values spill.
+# Four registers of AVX-512, or two of AVX2, which has half as many: with fewer, a step's chain of dependent instructions
+# leaves the units idle (BCE value+gradient in the cache: 0.90 ns an element with four registers, 1.05 with two); with more,
+# values spill.
 VECTOR_BYTES = 256 if llvm.get_host_cpu_features().get("avx512f") else 64
-FRAME_FIELDS, LAYOUT_FIELDS = 5, 6  # integers before the arrays', in what `launch.py` lays out
 BLOCK = 64  # steps summed in float32: a product of that many factors below 2 stays finite
 
 I1, I64, DOUBLE = ir.IntType(1), ir.IntType(64), ir.DoubleType()
@@ -154,8 +155,8 @@ class Step:
         with builder.if_else(self.is_full) as (full, tail):
             with full, builder.if_else(streaming) as (past, through):
                 with past:
-                    # NumPy's arrays start at multiples of 16, so LLVM splits this into four 16-byte stores; they are
-                    # merged to full lines on their way: within 4 % of 64-byte ones here.
+                    # NumPy's arrays start at multiples of 16, so LLVM makes 16-byte stores of this, which are merged to
+                    # full lines on their way.
                     instruction = builder.store(vector, pointer, align=16)
                     instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
                 with through:
@@ -306,7 +307,7 @@ def zeros(typingctx: Any, key: Any, what: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def step(
+def run_step(
     typingctx: Any, key: Any, addresses: Any, strides: Any, start: Any, stop: Any, numbers: Any, scale: Any, streaming: Any, sums: Any
 ) -> Any:
     """Work on one vector's width of elements from `start` on; see `emit_step`."""
@@ -382,23 +383,23 @@ def doubles_at(typingctx: Any, address: Any) -> Any:
 def build(key: str) -> Any:
     """Compile the loop for a spec.
 
-    Every thread that helps calls the same function with the same two arguments, laid out by `launch.py`: the frame of the
-    call and the layout of its arrays. Ranges are handed out by an atomic counter; the counter of finished ranges is raised
+    Every thread that helps calls the same function with the same two arguments, the frame of the call and the layout of its
+    arrays; see `frame.py`. Ranges are handed out by an atomic counter; the counter of finished ranges is raised
     by an atomic operation too, which also makes stores past the caches visible.
     """
     spec = SPECS[key]
-    lanes, arrays, numbers = lanes_of(spec), len(spec.arrays), max(1, len(spec.numbers))
+    lanes, arrays = lanes_of(spec), len(spec.arrays)
     block = BLOCK * lanes
-    strides_at, axes_at = LAYOUT_FIELDS, LAYOUT_FIELDS + 2 * arrays
-    addresses_at, numbers_at = FRAME_FIELDS, FRAME_FIELDS + arrays
-    partials_at = numbers_at + numbers + 1  # behind the scale that all samples share
+    addresses_at, numbers_at, scale_at, partials_at = frame_of(spec)
+    numbers = scale_at - numbers_at
+    strides_at, starts_at, axes_at = LAYOUT_COUNTERS, LAYOUT_COUNTERS + arrays, LAYOUT_COUNTERS + 2 * arrays
 
     @cfunc(types.void(types.CPointer(types.int64), types.CPointer(types.int64)), error_model="numpy")
     def kernel(frame: Any, layout: Any) -> None:
-        _, _, streaming, scale_step, scales = read(5, frame, 0)
-        ranges, per_sample, range_size, sample_size, row_size, axes = read(6, layout, 0)
+        _, _, streaming, scale_step, scales = read(COUNTERS, frame, 0)
+        ranges, per_sample, range_size, sample_size, row_size, axes = read(LAYOUT_COUNTERS, layout, 0)
         strides = read(arrays, layout, strides_at)
-        base = advance(read(arrays, frame, addresses_at), read(arrays, layout, strides_at + arrays), 1)
+        base = advance(read(arrays, frame, addresses_at), read(arrays, layout, starts_at), 1)
         options = read(numbers, doubles(frame, numbers_at), 0)
         partials = doubles(frame, partials_at)
         index = fetch_add(frame, 0)
@@ -423,7 +424,7 @@ def build(key: str) -> Any:
                     sums = zeros(key, "block")
                     last = min(first + block, count)
                     for start in range(first, last, lanes):
-                        sums = step(key, here, strides, start, last, options, scale, streaming != 0, sums)
+                        sums = run_step(key, here, strides, start, last, options, scale, streaming != 0, sums)
                     totals = fold(key, totals, sums)
                 at += count
             partials[2 * index] = lane_sum(totals, 0)

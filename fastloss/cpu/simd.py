@@ -1,8 +1,8 @@
 """A SIMD vector while LLVM code is being written: calling a formula with `Vector` arguments emits its instructions.
 
-A vector holds 16 float32 or 8 float64 lanes; LLVM splits it into whatever registers the CPU has. Nothing here
-depends on the auto-vectoriser. No fast-math flag is set: `nnan` and `ninf` would delete the handling of NaN and inf, and
-`contract` would let the same formula round differently in different kernels. `fma` is asked for by name where it pays.
+LLVM splits a vector into whatever registers the CPU has; nothing depends on the auto-vectoriser. No fast-math flag is set:
+`nnan` and `ninf` would delete the handling of NaN and inf, and `contract` would let the same formula round differently in
+different kernels. `fma` is asked for by name where it pays.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ _OPS: dict[str, Callable[..., Vector]] = {
     "where": _where,
     "minimum": _extremum("<"),
     "maximum": _extremum(">"),
-    "exp": lambda x: vmath.exp(x),
-    "log": lambda x: vmath.log(x),
-    "log1p": lambda x: vmath.log1p(x),
+    "exp": vmath.exp,
+    "log": vmath.log,
+    "log1p": vmath.log1p,
     "add_log1p": _add_log1p,
 }

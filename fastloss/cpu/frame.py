@@ -1,0 +1,44 @@
+"""What a kernel is given, 8 bytes a field: written by `launch.py`, read by `loops.py`.
+
+The frame of a call:
+    the next range to take, how many are finished, whether to store past the caches, 1 if each sample has a scale of its own,
+    the address of the scales; the arrays' addresses; the options that are numbers (at least one, which may be unused);
+    one scale; two partial sums a range, of the values and of the bad targets.
+
+The layout of a plan:
+    how many ranges, how many a sample, elements a range, elements a sample, elements a row, axes outside the rows; each
+    array's stride along a row; each array's first byte, from its address; for every axis outside the rows, innermost first,
+    its length and each array's stride.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fastloss.plan import Plan, Spec
+
+COUNTERS = 5  # fields of the frame before the addresses
+LAYOUT_COUNTERS = 6  # fields of the layout before the strides
+
+
+class Frame(NamedTuple):
+    """The first field of each part of a frame."""
+
+    addresses: int
+    numbers: int
+    scale: int
+    partials: int
+
+
+def frame_of(spec: Spec) -> Frame:
+    """Return where the parts of a spec's frames stand."""
+    numbers = COUNTERS + len(spec.arrays)
+    scale = numbers + max(1, len(spec.numbers))
+    return Frame(COUNTERS, numbers, scale, scale + 1)
+
+
+def layout_of(plan: Plan) -> list[int]:
+    """Return the fields of a plan's layout."""
+    counters = [plan.ranges, plan.ranges_per_sample, plan.range_size, plan.sample_size, plan.row_size, len(plan.axes)]
+    assert len(counters) == LAYOUT_COUNTERS
+    return [*counters, *plan.row_strides, *plan.starts, *(x for length, strides in plan.axes for x in (length, *strides))]
