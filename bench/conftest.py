@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from statistics import median, quantiles
 
-import llvmlite
-import numpy as np
 import psutil
 import pytest
 
 import fastloss as fl
-from bench.limit import Call
 
 THREADS = 2
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Row:
     calls: int = 1  # in one round, for calls too short to time alone
     must_us: float | None = None
     aim_us: float | None = None
+    must_extra_ms: float | None = None  # that `run` may take longer than `other`
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -83,6 +84,7 @@ def summary(row: Row, times: list[float], others: list[float]) -> dict[str, obje
         "aim": row.aim,
         "must_us": row.must_us,
         "aim_us": row.aim_us,
+        "must_extra_ms": row.must_extra_ms,
     }
 
 
@@ -94,12 +96,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         cores=psutil.cpu_count(logical=False),
         memory_gib=round(psutil.virtual_memory().total / 2**30),
         system=f"{platform.system()} {platform.machine()}",
-        versions={
-            "fastloss": fl.__version__,
-            "numpy": np.__version__,
-            "llvmlite": llvmlite.__version__,
-            "python": platform.python_version(),
-        },
+        versions={name: version(name) for name in ("fastloss", "numpy", "numba", "llvmlite")} | {"python": platform.python_version()},
     )
 
 

@@ -7,7 +7,6 @@ vector are left out.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import llvmlite.binding as llvm
@@ -119,6 +118,3 @@ def check(limit: Limit, size: int = 1 << 16) -> None:
         triad(out, a, b)
         assert (out == 3).all()
     assert limit.dot(a, b) == 2 * size
-
-
-Call = Callable[[], object]

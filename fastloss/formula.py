@@ -20,7 +20,11 @@ from fastloss.ops import VOCABULARY, FormulaError, Symbol
 
 QUANTITIES = ("value", "slope", "curvature")
 OPTIONS = {"mask": None, "ignore_index": None, "target_scale": None, "grad_output": None, "out": None, "validate": False}
-RESERVED = {"input", "target", "weight", "reduction", *OPTIONS, *QUANTITIES}
+RESERVED = {"self", "input", "target", "weight", "reduction", *OPTIONS, *QUANTITIES}
+
+Reference = str | float
+Step = tuple[str, tuple[Reference, ...]]
+Trace = tuple[tuple[Step, ...], tuple[Reference, ...]]  # the operations, and which of their results are the quantities
 
 _COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}
 _LOGIC = {"and", "or", "not"}
@@ -29,8 +33,8 @@ _LOGIC = {"and", "or", "not"}
 class _Trace(Symbol):
     """A symbol that writes down the operations it goes through, and knows a number from a condition."""
 
-    def __init__(self, lines: list[str], name: str, is_condition: bool = False) -> None:
-        self.lines, self.name, self.is_condition = lines, name, is_condition
+    def __init__(self, steps: list[Step], name: str, is_condition: bool = False) -> None:
+        self.steps, self.name, self.is_condition = steps, name, is_condition
 
     def apply(self, op: str, *args: Any) -> _Trace:
         """Append the operation."""
@@ -38,8 +42,8 @@ class _Trace(Symbol):
             wants_condition = op in _LOGIC or (op == "where" and k == 0)
             if wants_condition != (isinstance(arg, _Trace) and arg.is_condition):
                 raise FormulaError(_MIXED[wants_condition])
-        self.lines.append(f"{op} {' '.join(map(_name, args))}")
-        return _Trace(self.lines, f"%{len(self.lines)}", op in _COMPARISONS or op in _LOGIC)
+        self.steps.append((op, tuple(map(_reference, args))))
+        return _Trace(self.steps, f"%{len(self.steps)}", op in _COMPARISONS or op in _LOGIC)
 
 
 _MIXED = {
@@ -48,11 +52,12 @@ _MIXED = {
 }
 
 
-def _name(arg: Any) -> str:
+def _reference(arg: Any) -> Reference:
+    """Return a symbol's name, or a number."""
     if isinstance(arg, _Trace):
         return arg.name
     if isinstance(arg, (int, float, np.integer, np.floating)):
-        return repr(float(arg))
+        return float(arg)
     raise FormulaError(f"a formula computes with elements and numbers, not with {type(arg).__name__}")
 
 
@@ -66,40 +71,48 @@ class Formula:
         self.defaults = _defaults(function)
         self.given = tuple(name for name, default in self.defaults.items() if default is not None)
         self.numbers = {name: float(self.defaults[name]) for name in self.given}
-        self._traces: dict[tuple[str, ...], str] = {}
         # a formula may ask whether a parameter was given, so it is read in every way it may be called
         absent = [name for name in self.defaults if name not in self.given]
+        self._traces: dict[tuple[str, ...], Trace] = {}
         for missing in itertools.product((True, False), repeat=len(absent)):
             left_out = {name for name, is_missing in zip(absent, missing, strict=True) if is_missing}
-            self.trace(tuple(name for name in self.defaults if name not in left_out))
-        self.has_curvature = len(self._read(self.given)[1]) == len(QUANTITIES)
+            parameters = tuple(name for name in self.defaults if name not in left_out)
+            self._traces[parameters] = self._read(parameters)
+        counts = {len(quantities) for _, quantities in self._traces.values()}
+        if len(counts) > 1:
+            raise FormulaError(f"{function.__name__}: with and without its parameters, a formula returns the same number of quantities")
+        self.has_curvature = counts == {len(QUANTITIES)}
 
     def quantities(self, z: Any, t: Any, parameters: dict[str, Any]) -> dict[str, Any]:
-        """Return "value", "slope" and, where the formula has one, "curvature" of one element."""
-        return dict(zip(QUANTITIES, self.function(z, t, **parameters), strict=False))
+        """Return "value", "slope" and, where the formula has one, "curvature" of one element, given as symbols.
+
+        The operations are those that were read, not those the function would do now: what it looks up outside may have
+        changed, and the kernel is kept under what was read.
+        """
+        steps, quantities = self._traces[tuple(parameters)]
+        known: dict[Reference, Any] = {"%input": z, "%target": t, **{f"%{name}": x for name, x in parameters.items()}}
+        for k, (op, references) in enumerate(steps, 1):
+            args = [known.get(reference, reference) for reference in references]
+            known[f"%{k}"] = next(arg for arg in args if isinstance(arg, Symbol)).apply(op, *args)
+        return dict(zip(QUANTITIES, (known.get(reference, reference) for reference in quantities), strict=False))
 
     def trace(self, parameters: tuple[str, ...]) -> str:
         """Return the operations as text, the same for two formulas that compute the same; parameters not named are None."""
-        if parameters not in self._traces:
-            lines, result = self._read(parameters)
-            self._traces[parameters] = "\n".join([*lines, "return " + " ".join(map(_name, result))])
-        return self._traces[parameters]
+        return repr(self._traces[parameters])
 
-    def _read(self, parameters: tuple[str, ...]) -> tuple[list[str], tuple[Any, ...]]:
+    def _read(self, parameters: tuple[str, ...]) -> Trace:
         """Call the function with symbols; return the operations and the quantities."""
-        lines: list[str] = []
-        z, t, *rest = (_Trace(lines, name) for name in ("%input", "%target", *parameters))
+        steps: list[Step] = []
+        z, t, *rest = (_Trace(steps, f"%{name}") for name in ("input", "target", *parameters))
         try:
             result = self.function(z, t, **dict(zip(parameters, rest, strict=True)))
             if not isinstance(result, tuple) or len(result) not in (2, 3):
                 raise FormulaError("a formula returns (value, slope) or (value, slope, curvature)")
-            for quantity in result:
-                if isinstance(quantity, _Trace) and quantity.is_condition:
-                    raise FormulaError(_MIXED[False])
-                _name(quantity)
+            if any(isinstance(quantity, _Trace) and quantity.is_condition for quantity in result):
+                raise FormulaError(_MIXED[False])
+            return tuple(steps), tuple(map(_reference, result))
         except Exception as error:
             raise FormulaError(self._locate(error)) from error
-        return lines, result
 
     def _locate(self, error: Exception) -> str:
         """Return the error's message behind the line of the formula that it came from."""

@@ -12,6 +12,7 @@ import copy
 import functools
 import inspect
 import math
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, overload
@@ -19,7 +20,7 @@ from typing import Any, overload
 import numpy as np
 
 from fastloss.formula import OPTIONS, Formula
-from fastloss.plan import REDUCTIONS, Array, Request, make_plan
+from fastloss.plan import REDUCTIONS, Array, Request, check_dtype, make_plan
 
 Bounds = Mapping[str, tuple[float, float]]
 
@@ -57,6 +58,8 @@ class Loss:
 
     def __init__(self, function: Callable[..., Any], unit_target: bool, bounds: Bounds) -> None:
         self.formula = Formula(function)
+        if unknown := bounds.keys() - self.formula.defaults.keys():
+            raise ValueError(f"bounds are given for {', '.join(sorted(unknown))}, which {function.__name__} does not have")
         self.unit_target = unit_target
         self.bounds = bounds
         self.__name__ = function.__name__
@@ -157,7 +160,7 @@ class _Call:
         self.loss, self.reduction = loss, reduction
         x = input if type(input) is np.ndarray else as_array("input", input)
         t = target if type(target) is np.ndarray else as_array("target", target)
-        if reduction not in REDUCTIONS:
+        if not isinstance(reduction, str) or reduction not in REDUCTIONS:
             raise ValueError(f"reduction {reduction!r} is unknown; accepted: {', '.join(map(repr, REDUCTIONS))}")
         self.names, self.arrays = ["input", "target"], [x, t]
         self.shape = x.shape
@@ -214,6 +217,7 @@ class _Call:
         if self.reduction == "none":
             self.add("grad_output", array)
         else:
+            check_dtype("grad_output", array.dtype)
             self.upstream = array.astype(np.float64)
 
     def number(self, name: str, value: Any) -> float:
@@ -230,7 +234,7 @@ class _Call:
         x, out = self.arrays[0], self.out
         if out is None:
             return [np.empty_like(x) for _ in wanted]
-        if not isinstance(out, np.ndarray):
+        if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
             raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
         if not out.flags.writeable:
             raise ValueError("out is read-only")
@@ -277,7 +281,7 @@ class _Call:
         """Return what gradients are multiplied by, one number or one a sample."""
         if not self.by_sample:
             return self.upstream / counted if counted else math.nan  # where nothing counts, every gradient is 0 all the same
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
             return np.ascontiguousarray(np.broadcast_to(np.divide(self.upstream, counted), self.shape[:1]))
 
     def reduce(self, total: Any, counted: Any) -> Any:
@@ -285,8 +289,8 @@ class _Call:
         if not self.by_sample and counted:
             return np.float64(total / counted)
         if not np.all(counted):
-            warnings.warn("mean of no elements: the input is empty, or all of it is masked", RuntimeWarning, stacklevel=5)
-        with np.errstate(divide="ignore", invalid="ignore"):
+            warnings.warn("mean of no elements: the input is empty, or all of it is masked", RuntimeWarning, stacklevel=outside())
+        with np.errstate(all="ignore"):
             return np.divide(total, counted)
 
     def check_targets(self) -> None:
@@ -350,6 +354,16 @@ def to_float(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, not {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name} is too large for a float64") from None
+
+
+def outside() -> int:
+    """Return the stack level of the first caller outside this file, for warnings."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def can_hold(dtype: np.dtype[Any], ignored: float) -> bool:

@@ -7,6 +7,7 @@ with a `Symbol` for each argument, to be compiled: then every operator and every
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NoReturn
 
 import numpy as np
@@ -61,6 +62,7 @@ class Symbol:
         return self.apply("div", other, self)
 
     def __pow__(self, exponent: Any) -> Any:
+        exponent = operator.index(exponent) if hasattr(exponent, "__index__") and not isinstance(exponent, Symbol) else exponent
         if not isinstance(exponent, int) or not 1 <= exponent <= 16:
             raise FormulaError(f"** {exponent!r} is not in the vocabulary; use a whole power from 1 to 16, ops.sqrt, or exp(y * log(x))")
         half = self ** (exponent // 2) if exponent > 1 else 1.0
@@ -106,7 +108,9 @@ class Symbol:
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise FormulaError(f"a formula cannot turn an element into an array; use {VOCABULARY} from fastloss.ops")
 
-    def __array_ufunc__(self, ufunc: np.ufunc, *args: Any, **kwargs: Any) -> NoReturn:
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *args: Any, **kwargs: Any) -> Any:
+        if ufunc in _OPERATORS and not kwargs and all(isinstance(arg, (Symbol, np.number)) for arg in args):
+            return self.apply(_OPERATORS[ufunc], *args)  # a NumPy number on an operator's left
         raise FormulaError(f"numpy.{ufunc.__name__} is not in the vocabulary of formulas; use {VOCABULARY} from fastloss.ops, or operators")
 
     def __array_function__(self, function: Any, *args: Any) -> NoReturn:
@@ -118,7 +122,8 @@ def _render(op: str, numpy_function: Any, *args: Any) -> Any:
     for arg in args:
         if isinstance(arg, Symbol):
             return arg.apply(op, *args)
-    return numpy_function(*args)
+    result = numpy_function(*args)
+    return float(result) if isinstance(result, np.floating) else result
 
 
 def abs(x: Any) -> Any:
@@ -181,3 +186,5 @@ def add_log1p(x: Any, e: Any) -> Any:
 
 
 VOCABULARY = ", ".join(name for name in __all__ if name[0].islower())
+_OPERATORS = {np.add: "add", np.subtract: "sub", np.multiply: "mul", np.true_divide: "div", np.less: "lt", np.less_equal: "le"}
+_OPERATORS |= {np.greater: "gt", np.greater_equal: "ge", np.equal: "eq", np.not_equal: "ne"}

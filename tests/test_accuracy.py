@@ -155,6 +155,19 @@ def test_infinite_logits_have_the_limit(name, z, t, value, slope, curvature, dty
         np.testing.assert_array_equal(np.concatenate(weighted), dtype.type([value, slope, curvature]))
 
 
+def test_infinities_in_large_sums(dtype):
+    z, t = np.zeros(200_000, dtype), np.zeros(200_000, dtype)
+    first = fl.elementwise_loss(lambda z, t: (z, 1.0))
+    z[0] = np.inf
+    assert first(z, t) == np.inf
+    z[-1] = -np.inf
+    assert np.isnan(first(z, t))
+    assert fl.mse_loss(z, t) == np.inf
+    z[...] = np.finfo(dtype).max
+    if dtype == np.float64:
+        assert first(z, t, reduction="sum") == np.inf
+
+
 def test_one_nan_spoils_its_own_gradient_and_the_value(name, batch):
     z, t = batch
     z[1, 2, 3, 4] = np.nan

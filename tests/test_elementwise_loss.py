@@ -12,6 +12,7 @@ import pytest
 
 import fastloss as fl
 from fastloss import ops
+from fastloss.formula import RESERVED
 from fastloss.ops import exp, maximum, minimum, sqrt, where
 from tests.ulp import DIFFERENCE, PRODUCT, SUM, assert_close, assert_ulp
 
@@ -200,6 +201,74 @@ def test_what_cannot_be_compiled_fails_at_once_and_names_the_line(function, line
     assert str(error.value).startswith(f"{function.__name__} ({__file__}:")
     assert f"`{line}`" in str(error.value)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda z, t: ((z > t) * 2.0, 1.0), "a condition such as z > 0 is not a number; use ops.where(condition, 1.0, 0.0)"),
+        (lambda z, t: (z > t, 1.0), "a condition such as z > 0 is not a number"),
+        (lambda z, t: (where(z - t, z, t), 1.0), "take conditions such as z > 0, not numbers"),
+        (lambda z, t: (where((z > 0) & t, z, t), 1.0), "take conditions such as z > 0, not numbers"),
+        (lambda z, t, scale: (z * scale, 1.0), "the parameter scale has no default; accepted: a number, or None"),
+        (lambda z, t, kind="l2": (z - t, 1.0), "the parameter kind has the default 'l2'; accepted: a number, or None"),
+        (lambda z, t, mask=1.0: (z * mask, 1.0), "the parameter mask is given by name, and may not be called curvature,"),
+        (lambda z, t, *rest: (z - t, 1.0), "names each of its parameters, without * or **"),
+        (lambda z, t, **rest: (z - t, 1.0), "names each of its parameters, without * or **"),
+        (lambda z, t, a=None, b=None: (z * (1 if a is None else a) + (z.real if a is None and b is not None else 0), 1.0), "'real'"),
+        (np.subtract, "a formula is a function (def or lambda), not <ufunc 'subtract'>"),
+    ],
+)
+def test_what_cannot_be_a_formula_fails_at_once(function, message):
+    with pytest.raises(fl.FormulaError, match=re.escape(message)):
+        fl.elementwise_loss(function)
+
+
+def test_names_of_arguments_do_not_matter(rng):
+    a, b = rng.random(50), rng.random(50)
+    plain = fl.elementwise_loss(lambda z, t, k=2.0: (z * k, t))
+    renamed = fl.elementwise_loss(lambda k, z, t=2.0: (k * t, z))
+    crossed = fl.elementwise_loss(lambda t, z, k=2.0: (t + z * k, z))
+    scaled = fl.elementwise_loss(lambda z, t, scale=3.0: (scale * (z - t), scale))
+    assert plain(a, b, k=5) == renamed(a, b, t=5)
+    assert_close(crossed(a, b), (a + 2 * b).mean(), SUM[a.dtype])
+    assert_close(scaled.grad(a, b, reduction="sum"), np.full(50, 3.0), SUM[a.dtype])
+
+
+def test_names_that_look_like_numbers():
+    one = np.ones(1)
+    assert fl.elementwise_loss(lambda z, t, inf=2.0: (z * inf, 1.0))(one, one) == 2.0
+    assert fl.elementwise_loss(lambda z, t, inf=2.0: (z * float("inf"), 1.0))(one, one) == np.inf
+
+
+def test_add_log1p_leaves_its_argument_as_it_was(dtype, rng):
+    def softplus(z, t):
+        e = exp(z)
+        return where(z < 0.0, ops.add_log1p(0.0, e), ops.log1p(e)), 1.0
+
+    z = rng.normal(0, 3, 1000).astype(dtype)
+    assert_close(fl.elementwise_loss(softplus)(z, z, reduction="none"), np.log1p(np.exp(z.astype(np.float64))), SUM[np.dtype(dtype)])
+
+
+def test_numpy_numbers_in_formulas(rng):
+    two, z = np.float64(2), rng.random(9)
+    loss = fl.elementwise_loss(lambda z, t: (two * z + sqrt(4.0) / z - np.float32(1) + z ** np.int64(2), 1.0))
+    assert_close(loss(z, z, reduction="none"), 2 * z + 2 / z - 1 + z**2, SUM[z.dtype])
+    assert isinstance(sqrt(4.0), float)
+
+
+def test_a_formula_returns_as_much_with_a_parameter_as_without():
+    with pytest.raises(fl.FormulaError, match="with and without its parameters, a formula returns the same number of quantities"):
+        fl.elementwise_loss(lambda z, t, a=None: (z, 1.0, 2.0) if a is None else (z, a))
+
+
+def test_bounds_of_a_parameter_that_is_not_there():
+    with pytest.raises(ValueError, match="bounds are given for beta, which <lambda> does not have"):
+        fl.elementwise_loss(bounds={"beta": (0, 1)})(lambda z, t: (z, 1.0))
+
+
+def test_every_option_is_reserved():
+    assert set(inspect.signature(fl.mse_loss).parameters) < RESERVED
 
 
 def test_a_helper_of_the_formula_is_named_too():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import numpy as np
@@ -67,6 +68,16 @@ CASES = {
         (Z, T),
         {"target_scale": 1 / 255},
     ),
+    "ignore_index infinite": (
+        ValueError,
+        "ignore_index is inf; accepted for uint8 targets: whole numbers",
+        (Z, T.astype(np.uint8)),
+        {"ignore_index": np.inf},
+    ),
+    "ignore_index type": (TypeError, "ignore_index must be a number, not [1, 2]", (Z, T), {"ignore_index": [1, 2]}),
+    "number as text": (TypeError, "pos_weight must be a number, not '2'", (Z, T), {"pos_weight": "2"}),
+    "reduction type": (ValueError, "reduction ['mean'] is unknown", (Z, T), {"reduction": ["mean"]}),
+    "float16": (TypeError, "input has dtype float16; accepted: float32, float64", (Z.astype(np.float16), T), {}),
     "ignore_index NaN": (
         ValueError,
         "ignore_index is NaN, which equals nothing; pass mask=~numpy.isnan(target)",
@@ -81,6 +92,8 @@ CASES = {
     ),
 }
 GRADIENT_CASES = {
+    "out masked": (TypeError, "out must be a numpy.ndarray, not MaskedArray", {"out": np.ma.array(np.zeros((2, 3), F4))}),
+    "grad_output dtype": (TypeError, "grad_output has dtype complex128", {"grad_output": np.ones(2, complex), "reduction": "sample_sum"}),
     "out type": (TypeError, "out must be a numpy.ndarray, not list", {"out": [0.0]}),
     "out shape": (
         ValueError,
@@ -160,6 +173,33 @@ def test_overlapping_out(name):
         loss.grad(z, t, weight, out=weight)
 
 
+def test_same_elements_with_another_stride_on_an_axis_of_length_1():
+    memory = np.linspace(0, 1, 6, dtype=np.float32)
+    z = np.lib.stride_tricks.as_strided(memory, (1, 6), (24, 4))
+    out = np.lib.stride_tricks.as_strided(memory, (1, 6), (400, 4))
+    want = LOSS.grad(z.copy(), np.zeros_like(z))
+    np.testing.assert_array_equal(LOSS.grad(z, np.zeros((1, 6), np.float32), out=out), want)
+
+
+def test_a_nan_from_the_chain_rule_goes_through():
+    assert np.isnan(LOSS.grad(Z, T, grad_output=float("nan"))).all()
+
+
+def test_first_bad_target_in_a_long_row():
+    t = np.zeros(3_000_000, np.float32)
+    t[2_999_998] = 2
+    with pytest.raises(ValueError, match=re.escape("target[2999998] is 2.0")):
+        LOSS(t, t, validate=True)
+
+
+def test_entropy_speaks_of_targets():
+    with pytest.raises(TypeError, match="target has dtype float16"):
+        fl.binary_entropy(T.astype(np.float16))
+    with pytest.raises(TypeError, match="binary_entropy has no gradient, and so no grad_output"):
+        fl.binary_entropy(T, grad_output=2.0)
+    assert list(inspect.signature(fl.binary_entropy).parameters)[:4] == ["target", "weight", "reduction", "pos_weight"]
+
+
 def test_interleaved_memory_does_not_overlap():
     memory = np.linspace(0, 1, 30, dtype=np.float32)
     z, t, out = memory[::3], memory[1::3], memory[2::3]
@@ -168,10 +208,11 @@ def test_interleaved_memory_does_not_overlap():
 
 
 def test_broadcast_out():
-    memory = np.zeros(3, np.float32)
-    out = np.lib.stride_tricks.as_strided(memory, (2, 3), (0, 4))
-    with pytest.raises(ValueError, match="out is a broadcast view: several of its elements share memory"):
-        LOSS.grad(Z, T, out=out)
+    memory = np.zeros(9, np.float32)
+    for strides in ((0, 4), (4, 4)):
+        out = np.lib.stride_tricks.as_strided(memory, (2, 3), strides)
+        with pytest.raises(ValueError, match="several elements of out share memory: it is a broadcast view or a sliding window"):
+            LOSS.grad(Z, T, out=out)
 
 
 @pytest.mark.parametrize("bad", [-0.01, 1.01, np.nan, np.inf, -np.inf])

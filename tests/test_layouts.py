@@ -84,7 +84,7 @@ def test_nothing_beside_the_inputs_is_read(tmp_path, rng):
     n = 4096 // 4 - 5
     (tmp_path / "z").write_bytes(rng.normal(0, 3, 1024).astype(np.float32).tobytes())
     z = np.memmap(tmp_path / "z", np.float32, "r")[5:]
-    assert z.size == n + 0
+    assert z.size == n
     t = np.zeros(n, np.float32)
     assert LOSS(z, t) == LOSS(np.array(z), t)
     value, grad = LOSS.value_and_grad(z, t)
@@ -118,6 +118,18 @@ def test_large_outputs_of_any_alignment(size, offset, rng):
     assert (out[offset + size :] == 7).all()
 
 
+@pytest.mark.parametrize("offset", range(8))
+def test_large_outputs_walked_backwards(offset, rng):
+    size = (1 << 20) + 1
+    z, t = rng.normal(0, 3, size).astype(np.float32), rng.random(size).astype(np.float32)
+    memory = np.full(size + 8, 7, np.float32)
+    out = memory[offset : offset + size][::-1]
+    LOSS.grad(z[::-1], t[::-1], out=out)
+    np.testing.assert_array_equal(out[::-1], LOSS.grad(z, t))
+    assert (memory[:offset] == 7).all()
+    assert (memory[offset + size :] == 7).all()
+
+
 def test_large_samples_and_rows_of_odd_length(rng):
     z, t = rng.normal(0, 3, (3, 400_001)).astype(np.float32), rng.random((3, 400_001)).astype(np.float32)
     value, grad = LOSS.value_and_grad(z, t, reduction="sample_mean")
@@ -133,12 +145,11 @@ def test_large_samples_and_rows_of_odd_length(rng):
 
 @st.composite
 def views(draw):
-    """A view of four axes into a larger array: axes permuted, cut, stepped over, walked backwards."""
-    shape = draw(st.lists(st.integers(1, 9), min_size=4, max_size=4))
+    """How a view of four axes lies in a larger array: axes permuted, cut, stepped over, walked backwards."""
     order = draw(st.permutations(range(4)))
     steps = draw(st.lists(st.sampled_from([1, 1, 1, 2, -1, -2]), min_size=4, max_size=4))
     before = draw(st.lists(st.integers(0, 2), min_size=4, max_size=4))
-    return shape, order, steps, before
+    return order, steps, before
 
 
 def lay_out(values, order, steps, before):
@@ -156,7 +167,7 @@ def lay_out(values, order, steps, before):
 def test_any_strides(shape, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     z, t, w = rng.normal(0, 3, shape), rng.random(shape), rng.random(shape)
-    layouts = [data.draw(views())[1:] for _ in range(4)]
+    layouts = [data.draw(views()) for _ in range(4)]
     a, b, c, out = (lay_out(x, *layout) for x, layout in zip((z, t, w, np.zeros(shape)), layouts, strict=True))
     want, want_grad = fl.mse_loss.value_and_grad(z, t, w)
     value, grad = fl.mse_loss.value_and_grad(a, b, c, out=out)

@@ -309,6 +309,37 @@ def test_the_warning_points_at_the_caller():
     with pytest.warns(RuntimeWarning, match="mean of no elements") as record:
         fl.mse_loss(np.empty(0), np.empty(0))
     assert record[0].filename == __file__
+    with pytest.warns(RuntimeWarning, match="mean of no elements") as record:
+        fl.binary_entropy(np.empty(0))
+    assert record[0].filename == __file__
+
+
+def test_value_and_grad_warns_at_the_caller_too():
+    with pytest.warns(RuntimeWarning, match="mean of no elements") as record:
+        fl.mse_loss.value_and_grad(np.empty(0), np.empty(0))
+    assert record[0].filename == __file__
+
+
+def test_a_constant_batch_sums_without_bias():
+    for x in (0.1, 0.7, 1 / 3):
+        z = np.full(1_000_000, x, np.float32)
+        assert_close(fl.mse_loss(z, np.zeros_like(z)), np.float32(z[0] * z[0]), SUM[z.dtype])
+
+
+def test_any_byte_but_0_is_true(rng):
+    t = np.array([0, 1, 2, 255], np.uint8)
+    z = np.zeros(4, np.float32)
+    np.testing.assert_array_equal(fl.mse_loss(z, t.view(bool), reduction="none"), [0, 1, 1, 1])
+    np.testing.assert_array_equal(
+        fl.mse_loss(z + 1, t, mask=t.view(bool), reduction="none", ignore_index=7) == 0, [True, True, False, False]
+    )
+
+
+def test_numpy_set_to_raise_changes_nothing(batch):
+    z, t = batch
+    z[0, 0, 0, :2] = np.inf, -np.inf
+    with np.errstate(all="raise"):
+        LOSSES["mse_loss"].loss.value_and_grad(z, t, reduction="sample_mean", grad_output=np.finfo(np.float64).tiny)
 
 
 def test_scalars_and_lists_are_taken_as_numpy_would():

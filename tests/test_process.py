@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -107,7 +108,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
 
 
 # who may import whom: the layers from the bottom up; a module imports from lower layers, or from its own folder
-LAYERS = [["ops"], ["formula"], ["plan"], ["cpu"], ["loss"], ["losses"], ["__init__"], ["__main__", "demo"]]
+LAYERS = [["ops"], ["formula"], ["plan"], ["cpu"], ["loss"], ["losses"], ["__init__"], ["demo"], ["__main__"]]
 ALONE = ["reference"]
 
 
@@ -116,18 +117,20 @@ def layer_of(module):
     return next((k for k, names in enumerate(LAYERS) if first in names), None)
 
 
+def names_imported(node):
+    if isinstance(node, ast.Import):
+        return [a.name for a in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [f"fastloss.{a.name}" for a in node.names] if node.module == "fastloss" else [node.module]
+    return []
+
+
 def test_imports_run_one_way():
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
         module = ".".join(parts)
-        imported = {
-            name
-            for node in ast.walk(ast.parse(path.read_text()))
-            for name in (
-                [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            )
-            if name.split(".")[0] == "fastloss"
-        }
+        nodes = ast.walk(ast.parse(path.read_text()))
+        imported = {name for node in nodes for name in names_imported(node) if name.split(".")[0] == "fastloss"}
         if parts[1] in ALONE:
             assert not imported, f"{module} imports {imported}"
             continue
@@ -142,6 +145,43 @@ def test_imports_run_one_way():
 def test_the_package_names_what_it_exports():
     assert sorted(fl.__all__) == fl.__all__
     assert all(getattr(fl, name).__doc__ for name in fl.__all__)
+
+
+def test_what_a_formula_looks_up_is_read_once(tmp_path):
+    """A global that changes between the decoration and the first call does not put the wrong kernel into the cache."""
+    code = """
+import sys, numpy as np, fastloss as fl
+K = 1.0
+@fl.elementwise_loss
+def loss(z, t):
+    return K * z, K
+if sys.argv[1:]:
+    K = 5.0
+print(loss(np.ones(3), np.zeros(3)), loss.grad(np.ones(1), np.zeros(1))[0])"""
+    for arguments in (["changed"], []):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env=os.environ | {"FASTLOSS_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout == "1.0 1.0\n"
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch):
+    from fastloss.cpu import jit
+
+    for name in ("FASTLOSS_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(jit.Path, "home", no_home)
+    folder = jit.cache_folder.__wrapped__()
+    jit._write(folder / "name", b"code")
+    assert jit._read(folder / "name") is None
 
 
 def test_help_runs():

@@ -108,14 +108,13 @@ def _fingerprint() -> str:
 def cache_folder() -> Path:
     """Return where machine code is kept: FASTLOSS_CACHE_DIR, or `fastloss` in the user's cache folder."""
     if given := os.environ.get("FASTLOSS_CACHE_DIR"):
-        return Path(given)
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fastloss"
+        return Path(given).expanduser()
+    if given := os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"):
+        return Path(given) / "fastloss"
+    try:
+        return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "fastloss"
+    except RuntimeError:  # no home: nothing is kept
+        return Path(os.devnull) / "fastloss"
 
 
 def _read(path: Path) -> bytes | None:

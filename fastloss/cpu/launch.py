@@ -69,7 +69,8 @@ class Launch:
             POOL.run(self.kernel, (base, self.layout_address), frame, self.ranges, (self, frame, arrays, scale))
         if self.by_sample:
             partials = np.frombuffer(memoryview(frame), np.float64, 2 * self.ranges, self.partials_at).reshape(self.plan.samples, -1, 2)
-            return partials[:, :, 0].sum(axis=1), bool(partials[:, :, 1].any())
+            with np.errstate(all="ignore"):
+                return partials[:, :, 0].sum(axis=1), bool(partials[:, :, 1].any())
         sums = self.unpack_sums(frame, self.partials_at)
         return (sums[0], sums[1] > 0.0) if self.ranges == 1 else (sum(sums[::2]), any(sums[1::2]))
 

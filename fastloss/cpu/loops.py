@@ -31,7 +31,7 @@ from fastloss.plan import Operand, Spec
 # leaves the units idle (BCE value+gradient in the cache: 0.90 ns an element with four registers, 1.05 with two); with more,
 # values spill.
 VECTOR_BYTES = 256 if llvm.get_host_cpu_features().get("avx512f") else 64
-BLOCK = 64  # steps summed in float32: a product of that many factors below 2 stays finite
+BLOCK = 32  # steps summed in float32; a product of up to 100 factors from 1 to 2 would stay finite
 
 I1, I64, DOUBLE = ir.IntType(1), ir.IntType(64), ir.DoubleType()
 SPECS: dict[str, Spec] = {}  # by key: Numba hands its intrinsics literal strings, not objects
@@ -169,6 +169,8 @@ class Step:
         builder, target = self.builder, ir.VectorType(simd.scalar_type(to), self.lanes)
         if code == to:
             return raw
+        if code == "b1":  # NumPy takes any byte but 0 for True
+            raw = raw != 0
         cast = {"i": builder.sitofp, "f": builder.fpext if to > code else builder.fptrunc}.get(code[0], builder.uitofp)
         return Vector(builder, cast(raw.value, target))
 

@@ -7,6 +7,8 @@ leaves its own partial sum, and they are added in their own order.
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import os
 import threading
 import time
@@ -39,14 +41,14 @@ class Pool:
         helpers = min(self.threads, ranges) - 1
         if helpers > self._workers:
             self._start(helpers)
-        for _ in range(helpers):
+        for _ in range(min(helpers, self._workers)):
             self._jobs.put((kernel, args, keep))
         kernel(*args)
         while work[1] < ranges:  # at most the length of one range: others are finishing theirs
             time.sleep(0)
 
     def _start(self, count: int) -> None:
-        with self._starting:
+        with self._starting, contextlib.suppress(RuntimeError):  # no more threads to be had: fewer help
             while self._workers < count:
                 threading.Thread(target=self._serve, args=(self._jobs,), name="fastloss", daemon=True).start()
                 self._workers += 1
@@ -79,8 +81,9 @@ def set_num_threads(n: int) -> None:
 
     Results do not depend on it. Raises `TypeError` if n is not a whole number, `ValueError` if it is below 1.
     """
-    if isinstance(n, bool) or not isinstance(n, int):
+    if isinstance(n, bool) or not hasattr(n, "__index__"):
         raise TypeError(f"the number of threads must be an int, not {n!r}")
+    n = operator.index(n)
     if n < 1:
         raise ValueError(f"the number of threads is {n}; accepted: 1 or more")
     POOL.threads = n

@@ -148,7 +148,7 @@ def _extremum(sign: str) -> Callable[[Vector, Vector], Vector]:
 
 
 def _add_log1p(x: Vector, e: Vector) -> Vector:
-    result = x + vmath.log1p(e.within(0.0, 1.0))
+    result = x + vmath.log1p(e.like(e.value).within(0.0, 1.0))  # a copy: elsewhere, e may be anything
     result.log_term = (x, e)  # LLVM drops the logarithm where a sum reads the term instead
     return result
 
