@@ -31,6 +31,7 @@ from fastloss.plan import Operand, Spec
 # leaves the units idle (BCE value+gradient in the cache: 0.90 ns an element with four registers, 1.05 with two); with more,
 # values spill.
 VECTOR_BYTES = 256 if llvm.get_host_cpu_features().get("avx512f") else 64
+LINE, PREFETCH = 64, 2048  # bytes, of a cache line, and from a load to the lines it asks for
 BLOCK = 32  # steps summed in float32; a product of up to 100 factors from 1 to 2 would stay finite
 
 I1, I64, DOUBLE = ir.IntType(1), ir.IntType(64), ir.DoubleType()
@@ -137,10 +138,24 @@ class Step:
             name = f"llvm.masked.gather.{simd.mangle(vector)}.v{self.lanes}p0"
             return simd.call(builder, name, vector, self.lane_pointers(k, element), align, within or self.all, zero)
         pointer = self.place(k, element, self.start)
+        if within is None:
+            self.prefetch(pointer, self.lanes * element_bytes(element))
         if within is not None:
             vector_pointer = builder.bitcast(pointer, vector.as_pointer())
             return simd.call(builder, f"llvm.masked.load.{simd.mangle(vector)}.p0", vector, vector_pointer, align, within, zero)
         return builder.load(builder.bitcast(pointer, vector.as_pointer()), align=align.constant)
+
+    def prefetch(self, pointer: ir.Value, size: int) -> None:
+        """Ask for the lines that a later step will load.
+
+        The formula between two loads is too long for the CPU to look past: without this, the value of BCE took 1.48 times
+        as long as a dot product, with it 1.05; in the cache it costs nothing that was seen.
+        """
+        builder, flags = self.builder, [ir.IntType(32)(n) for n in (0, 3, 1)]  # to read, to keep, data
+        bytes_pointer = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+        for line in range(0, size, LINE):
+            ahead = builder.gep(bytes_pointer, [I64(PREFETCH + line)])
+            simd.call(builder, "llvm.prefetch.p0", ir.VoidType(), ahead, *flags)
 
     def store(self, k: int, operand: Operand, vector: ir.Value, streaming: ir.Value) -> None:
         """Store one vector to operand k: past the caches if `streaming`, and only the lanes within the row at its end."""
