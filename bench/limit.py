@@ -38,6 +38,15 @@ done:
 }
 """
 
+PREFETCH = """loop:
+  %ahead = add i64 %i, 512
+  %fa = getelementptr float, ptr %a, i64 %ahead
+  %fb = getelementptr float, ptr %b, i64 %ahead
+  call void @llvm.prefetch.p0(ptr %fa, i32 0, i32 3, i32 1)
+  call void @llvm.prefetch.p0(ptr %fb, i32 0, i32 3, i32 1)
+"""
+DECLARE = "\ndeclare void @llvm.prefetch.p0(ptr, i32, i32, i32)\n"
+
 DOT = """
 define float @dot(ptr %out, ptr %a, ptr %b, i64 %n) {
   br label %check
@@ -72,12 +81,13 @@ class Limit:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         past = TRIAD.replace("align STORE_ALIGN", "align 64, !nontemporal !0") + "!0 = !{i32 1}"
+        prefetched = past.replace("@triad", "@prefetched").replace("loop:\n", PREFETCH) + DECLARE
         ordinary = TRIAD.replace("@triad", "@ordinary").replace("STORE_ALIGN", "4")
         machine = llvm.Target.from_default_triple().create_target_machine(
             llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), opt=3, codemodel="jitdefault", jit=True
         )
         self.engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-        for text in (past, ordinary, DOT):
+        for text in (past, prefetched, ordinary, DOT):
             self.engine.add_module(llvm.parse_assembly(text))
         self.engine.finalize_object()
 
@@ -93,6 +103,11 @@ class Limit:
         """Compute out = a + b with stores past the caches; `out` starts at a multiple of 64 bytes."""
         assert out.ctypes.data % 64 == 0
         self._run("triad", None, out, a, b)
+
+    def prefetched(self, out: Array, a: Array, b: Array) -> None:
+        """Compute what `triad` does, and ask for lines 2 KiB ahead: more than a plain loop gets out of this memory."""
+        assert out.ctypes.data % 64 == 0
+        self._run("prefetched", None, out, a, b)
 
     def ordinary(self, out: Array, a: Array, b: Array) -> None:
         """Compute out = a + b with ordinary stores."""
@@ -113,7 +128,7 @@ def aligned(size: int) -> Array:
 def check(limit: Limit, size: int = 1 << 16) -> None:
     """Assert that the loops compute what they say."""
     a, b, out = np.ones(size, np.float32), np.full(size, 2, np.float32), aligned(size)
-    for triad in (limit.triad, limit.ordinary):
+    for triad in (limit.triad, limit.prefetched, limit.ordinary):
         out[:] = 0
         triad(out, a, b)
         assert (out == 3).all()

@@ -70,6 +70,7 @@ def large_rows() -> dict[str, Row]:
     sigmoid_mse, numpy_mse = batch.both(fl.mse_with_logits_loss), batch.numpy(reference.mse_loss)
     return {
         "ordinary": Row("triad, ordinary stores", lambda: limit.ordinary(batch.flat, z, t), *triad),
+        "prefetched": Row("triad, with software prefetch", lambda: limit.prefetched(batch.flat, z, t), *triad),
         "bce": Row(PLAIN, batch.both(), *triad, 1.7, 1.3),
         "bce-value": Row("BCE value", batch.value(), *dot, 1.6, 1.2),
         "mse": Row("MSE value_and_grad(out=)", batch.both(MSE), *triad, 1.2, 1.05),
@@ -129,6 +130,7 @@ def large():
 
 LARGE = [
     "ordinary",
+    "prefetched",
     "bce",
     "bce-value",
     "mse",
