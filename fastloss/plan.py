@@ -15,6 +15,7 @@ import numpy.typing as npt
 from fastloss.formula import Formula
 
 Array = npt.NDArray[Any]
+Axis = tuple[int, tuple[int, ...]]  # length, and each array's stride
 
 REDUCTIONS = ("mean", "sum", "none", "batchmean", "sample_mean", "sample_sum")
 INPUT_TYPES = ("float32", "float64")
@@ -79,7 +80,7 @@ class Plan:
     range_size: int
     row_size: int
     row_strides: tuple[int, ...]  # one an array, in bytes
-    axes: tuple[tuple[int, tuple[int, ...]], ...]  # outside the rows, innermost first: length and strides
+    axes: tuple[Axis, ...]  # outside the rows, innermost first: length and strides
     starts: tuple[int, ...]  # bytes from an array's address to the first element visited; not 0 where an axis is walked backwards
     near: tuple[tuple[int, int], ...]  # for each array that is read: distances from the first output at which their memory meets
 
@@ -124,48 +125,59 @@ def make_plan(request: Request) -> Plan:
     check(request)
     shape, by_sample = request.shape, request.reduction in ("sample_mean", "sample_sum")
     strides = [broadcast_strides(name, of, by, shape) for name, _, of, by in request.arrays]
-    codes = [dtype.str[1:] for _, dtype, _, _ in request.arrays]
     sizes = [dtype.itemsize for _, dtype, _, _ in request.arrays]
-    axes = [(length, by) for length, by in zip(shape, zip(*strides, strict=True), strict=True)]
-    samples = shape[0] if by_sample else 1
-    starts = [0] * len(strides)
-    for k, (length, by) in enumerate(axes):
-        if by[0] < 0 and not (by_sample and k == 0):  # samples keep their order
-            starts = [start + stride * (length - 1) for start, stride in zip(starts, by, strict=True)]
-            axes[k] = length, tuple(-stride for stride in by)
-    fixed = 1 if by_sample else 0
-    axes[fixed:] = sorted(axes[fixed:], key=lambda axis: [-abs(stride) for stride in axis[1]])
+    axes, starts = order(list(zip(shape, zip(*strides, strict=True), strict=True)), len(strides), by_sample)
     merged = merge(axes)
     row_size, row_strides = merged[-1] if merged else (1, tuple(sizes))
-    names = request.operands + request.outputs
-    arrays = tuple(Operand(*x) for x in zip(names, codes, map(access, row_strides, sizes), strict=True))
-    operands, outputs = arrays[: len(request.operands)], arrays[len(request.operands) :]
+    samples = shape[0] if by_sample else 1
+    sample_size = prod(shape) // max(samples, 1)
+    extents = [extent(shape, by, size) for by, size in zip(strides, sizes, strict=True)]
+    return Plan(
+        spec=make_spec(request, list(map(access, row_strides, sizes))),
+        by_sample=by_sample,
+        samples=samples,
+        sample_size=sample_size,
+        range_size=range_size(samples, sample_size),
+        row_size=row_size,
+        row_strides=row_strides,
+        axes=tuple(merged[-2::-1]),
+        starts=starts,
+        near=near(extents, len(request.operands)),
+    )
+
+
+def make_spec(request: Request, accesses: list[str]) -> Spec:
+    """Return what the kernel is compiled for, given how each array is stepped through along a row."""
+    codes = [dtype.str[1:] for _, dtype, _, _ in request.arrays]
+    arrays = tuple(Operand(*x) for x in zip(request.operands + request.outputs, codes, accesses, strict=True))
+    operands = arrays[: len(request.operands)]
     wide = any(op.code == "f8" for op in operands if op.name in ("input", "target"))
-    spec = Spec(
+    return Spec(
         formula=request.formula,
-        trace=request.formula.trace(request.parameters),
+        trace="" if request.summed == "count" else request.formula.trace(request.parameters),
         compute="f8" if wide else "f4",
         operands=operands,
-        outputs=outputs,
+        outputs=arrays[len(operands) :],
         parameters=request.parameters,
         numbers=request.numbers,
         summed=request.summed,
         checked=request.checked,
     )
-    sample_size = prod(shape) // max(samples, 1)
-    extents = [extent(shape, by, size) for by, size in zip(strides, sizes, strict=True)]
-    return Plan(
-        spec,
-        by_sample,
-        samples,
-        sample_size,
-        range_size(samples, sample_size),
-        row_size,
-        row_strides,
-        tuple(merged[-2::-1]),
-        tuple(starts),
-        near(extents, len(operands)),
-    )
+
+
+def order(axes: list[Axis], arrays: int, by_sample: bool) -> tuple[list[Axis], tuple[int, ...]]:
+    """Walk axes from the longest stride to the shortest, and forwards; return them and where each array then starts.
+
+    The axis of samples keeps its place and direction, since each has a result of its own.
+    """
+    starts = [0] * arrays
+    fixed = 1 if by_sample else 0
+    forward = axes[:fixed]
+    for length, by in axes[fixed:]:
+        if by[0] < 0:
+            starts = [start + stride * (length - 1) for start, stride in zip(starts, by, strict=True)]
+        forward.append((length, tuple(-stride for stride in by) if by[0] < 0 else by))
+    return forward[:fixed] + sorted(forward[fixed:], key=lambda axis: [-abs(stride) for stride in axis[1]]), tuple(starts)
 
 
 def broadcast_strides(name: str, shape: tuple[int, ...], strides: tuple[int, ...], to: tuple[int, ...]) -> tuple[int, ...]:
@@ -177,9 +189,9 @@ def broadcast_strides(name: str, shape: tuple[int, ...], strides: tuple[int, ...
     return (0,) * missing + tuple(along)
 
 
-def merge(axes: list[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[int, ...]]]:
+def merge(axes: list[Axis]) -> list[Axis]:
     """Join neighbouring axes over which every array runs on evenly, and drop those of length 1."""
-    merged: list[tuple[int, tuple[int, ...]]] = []
+    merged: list[Axis] = []
     for length, by in axes:
         if length == 1:
             continue

@@ -45,6 +45,7 @@ def test_a_loss_in_five_lines_has_everything(batch, rng):
     assert_close(value, (v * weight * mask).sum(axis=(1, 2, 3)), SUM[z.dtype])
     assert_close(grad, d / v * weight * mask * np.arange(4.0).reshape(-1, 1, 1, 1), 4 * SUM[z.dtype])
     assert charbonnier(z, (t * 255).astype(np.uint8), target_scale=1 / 255) > 0
+    assert_close(charbonnier(z, t, mask=mask, eps=1e-2), np.sqrt(d**2 + 1e-4)[mask].mean(), SUM[z.dtype])
     overwritten = z.copy()
     charbonnier.grad(overwritten, t, out=overwritten)
     np.testing.assert_array_equal(overwritten, charbonnier.grad(z, t))
