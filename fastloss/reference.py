@@ -41,9 +41,10 @@ def mse_loss(z: Array, t: Array) -> tuple[Array, Array]:
 
 def mse_with_logits_loss(z: Array, t: Array) -> tuple[Array, Array]:
     """Return value and slope of every element."""
-    p = sigmoid(z)
+    e = np.exp(-np.abs(z))
+    p, q = np.where(z > 0, 1, e) / (1 + e), np.where(z > 0, e, 1) / (1 + e)
     d = p - t
-    return d * d, 2 * d * p * (1 - p)
+    return d * d, 2 * d * p * q
 
 
 def binary_entropy(t: Array) -> Array:
