@@ -28,7 +28,7 @@ ULP = {
 }
 # A product of factors, each rounded: half an ulp for the last rounding, up to one for those before it.
 PRODUCT = {"scale": 1.5, "weight and scale": 2.5, "weight": 0.5}
-# Sums: float32 in blocks of 64 a lane, then float64. Relative to the sum of the magnitudes.
+# Sums: float32 in blocks of 16 a lane, then float64. Relative to the sum of the magnitudes.
 SUM = {np.dtype(np.float32): 3e-7, np.dtype(np.float64): 4e-15}
 DIFFERENCE = 1e-6  # of a numerical derivative in float64, relative to the largest
 NUMPY = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-15}  # of the reference, relative to the largest
