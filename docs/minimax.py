@@ -45,11 +45,6 @@ def log_rest(x: mpf) -> mpf:
     return mpf(1) / 3 if abs(x) < TINY else (log(1 + x) - x + x**2 / 2) / x**3
 
 
-def log1p_rest(x: mpf) -> mpf:
-    """(log(1 + x) - x) / x**2."""
-    return -mpf(1) / 2 if abs(x) < TINY else (log(1 + x) - x) / x**2
-
-
 def atanh_rest(z: mpf) -> mpf:
     """(log((1 + s) / (1 - s)) / s - 2) / s**2 with z = s**2."""
     s = sqrt(z)
@@ -65,7 +60,6 @@ def main() -> None:
         ("EXP f4", exp_rest, lambda x: x**2 / exp(x) + TINY, -half, half, 4),
         ("EXP f8", exp_rest, lambda x: x**2 / exp(x) + TINY, -half, half, 9),
         ("LOG f4", log_rest, lambda x: abs(x**3 / log(1 + x)) + TINY if x else TINY, low, high, 7),
-        ("LOG1P f4", log1p_rest, lambda x: x**2 / log(1 + x) + TINY if x else TINY, mpf(0), mpf(1), 8),
         ("LOG f8", atanh_rest, lambda z: z / 2 + mpf(10) ** -4, mpf(0), steepest, 6),
     ]
     for name, target, weight, start, stop, degree in tables:
