@@ -77,9 +77,6 @@ class Loss:
 
     def __call__(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Any:
         """Return the loss: a float64 number, one a sample, or with reduction "none" an array of the input's dtype."""
-        return self._value(input, target, weight, reduction, options)
-
-    def _value(self, input: Any, target: Any, weight: Any, reduction: str, options: dict[str, Any]) -> Any:
         if options.get("grad_output") is not None:
             raise ValueError("grad_output scales a gradient, and the value alone has none: use grad or value_and_grad")
         if reduction == "none":
@@ -118,7 +115,7 @@ class Loss:
         if validate and borrowed:
             call.check_targets()  # first, so that nothing is written to the caller's buffer
             validate = False
-        counted = 1 if reduction == "sum" or reduction == "none" else call.count()
+        counted = call.count()
         scale = call.scale(counted) if wanted else 1.0
         outputs = call.make_outputs(wanted)
         total, bad = call.run(summed, validate, wanted, outputs, scale, borrowed)
@@ -148,7 +145,7 @@ class TargetLoss:
         unread = np.broadcast_to(np.zeros((), np.float64 if t.dtype == np.float64 else np.float32), t.shape)
         if "grad_output" in options:
             raise TypeError(f"{self._loss.__name__} has no gradient, and so no grad_output")
-        return self._loss._value(unread, t, weight, reduction, options)
+        return self._loss(unread, t, weight, reduction, **options)
 
 
 class _Call:

@@ -25,6 +25,7 @@ from numba.extending import intrinsic
 from fastloss.cpu import simd, vmath
 from fastloss.cpu.frame import COUNTERS, LAYOUT_COUNTERS, frame_of
 from fastloss.cpu.simd import Vector
+from fastloss.ops import fma, where
 from fastloss.plan import Operand, Spec
 
 # Four registers of AVX-512, or two of AVX2, which has half as many: with fewer, a step's chain of dependent instructions
@@ -138,12 +139,11 @@ class Step:
             name = f"llvm.masked.gather.{simd.mangle(vector)}.v{self.lanes}p0"
             return simd.call(builder, name, vector, self.lane_pointers(k, element), align, within or self.all, zero)
         pointer = self.place(k, element, self.start)
-        if within is None:
-            self.prefetch(pointer, self.lanes * element_bytes(element))
+        vector_pointer = builder.bitcast(pointer, vector.as_pointer())
         if within is not None:
-            vector_pointer = builder.bitcast(pointer, vector.as_pointer())
             return simd.call(builder, f"llvm.masked.load.{simd.mangle(vector)}.p0", vector, vector_pointer, align, within, zero)
-        return builder.load(builder.bitcast(pointer, vector.as_pointer()), align=align.constant)
+        self.prefetch(pointer, self.lanes * element_bytes(element))
+        return builder.load(vector_pointer, align=align.constant)
 
     def prefetch(self, pointer: ir.Value, size: int) -> None:
         """Ask for the lines that a later step will load.
@@ -217,10 +217,10 @@ def emit_step(step: Step, numbers: dict[str, ir.Value], scale: ir.Value, streami
     value_sum, product, bad = sums
     if spec.checked:
         wrong = counted & ~((target >= 0.0) & (target <= 1.0))
-        bad = bad + vmath.where(wrong, bad.splat(1.0), 0.0)
+        bad = bad + where(wrong, 1.0, 0.0)
     parameters = {name: loaded[name] if name in loaded else number[name] for name in spec.parameters}
     if spec.summed == "count":
-        return step.keep_within([value_sum + vmath.where(counted, value_sum.splat(1.0), 0.0), product, bad], sums)
+        return step.keep_within([value_sum + where(counted, 1.0, 0.0), product, bad], sums)
     quantities = spec.formula.quantities(loaded["input"], target, parameters)
     weight = loaded.get("weight")
     if spec.summed == "value":
@@ -231,7 +231,7 @@ def emit_step(step: Step, numbers: dict[str, ir.Value], scale: ir.Value, streami
             shared = weight if output.name == "value" else multiply(factor, loaded.get("grad_output"))
             stored = multiply(value_sum.match(quantities[output.name]), shared)
             if spec.excludes:
-                stored = vmath.where(counted, stored, 0.0)
+                stored = where(counted, stored, 0.0)
             step.store(k, output, step.convert(stored, spec.compute, output.code).value, streaming)
     return step.keep_within([value_sum, product, bad], sums)
 
@@ -240,11 +240,11 @@ def add_value(value: Any, weight: Vector | None, counted: Vector, total: Vector,
     """Add an element's value to the sum; a logarithm without a weight goes into the product instead."""
     value = total.match(value)
     if value.log_term is None or weight is not None:
-        return total + vmath.where(counted, multiply(value, weight), 0.0), product
+        return total + where(counted, multiply(value, weight), 0.0), product
     plain, e = value.log_term
-    e = vmath.where(counted, e, 0.0)
+    e = where(counted, e, 0.0)
     # product stands for prod (1 + e) - 1, which keeps its relative accuracy where every e is tiny
-    return total + vmath.where(counted, plain, 0.0), product + vmath.fma(product, e, e)
+    return total + where(counted, plain, 0.0), product + fma(product, e, e)
 
 
 def multiply(x: Any, y: Any) -> Any:

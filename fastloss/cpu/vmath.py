@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any
 
+from fastloss.ops import fma, where
+
 if TYPE_CHECKING:
     from fastloss.cpu.simd import Vector
 
@@ -64,16 +66,6 @@ FORMATS = {
         tiny=2.0**-1022, large=2.0**1000,
     ),
 }  # fmt: skip
-
-
-def fma(x: Vector, y: Any, z: Any) -> Vector:
-    """Return x * y + z, rounded once where the CPU can."""
-    return x.apply("fma", x, x.match(y), x.match(z))
-
-
-def where(condition: Vector, x: Any, y: Any) -> Vector:
-    """Return x where the condition holds, else y."""
-    return condition.apply("where", condition, x, y)
 
 
 def polynomial(x: Vector, terms: tuple[float, ...]) -> Vector:
