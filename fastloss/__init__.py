@@ -2,19 +2,31 @@
 
 from fastloss.cpu.pool import get_num_threads, set_num_threads
 from fastloss.loss import Loss, elementwise_loss
-from fastloss.losses.logistic import binary_cross_entropy_with_logits, binary_entropy, mse_with_logits_loss
-from fastloss.losses.regression import mse_loss
+from fastloss.losses.logistic import (
+    binary_cross_entropy,
+    binary_cross_entropy_with_logits,
+    binary_entropy,
+    mse_with_logits_loss,
+    sigmoid_focal_loss,
+)
+from fastloss.losses.regression import huber_loss, l1_loss, log_cosh_loss, mse_loss, smooth_l1_loss
 from fastloss.ops import FormulaError
 
 __version__ = "0.1.0"
 __all__ = [
     "FormulaError",
     "Loss",
+    "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "binary_entropy",
     "elementwise_loss",
     "get_num_threads",
+    "huber_loss",
+    "l1_loss",
+    "log_cosh_loss",
     "mse_loss",
     "mse_with_logits_loss",
     "set_num_threads",
+    "sigmoid_focal_loss",
+    "smooth_l1_loss",
 ]

@@ -24,7 +24,7 @@ RESERVED = {"self", "input", "target", "weight", "reduction", *OPTIONS, *QUANTIT
 
 Reference = str | float
 Step = tuple[str, tuple[Reference, ...]]
-Trace = tuple[tuple[Step, ...], tuple[Reference, ...]]  # the operations, and which of their results are the quantities
+Trace = tuple[tuple[Step, ...], tuple[Reference, ...]]  # the operations, and which of their results are returned
 
 _COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}
 _LOGIC = {"and", "or", "not"}
@@ -64,10 +64,10 @@ def _reference(arg: Any) -> Reference:
 class Formula:
     """A function of one element's input `z` and target `t`, and of the loss's parameters, each a number or an element."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], names: tuple[str, ...] = QUANTITIES, least: int | None = None) -> None:
         if not inspect.isfunction(function):
             raise FormulaError(f"a formula is a function (def or lambda), not {function!r}")
-        self.function = function
+        self.function, self._all_names, self._least = function, names, len(names) if least is None else least
         self.defaults = _defaults(function)
         self.given = tuple(name for name, default in self.defaults.items() if default is not None)
         self.numbers = {name: float(self.defaults[name]) for name in self.given}
@@ -81,10 +81,10 @@ class Formula:
         counts = {len(quantities) for _, quantities in self._traces.values()}
         if len(counts) > 1:
             raise FormulaError(f"{function.__name__}: with and without its parameters, a formula returns the same number of quantities")
-        self.has_curvature = counts == {len(QUANTITIES)}
+        self.names = names[: counts.pop()]
 
     def quantities(self, z: Any, t: Any, parameters: dict[str, Any]) -> dict[str, Any]:
-        """Return "value", "slope" and, where the formula has one, "curvature" of one element, given as symbols.
+        """Return what the formula returns for one element, by name; elements are given as symbols.
 
         The operations are those that were read, not those the function would do now: what it looks up outside may have
         changed, and the kernel is kept under what was read.
@@ -94,7 +94,13 @@ class Formula:
         for k, (op, references) in enumerate(steps, 1):
             args = [known.get(reference, reference) for reference in references]
             known[f"%{k}"] = next(arg for arg in args if isinstance(arg, Symbol)).apply(op, *args)
-        return dict(zip(QUANTITIES, (known.get(reference, reference) for reference in quantities), strict=False))
+        return dict(zip(self.names, (known.get(reference, reference) for reference in quantities), strict=True))
+
+    def logarithms(self, parameters: tuple[str, ...]) -> set[str]:
+        """Return which quantities are an `add_log1p`, of which a sum may be taken by multiplying."""
+        steps, quantities = self._traces[parameters]
+        ends = {f"%{k}" for k, (op, _) in enumerate(steps, 1) if op == "add_log1p"}
+        return {name for name, reference in zip(self.names, quantities, strict=True) if reference in ends}
 
     def trace(self, parameters: tuple[str, ...]) -> str:
         """Return the operations as text, the same for two formulas that compute the same; parameters not named are None."""
@@ -106,8 +112,9 @@ class Formula:
         z, t, *rest = (_Trace(steps, f"%{name}") for name in ("input", "target", *parameters))
         try:
             result = self.function(z, t, **dict(zip(parameters, rest, strict=True)))
-            if not isinstance(result, tuple) or len(result) not in (2, 3):
-                raise FormulaError("a formula returns (value, slope) or (value, slope, curvature)")
+            if not isinstance(result, tuple) or not self._least <= len(result) <= len(self._all_names):
+                accepted = (", ".join(self._all_names[:n]) for n in range(self._least, len(self._all_names) + 1))
+                raise FormulaError(f"a formula returns {' or '.join(f'({names})' for names in accepted)}")
             if any(isinstance(quantity, _Trace) and quantity.is_condition for quantity in result):
                 raise FormulaError(_MIXED[False])
             return tuple(steps), tuple(map(_reference, result))

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 __all__ = [
-    "FormulaError", "Symbol", "abs", "add_log1p", "copysign", "exp", "fma", "log", "log1p", "maximum", "minimum", "sqrt", "where",
+    "FormulaError", "Symbol", "abs", "add_log1p", "copysign", "exp", "expm1", "fma", "log", "log1p", "maximum", "minimum",
+    "polynomial", "pow", "sigmoid", "sqrt", "where",
 ]  # fmt: skip
 
 
@@ -62,9 +63,9 @@ class Symbol:
         return self.apply("div", other, self)
 
     def __pow__(self, exponent: Any) -> Any:
-        exponent = operator.index(exponent) if hasattr(exponent, "__index__") and not isinstance(exponent, Symbol) else exponent
-        if not isinstance(exponent, int) or not 1 <= exponent <= 16:
-            raise FormulaError(f"** {exponent!r} is not in the vocabulary; use a whole power from 1 to 16, ops.sqrt, or exp(y * log(x))")
+        if isinstance(exponent, Symbol) or not (float(exponent).is_integer() and 1 <= exponent <= 16):
+            raise FormulaError(f"** takes a whole power from 1 to 16, not {exponent!r}; use ops.sqrt, or ops.pow(x, y), for x >= 0")
+        exponent = int(exponent)
         half = self ** (exponent // 2) if exponent > 1 else 1.0
         return half * half * self if exponent % 2 else half * half
 
@@ -136,6 +137,11 @@ def exp(x: Any) -> Any:
     return _render("exp", np.exp, x)
 
 
+def expm1(x: Any) -> Any:
+    """Return e**x - 1, exact to the last digits for small x."""
+    return _render("expm1", np.expm1, x)
+
+
 def log(x: Any) -> Any:
     """Return the natural logarithm of x."""
     return _render("log", np.log, x)
@@ -144,6 +150,26 @@ def log(x: Any) -> Any:
 def log1p(x: Any) -> Any:
     """Return log(1 + x), exact to the last digits for small x."""
     return _render("log1p", np.log1p, x)
+
+
+def pow(x: Any, y: Any) -> Any:
+    """Return x**y for x >= 0, exact to the last digits also where the power is large or tiny."""
+    return _render("pow", np.power, x, y)
+
+
+def polynomial(x: Any, terms: tuple[float, ...]) -> Any:
+    """Return terms[0] + terms[1] x + terms[2] x**2 + ... by Estrin's scheme, whose chain of dependent steps is short."""
+    parts: list[Any] = list(terms)
+    while len(parts) > 1:
+        pairs = [fma(high, x, low) for low, high in zip(parts[::2], parts[1::2], strict=False)]
+        parts = pairs + parts[2 * len(pairs) :]
+        x = x * x
+    return parts[0]
+
+
+def sigmoid(x: Any) -> Any:
+    """Return 1 / (1 + e**-x), exact to the last digits where it is tiny; where it is close to 1, take sigmoid(-x)."""
+    return _render("sigmoid", lambda x: np.where(x > 0, 1.0, np.exp(-np.abs(x))) / (1.0 + np.exp(-np.abs(x))), x)
 
 
 def sqrt(x: Any) -> Any:

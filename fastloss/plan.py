@@ -18,11 +18,12 @@ Array = npt.NDArray[Any]
 Axis = tuple[int, tuple[int, ...]]  # length, and each array's stride
 
 REDUCTIONS = ("mean", "sum", "none", "batchmean", "sample_mean", "sample_sum")
-INPUT_TYPES = ("float32", "float64")
+INPUT_TYPES = ("float16", "bfloat16", "float32", "float64")
 TARGET_TYPES = (*INPUT_TYPES, "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 
 ONE_RANGE = 65536  # elements up to which one thread is as fast: waking another costs about 15 us
 MOST_RANGES = 256
+SHORT_RUN = 32  # elements that are better gathered with their neighbours than loaded alone
 LEAST_RANGE = 4096  # elements; a range is a thread's turn, so its start has to be cheap beside it
 
 
@@ -30,8 +31,8 @@ class Operand(NamedTuple):
     """One array as a kernel sees it."""
 
     name: str
-    code: str  # NumPy's: f4, f8, u1, i8, b1 ...
-    access: str  # along a row: "contiguous", "constant" (one element for the whole row) or "strided"
+    code: str  # NumPy's: f4, f8, u1, i8, b1 ..., and B2 for bfloat16
+    access: str  # along a row: "contiguous", "constant" (one element for the whole row), "strided" or "nested" (two strides)
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class Spec:
     trace: str  # the formula, operation by operation
     compute: str  # the type of the arithmetic, "f4" or "f8"
     operands: tuple[Operand, ...]  # what is read: input, target, weight, mask, grad_output, parameters given as arrays
-    outputs: tuple[Operand, ...]  # what is written: "value", "slope" or "curvature"
+    outputs: tuple[Operand, ...]  # what is written: quantities of the formula
     parameters: tuple[str, ...]  # of the formula, as far as they were given
     numbers: tuple[str, ...]  # options given as plain numbers: parameters, "target_scale", "ignore_index"
-    summed: str  # "value", "count" (of the elements that are not excluded) or ""
-    checked: bool  # whether targets outside [0, 1] are counted
+    summed: tuple[str, ...]  # quantities of the formula, and "count", the number of elements that are not excluded
+    checked: tuple[str, ...]  # operands of which elements outside [0, 1] are counted
 
     @property
     def arrays(self) -> tuple[Operand, ...]:
@@ -59,9 +60,11 @@ class Spec:
         return "ignore_index" in self.numbers or any(op.name == "mask" for op in self.operands)
 
     @property
-    def multiplies(self) -> bool:
-        """Whether the sum of the values collects logarithms in a product; a weight on each logarithm forbids it."""
-        return self.summed == "value" and "add_log1p" in self.trace and not any(op.name == "weight" for op in self.operands)
+    def multiplied(self) -> tuple[str, ...]:
+        """Which sums collect logarithms in a product; a weight on each logarithm forbids it."""
+        if any(op.name == "weight" for op in self.operands):
+            return ()
+        return tuple(name for name in self.summed if name in self.formula.logarithms(self.parameters))
 
     @property
     def key(self) -> str:
@@ -74,30 +77,32 @@ class Plan:
     """One pass over memory: the kernel's spec, and the walk of which it only learns at run time."""
 
     spec: Spec
-    by_sample: bool  # whether each first-axis entry has a sum of its own
-    samples: int  # how many sums there are
-    sample_size: int
+    kept: int  # how many leading axes have sums of their own for each entry
+    groups: int  # how many entries these have: each is a group of elements that are summed
+    group_size: int
     range_size: int
     row_size: int
+    run_size: int  # after which the elements of a row go on by `turn_strides`; a row without turns is one run
     row_strides: tuple[int, ...]  # one an array, in bytes
+    turn_strides: tuple[int, ...]
     axes: tuple[Axis, ...]  # outside the rows, innermost first: length and strides
     starts: tuple[int, ...]  # bytes from an array's address to the first element visited; not 0 where an axis is walked backwards
-    near: tuple[tuple[int, int], ...]  # for each array that is read: distances from the first output at which their memory meets
+    near: tuple[tuple[tuple[int, int], ...], ...]  # for each output and operand: distances at which their memory meets
 
     @property
-    def ranges_per_sample(self) -> int:
-        """How many ranges a sample is cut into."""
-        return -(-self.sample_size // self.range_size)
+    def ranges_per_group(self) -> int:
+        """How many ranges a group is cut into."""
+        return -(-self.group_size // self.range_size)
 
     @property
     def ranges(self) -> int:
-        """How many ranges there are; each leaves one partial sum."""
-        return self.samples * self.ranges_per_sample
+        """How many ranges there are; each leaves its own partial sums."""
+        return self.groups * self.ranges_per_group
 
     @property
     def size(self) -> int:
         """How many elements are visited."""
-        return self.samples * self.sample_size
+        return self.groups * self.group_size
 
 
 class Request(NamedTuple):
@@ -105,9 +110,9 @@ class Request(NamedTuple):
 
     formula: Formula
     shape: tuple[int, ...]
-    reduction: str
-    summed: str
-    checked: bool
+    kept: int
+    summed: tuple[str, ...]
+    checked: tuple[str, ...]
     outputs: tuple[str, ...]
     parameters: tuple[str, ...]
     numbers: tuple[str, ...]
@@ -123,24 +128,25 @@ class Request(NamedTuple):
 def make_plan(request: Request) -> Plan:
     """Choose the order of the axes, merge those that memory does not tell apart, and cut the walk into ranges."""
     check(request)
-    shape, by_sample = request.shape, request.reduction in ("sample_mean", "sample_sum")
+    shape, kept = request.shape, request.kept
     strides = [broadcast_strides(name, of, by, shape) for name, _, of, by in request.arrays]
     sizes = [dtype.itemsize for _, dtype, _, _ in request.arrays]
-    axes, starts = order(list(zip(shape, zip(*strides, strict=True), strict=True)), len(strides), by_sample)
-    merged = merge(axes)
-    row_size, row_strides = merged[-1] if merged else (1, tuple(sizes))
-    samples = shape[0] if by_sample else 1
-    sample_size = prod(shape) // max(samples, 1)
+    axes, starts = order(list(zip(shape, zip(*strides, strict=True), strict=True)), len(strides), kept)
+    outer, turn, run = rows(merge(axes), sizes)
+    groups = prod(shape[:kept])
+    group_size = prod(shape[kept:])
     extents = [extent(shape, by, size) for by, size in zip(strides, sizes, strict=True)]
     return Plan(
-        spec=make_spec(request, list(map(access, row_strides, sizes))),
-        by_sample=by_sample,
-        samples=samples,
-        sample_size=sample_size,
-        range_size=range_size(samples, sample_size),
-        row_size=row_size,
-        row_strides=row_strides,
-        axes=tuple(merged[-2::-1]),
+        spec=make_spec(request, [access(run[0], *by) for by in zip(run[1], turn[1], sizes, strict=True)]),
+        kept=kept,
+        groups=groups,
+        group_size=group_size,
+        range_size=range_size(groups, group_size),
+        row_size=run[0] * turn[0],
+        run_size=run[0],
+        row_strides=run[1],
+        turn_strides=turn[1],
+        axes=tuple(outer[::-1]),
         starts=starts,
         near=near(extents, len(request.operands)),
     )
@@ -148,13 +154,14 @@ def make_plan(request: Request) -> Plan:
 
 def make_spec(request: Request, accesses: list[str]) -> Spec:
     """Return what the kernel is compiled for, given how each array is stepped through along a row."""
-    codes = [dtype.str[1:] for _, dtype, _, _ in request.arrays]
+    codes = [code_of(dtype) for _, dtype, _, _ in request.arrays]
     arrays = tuple(Operand(*x) for x in zip(request.operands + request.outputs, codes, accesses, strict=True))
     operands = arrays[: len(request.operands)]
     wide = any(op.code == "f8" for op in operands if op.name in ("input", "target"))
+    computes = request.outputs or any(name != "count" for name in request.summed)
     return Spec(
         formula=request.formula,
-        trace="" if request.summed == "count" else request.formula.trace(request.parameters),
+        trace=request.formula.trace(request.parameters) if computes else "",
         compute="f8" if wide else "f4",
         operands=operands,
         outputs=arrays[len(operands) :],
@@ -165,19 +172,23 @@ def make_spec(request: Request, accesses: list[str]) -> Spec:
     )
 
 
-def order(axes: list[Axis], arrays: int, by_sample: bool) -> tuple[list[Axis], tuple[int, ...]]:
+def code_of(dtype: np.dtype[Any]) -> str:
+    """Name how an element is stored, as NumPy does, which calls bfloat16 two bytes of anything."""
+    return "B2" if dtype.name == "bfloat16" else dtype.str[1:]
+
+
+def order(axes: list[Axis], arrays: int, kept: int) -> tuple[list[Axis], tuple[int, ...]]:
     """Walk axes from the longest stride to the shortest, and forwards; return them and where each array then starts.
 
-    The axis of samples keeps its place and direction, since each has a result of its own.
+    The first `kept` axes keep their place and direction, since each of their entries has a result of its own.
     """
     starts = [0] * arrays
-    fixed = 1 if by_sample else 0
-    forward = axes[:fixed]
-    for length, by in axes[fixed:]:
+    forward = axes[:kept]
+    for length, by in axes[kept:]:
         if by[0] < 0:
             starts = [start + stride * (length - 1) for start, stride in zip(starts, by, strict=True)]
         forward.append((length, tuple(-stride for stride in by) if by[0] < 0 else by))
-    return forward[:fixed] + sorted(forward[fixed:], key=lambda axis: [-abs(stride) for stride in axis[1]]), tuple(starts)
+    return forward[:kept] + sorted(forward[kept:], key=lambda axis: [-abs(stride) for stride in axis[1]]), tuple(starts)
 
 
 def broadcast_strides(name: str, shape: tuple[int, ...], strides: tuple[int, ...], to: tuple[int, ...]) -> tuple[int, ...]:
@@ -201,18 +212,32 @@ def merge(axes: list[Axis]) -> list[Axis]:
     return merged
 
 
-def access(stride: int, itemsize: int) -> str:
+def rows(axes: list[Axis], sizes: list[int]) -> tuple[list[Axis], Axis, Axis]:
+    """Split merged axes into those outside the rows, and the two that make a row: how it turns, and how it runs.
+
+    A step takes a vector's width of one row, so that short runs, such as channels with a weight each, are joined to a row
+    that turns from one to the next.
+    """
+    run = axes[-1] if axes else (1, tuple(sizes))
+    if len(axes) > 1 and run[0] < SHORT_RUN:
+        return axes[:-2], axes[-2], run
+    return axes[:-1], (1, tuple(run[0] * stride for stride in run[1])), run
+
+
+def access(run_size: int, stride: int, turn_stride: int, itemsize: int) -> str:
     """Name how an array is stepped through along a row."""
+    if turn_stride != stride * run_size:
+        return "nested"
     return {itemsize: "contiguous", 0: "constant"}.get(stride, "strided")
 
 
-def range_size(samples: int, sample_size: int) -> int:
+def range_size(groups: int, group_size: int) -> int:
     """Return how many elements a range has; it depends on the sizes alone, so that sums do not depend on threads."""
-    if samples * sample_size <= ONE_RANGE:
-        return max(sample_size, 1)
-    even = -(-samples * sample_size // MOST_RANGES)
+    if groups * group_size <= ONE_RANGE:
+        return max(group_size, 1)
+    even = -(-groups * group_size // MOST_RANGES)
     whole_blocks = -(-max(even, LEAST_RANGE) // LEAST_RANGE) * LEAST_RANGE
-    return min(whole_blocks, sample_size)
+    return min(whole_blocks, group_size)
 
 
 def extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
@@ -221,30 +246,25 @@ def extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> t
     return sum(r for r in reaches if r < 0), sum(r for r in reaches if r > 0) + itemsize
 
 
-def near(extents: list[tuple[int, int]], reads: int) -> tuple[tuple[int, int], ...]:
-    """Return, for each array that is read, between which distances of its address from the first output's they overlap."""
-    if len(extents) == reads:
-        return ()
-    begin, end = extents[reads]
-    return tuple((begin - last, end - first) for first, last in extents[:reads])
+def near(extents: list[tuple[int, int]], reads: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Return, for each output and each array that is read, between which distances of their addresses they overlap."""
+    return tuple(tuple((begin - last, end - first) for first, last in extents[:reads]) for begin, end in extents[reads:])
 
 
 def check(request: Request) -> None:
     """Refuse what no plan can be made of."""
-    shape, reduction = request.shape, request.reduction
-    if reduction in ("batchmean", "sample_mean", "sample_sum") and not shape:
-        raise ValueError(f"reduction {reduction!r} needs a first axis, and the input has none: its shape is ()")
+    shape = request.shape
     dtypes = {name: dtype for name, dtype, _, _ in request.arrays}
     for name, dtype, shape_of, strides in request.arrays:
         if name in request.outputs:
-            check_output(shape_of, strides, dtype, shape, dtypes["input"])
+            check_output(shape_of, strides, dtype, shape, dtypes[belongs_to(name)])
         else:
             check_dtype(name, dtype)
         if name == "target" and shape_of != shape:
             raise ValueError(
                 f"input has shape {shape} and target {shape_of}; they must be equal: a weight or a mask may broadcast, a target may not"
             )
-    if "target_scale" in request.numbers and dtypes["target"].kind == "f":
+    if "target_scale" in request.numbers and is_float(dtypes["target"]):
         raise ValueError(f"target_scale multiplies integer targets, and target is {dtypes['target']}: scale it yourself")
 
 
@@ -270,22 +290,33 @@ def check_output(
         reach += stride * (length - 1)
 
 
+def belongs_to(output: str) -> str:
+    """Return the operand that an output has the dtype of, and may overwrite: with gradients to both, each its own."""
+    return "target" if output.startswith("target_") else "input"
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Whether a dtype is one of floating-point numbers, also where NumPy does not know it."""
+    return dtype.name in INPUT_TYPES
+
+
 def check_overlap(plan: Plan, arrays: list[Array], addresses: list[int]) -> None:
-    """Refuse an output that shares memory with an array that is read, unless it is the input itself, element for element."""
-    reads = len(plan.near)
-    out = addresses[reads]
-    for k, (least, most) in enumerate(plan.near):
-        if least < addresses[k] - out < most:
-            refuse_overlap(plan, k, arrays[k], arrays[reads], addresses[k] == out)
+    """Refuse an output that shares memory with an array that is read, unless it is its own operand, element for element."""
+    reads = len(plan.spec.operands)
+    for output, of_output in enumerate(plan.near, reads):
+        for k, (least, most) in enumerate(of_output):
+            if least < addresses[k] - addresses[output] < most:
+                refuse_overlap(plan, k, output, arrays, addresses[k] == addresses[output])
 
 
-def refuse_overlap(plan: Plan, k: int, array: Array, out: Array, same_start: bool) -> None:
-    """Raise if memory that comes close is really shared, and not element for element with the input."""
-    name = plan.spec.operands[k].name
+def refuse_overlap(plan: Plan, k: int, output: int, arrays: list[Array], same_start: bool) -> None:
+    """Raise if memory that comes close is really shared, and not element for element with the output's own operand."""
+    name, own = plan.spec.arrays[k].name, belongs_to(plan.spec.arrays[output].name)
+    array, out = arrays[k], arrays[output]
     steps = [(a, b) for a, b, length in zip(array.strides, out.strides, out.shape, strict=False) if length > 1]
     same = same_start and array.dtype == out.dtype and all(a == b for a, b in steps)
-    if not (name == "input" and same) and shares_memory(out, array):
-        raise ValueError(f"out shares memory with {name}; only out=input, the very same elements, is allowed")
+    if not (name == own and same) and shares_memory(out, array):
+        raise ValueError(f"out shares memory with {name}; only out={own}, the very same elements, is allowed")
 
 
 def shares_memory(out: Array, array: Array) -> bool:

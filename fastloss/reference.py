@@ -47,6 +47,48 @@ def mse_with_logits_loss(z: Array, t: Array) -> tuple[Array, Array]:
     return d * d, 2 * d * p * q
 
 
+def binary_cross_entropy(p: Array, t: Array) -> tuple[Array, Array]:
+    """Return value and slope of every element, with PyTorch's clamps."""
+    with np.errstate(divide="ignore"):
+        value = t * np.minimum(-np.log(p), 100) + (1 - t) * np.minimum(-np.log1p(-p), 100)
+    return value, (p - t) / np.maximum(p * (1 - p), 1e-12)
+
+
+def sigmoid_focal_loss(z: Array, t: Array, alpha: float = 0.25, gamma: float = 2.0) -> tuple[Array, Array]:
+    """Return value and slope of every element."""
+    e = np.exp(-np.abs(z))
+    p, q = np.where(z > 0, 1, e) / (1 + e), np.where(z > 0, e, 1) / (1 + e)
+    cross_entropy = np.maximum(z, 0) - z * t + np.log1p(e)
+    missed = t * q + (1 - t) * p
+    factor = (alpha * t + (1 - alpha) * (1 - t) if alpha >= 0 else 1) * missed**gamma
+    return factor * cross_entropy, factor * (p - t + gamma * cross_entropy * (1 - 2 * t) * p * q / missed)
+
+
+def l1_loss(z: Array, t: Array) -> tuple[Array, Array]:
+    """Return value and slope of every element."""
+    d = z - t
+    return np.abs(d), np.sign(d)
+
+
+def smooth_l1_loss(z: Array, t: Array, beta: float = 1.0) -> tuple[Array, Array]:
+    """Return value and slope of every element."""
+    value, slope = huber_loss(z, t, beta)
+    return value / beta, slope / beta
+
+
+def huber_loss(z: Array, t: Array, delta: float = 1.0) -> tuple[Array, Array]:
+    """Return value and slope of every element."""
+    d = z - t
+    size = np.abs(d)
+    return np.where(size <= delta, d * d / 2, delta * (size - delta / 2)), np.clip(d, -delta, delta)
+
+
+def log_cosh_loss(z: Array, t: Array) -> tuple[Array, Array]:
+    """Return value and slope of every element."""
+    d = z - t
+    return np.logaddexp(d, -d) - np.log(z.dtype.type(2)), np.tanh(d)
+
+
 def binary_entropy(t: Array) -> Array:
     """Return the entropy of every target."""
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -24,7 +24,10 @@ def name(request):
 
 
 @pytest.fixture
-def batch(rng, dtype):
-    """Logits and soft targets of a small batch of images, with a ragged size."""
+def batch(request, rng, dtype):
+    """Inputs, logits unless the loss takes probabilities, and soft targets of a small batch of images, with a ragged size."""
     shape = (4, 3, 17, 13)
-    return (3 * rng.standard_normal(shape)).astype(dtype), rng.random(shape).astype(dtype)
+    z, t = 3 * rng.standard_normal(shape), rng.random(shape)
+    if "name" in request.fixturenames and LOSSES[request.getfixturevalue("name")].domain == "probabilities":
+        z = 1 / (1 + np.exp(-z))
+    return z.astype(dtype), t.astype(dtype)

@@ -18,8 +18,30 @@ def _mp_exp(x):
     return mpmath.exp(x) if x < 1e6 else mpmath.inf
 
 
-MP = SimpleNamespace(exp=_mp_exp, log1p=lambda x: mpmath.log1p(x) if x != mpmath.inf else x, maximum=max, number=mpmath.mpf, log=mpmath.log)
-LONG = SimpleNamespace(exp=np.exp, log1p=np.log1p, maximum=np.maximum, number=np.longdouble, log=np.log)
+MP = SimpleNamespace(
+    exp=_mp_exp,
+    log=lambda x: mpmath.log(x) if x > 0 else -mpmath.inf,
+    log1p=lambda x: mpmath.log1p(x) if -1 < x != mpmath.inf else x if x > 0 else -mpmath.inf,
+    maximum=max,
+    number=mpmath.mpf,
+    power=mpmath.power,
+    sinh=mpmath.sinh,
+    tanh=mpmath.tanh,
+    cosh=mpmath.cosh,
+    where=lambda condition, x, y: x if condition else y,
+)
+LONG = SimpleNamespace(
+    exp=np.exp,
+    log=np.log,
+    log1p=np.log1p,
+    maximum=np.maximum,
+    number=np.longdouble,
+    power=np.power,
+    sinh=np.sinh,
+    tanh=np.tanh,
+    cosh=np.cosh,
+    where=np.where,
+)
 
 
 def _sides(z, t, m):
@@ -57,6 +79,54 @@ def product(a, b, m):
 def mse_loss(z, t, m):
     d = z - t
     return (d * d, d * d), (2 * d, abs(2 * d)), (2 + 0 * z, 2 + 0 * z)
+
+
+def binary_cross_entropy(p, t, m):
+    value = t * -m.maximum(m.log(p), m.number(-100)) + (1 - t) * -m.maximum(m.log1p(-p), m.number(-100))
+    least = m.number(10) ** -12
+    slope = (p - t) / m.maximum(p * (1 - p), least)
+    curvature = t / m.maximum(p, least) ** 2 + (1 - t) / m.maximum(1 - p, least) ** 2
+    return (value, value), (slope, slope), (curvature, curvature)
+
+
+def sigmoid_focal_loss(z, t, m, alpha=0.25, gamma=2):
+    p, q, cost1, cost0 = _sides(z, t, m)
+    cost = product(t, cost1, m) + product(1 - t, cost0, m)
+    missed = t * q + (1 - t) * p
+    factor = (alpha * t + (1 - alpha) * (1 - t) if alpha >= 0 else 1) * m.power(missed, m.number(gamma))
+    rate = (1 - 2 * t) * p * q / missed
+    on, off, pull = t * q, (1 - t) * p, gamma * rate * cost
+    bends = p * q, 2 * gamma * rate * (off - on), pull * (q - p), (gamma - 1) * rate * pull
+    sizes = p * q, 2 * gamma * rate * m.maximum(on, off), pull, (gamma - 1) * rate * pull
+    slope, most = factor * (off - on + pull), factor * m.maximum(m.maximum(on, off), abs(pull))
+    return (factor * cost, factor * cost), (slope, most), (factor * sum(bends), factor * sum(map(abs, sizes)))
+
+
+def l1_loss(z, t, m):
+    d = z - t
+    return (abs(d), abs(d)), (m.where(d > 0, 1, m.where(d < 0, -1, 0 * d)), 1 + 0 * d), (0 * d, 1 + 0 * d)
+
+
+def smooth_l1_loss(z, t, m, beta=1):
+    if beta == 0:
+        return l1_loss(z, t, m)
+    return tuple((quantity / beta, magnitude / beta) for quantity, magnitude in huber_loss(z, t, m, beta))
+
+
+def huber_loss(z, t, m, delta=1):
+    d = z - t
+    near = abs(d) <= delta
+    value = m.where(near, d * d / 2, delta * (abs(d) - m.number(delta) / 2))
+    slope = m.where(near, d, m.where(d > 0, delta, -delta))
+    at_the_kink = abs(abs(d) - delta) < 1e-6 * delta  # where a curvature is either of two
+    return (value, value), (slope, slope), (m.where(near, 1 + 0 * d, 0 * d), m.where(at_the_kink, m.number("inf"), 1 + 0 * d))
+
+
+def log_cosh_loss(z, t, m):
+    d = abs(z - t)
+    value = m.where(d < 1, m.log1p(2 * m.sinh(d / 2) ** 2), d + m.log1p(m.exp(-2 * d)) - m.log(m.number(2)))
+    slope, curvature = m.tanh(z - t), 1 / m.cosh(m.where(d < 5000, d, 5000)) ** 2
+    return (value, value), (slope, slope), (curvature, curvature)
 
 
 def mse_with_logits_loss(z, t, m):

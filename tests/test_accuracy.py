@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fastloss as fl
-from fastloss.ops import exp, log, log1p
+from fastloss import ops
 from tests import oracle
 from tests.table import LOSSES
 from tests.ulp import DIFFERENCE, QUANTITIES, ULP, assert_close, assert_ulp, compute
@@ -44,18 +44,23 @@ EDGES = [
     746.0,
     800.0,
 ]
+PROBABILITIES = [0.0, 1e-45, 1e-38, 1e-30, 1e-13, 1e-12, 1e-7, 0.1, 0.5, 0.75, 0.9, 0.999, 0.9999999, 1.0]
 TARGETS = [0.0, 1.0, 0.5, 0.25, 1 / 255, 254 / 255, 1e-20]
 
 
-def edge_points(dtype):
-    logits = [sign * x for x in [*EDGES, np.inf] for sign in (1, -1)] + [-0.0, np.finfo(dtype).tiny, np.finfo(dtype).max]
-    z, t = np.array(list(itertools.product(logits, TARGETS))).astype(dtype).T
+def edge_points(name, dtype):
+    """Return every combination of inputs where something changes, and of targets."""
+    logits = [sign * x for x in EDGES for sign in (1, -1)] + [-0.0, np.finfo(dtype).tiny]
+    inputs = PROBABILITIES if LOSSES[name].domain == "probabilities" else logits
+    z, t = np.array(list(itertools.product(inputs, TARGETS))).astype(dtype).T
     return np.ascontiguousarray(z), np.ascontiguousarray(t)
 
 
-def bulk_points(rng, dtype, hard):
+def bulk_points(name, rng, dtype, hard):
     n = 100_000
     z = [rng.normal(0, 3, n), rng.uniform(-120, 120, n), rng.choice([-1, 1], n) * 10 ** rng.uniform(-30, 0, n), rng.uniform(-800, 800, n)]
+    if LOSSES[name].domain == "probabilities":
+        z = [1 / (1 + np.exp(-z[0])), rng.random(n), 10 ** rng.uniform(-37, 0, n), 1 - 10 ** rng.uniform(-7, 0, n)]
     z = np.concatenate(z).astype(dtype)
     t = rng.random(z.size)
     return z, (t < 0.5 if hard else t).astype(dtype)
@@ -82,29 +87,36 @@ def limits(name, quantity, t):
     return np.where((t == 0) | (t == 1), hard, soft)
 
 
+def within_reach(name, quantity, z, dtype):
+    """Return where the promise holds: where p (1 - p) is subnormal, the focal loss multiplies what it has lost by |z|."""
+    focal_curvature = name == "sigmoid_focal_loss" and quantity == "curvature"
+    return np.abs(z) < (-np.log(np.finfo(dtype).tiny) if focal_curvature else np.inf)
+
+
 def test_edges_in_60_digits(name, dtype):
-    z, t = edge_points(dtype)
-    finite = np.isfinite(z) & (np.abs(z) < 1e30)  # beyond, see test_infinite_logits
-    z, t = z[finite], t[finite]
-    want = exactly(LOSSES[name].oracle, z, t)
-    for quantity, got, (true, magnitude) in zip(QUANTITIES, compute(LOSSES[name].loss, z, t), want, strict=True):
-        for limit in set(ULP[name, quantity]):
-            at = limits(name, quantity, t) == limit
-            assert_ulp(got[at], true[at], magnitude[at], limit, dtype, z[at], t[at])
+    z, t = edge_points(name, dtype)
+    for parameters in LOSSES[name].parameters:
+        want = exactly(LOSSES[name].oracle, z, t, **parameters)
+        for quantity, got, (true, magnitude) in zip(QUANTITIES, compute(LOSSES[name].loss, z, t, **parameters), want, strict=True):
+            for limit in set(ULP[name, quantity]):
+                at = (limits(name, quantity, t) == limit) & within_reach(name, quantity, z, dtype)
+                assert_ulp(got[at], true[at], magnitude[at], limit, dtype, z[at], t[at])
 
 
 @pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
 def test_bulk_in_extended_precision(name, dtype, hard, rng):
-    z, t = bulk_points(rng, dtype, hard)
-    with np.errstate(all="ignore"):
-        want = LOSSES[name].oracle(z.astype(np.longdouble), t.astype(np.longdouble), oracle.LONG)
-    for quantity, got, (true, magnitude) in zip(QUANTITIES, compute(LOSSES[name].loss, z, t), want, strict=True):
-        assert_ulp(got, true, magnitude, ULP[name, quantity][not hard], dtype, z, t)
+    z, t = bulk_points(name, rng, dtype, hard)
+    for parameters in LOSSES[name].parameters:
+        with np.errstate(all="ignore"):
+            want = LOSSES[name].oracle(z.astype(np.longdouble), t.astype(np.longdouble), oracle.LONG, **parameters)
+        for quantity, got, (true, magnitude) in zip(QUANTITIES, compute(LOSSES[name].loss, z, t, **parameters), want, strict=True):
+            at = within_reach(name, quantity, z, dtype)
+            assert_ulp(got[at], true[at], magnitude[at], ULP[name, quantity][not hard], dtype, z[at], t[at])
 
 
 @pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
 def test_pos_weight_in_extended_precision(dtype, hard, rng):
-    z, t = bulk_points(rng, dtype, hard)
+    z, t = bulk_points("binary_cross_entropy_with_logits", rng, dtype, hard)
     weight = 2.5
     with np.errstate(all="ignore"):
         want = oracle.binary_cross_entropy_with_logits(z.astype(np.longdouble), t.astype(np.longdouble), oracle.LONG, pos_weight=weight)
@@ -171,7 +183,7 @@ def test_infinities_in_large_sums(dtype):
 def test_one_nan_spoils_its_own_gradient_and_the_value(name, batch):
     z, t = batch
     z[1, 2, 3, 4] = np.nan
-    value, grad = LOSSES[name].loss.value_and_grad(z, t)
+    value, grad = LOSSES[name].loss.value_and_grad(z, t, reduction="sum")
     assert np.isnan(value)
     assert np.argwhere(np.isnan(grad)).tolist() == [[1, 2, 3, 4]]
 
@@ -179,39 +191,64 @@ def test_one_nan_spoils_its_own_gradient_and_the_value(name, batch):
 def test_slope_and_curvature_are_derivatives(name, rng):
     loss = LOSSES[name].loss
     z, t, h = rng.normal(0, 3, 2000), rng.random(2000), 1e-5
+    if LOSSES[name].domain == "probabilities":
+        z = rng.uniform(0.01, 0.99, z.size)
+    smooth = np.abs(np.abs(z - t) - (name != "l1_loss")) > h  # away from the kinks of the absolute losses
+    z, t = z[smooth], t[smooth]
     slope = (loss(z + h, t, reduction="none") - loss(z - h, t, reduction="none")) / (2 * h)
     assert_close(loss.grad(z, t, reduction="sum"), slope, DIFFERENCE)
     curvature = (loss.grad(z + h, t, reduction="sum") - loss.grad(z - h, t, reduction="sum")) / (2 * h)
     assert_close(loss.curvature(z, t, reduction="sum"), curvature, DIFFERENCE)
 
 
-@fl.elementwise_loss
-def exp_loss(z, t):
-    return exp(z), t
+def sigmoid_of(x):
+    return np.where(x > 0, 1, np.exp(-np.abs(x))) / (1 + np.exp(-np.abs(x)))
 
 
-@fl.elementwise_loss
-def log_loss(z, t):
-    return log(z), t
+FUNCTIONS = {"exp": np.exp, "expm1": np.expm1, "log": np.log, "log1p": np.log1p, "sigmoid": sigmoid_of}
+FUNCTION_LOSSES = {
+    "exp": fl.elementwise_loss(lambda z, t: (ops.exp(z), t)),
+    "expm1": fl.elementwise_loss(lambda z, t: (ops.expm1(z), t)),
+    "log": fl.elementwise_loss(lambda z, t: (ops.log(z), t)),
+    "log1p": fl.elementwise_loss(lambda z, t: (ops.log1p(z), t)),
+    "sigmoid": fl.elementwise_loss(lambda z, t: (ops.sigmoid(z), t)),
+}
+FUNCTION_OF_NEGATIVE = {
+    "exp": fl.elementwise_loss(lambda z, t: (ops.exp(-abs(z)), t)),
+    "expm1": fl.elementwise_loss(lambda z, t: (ops.expm1(-abs(z)), t)),
+    "sigmoid": fl.elementwise_loss(lambda z, t: (ops.sigmoid(-abs(z)), t)),
+}
+power_loss = fl.elementwise_loss(lambda z, t: (ops.pow(z, t), t))
 
 
-@fl.elementwise_loss
-def log1p_loss(z, t):
-    return log1p(z), t
-
-
-@pytest.mark.parametrize(("function", "loss"), [(np.exp, exp_loss), (np.log, log_loss), (np.log1p, log1p_loss)])
-def test_functions_of_the_vocabulary(function, loss, dtype, rng):
+def numbers_of_every_size(dtype, rng):
     info = np.finfo(dtype)
     sizes = 10.0 ** rng.uniform(np.log10(info.smallest_subnormal), np.log10(info.max), 200_000)
     special = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, info.max, info.tiny, info.smallest_subnormal, -0.5, 2.0, 0.5**0.5]
-    x = np.concatenate(
-        [sizes, -sizes, rng.uniform(-1, 3, 200_000), rng.uniform(-110, 90, 100_000), rng.uniform(-750, 710, 100_000), special]
-    )
-    x = x.astype(dtype)
+    usual = [rng.uniform(-1, 3, 200_000), rng.uniform(-110, 90, 100_000), rng.uniform(-750, 710, 100_000)]
+    return np.concatenate([sizes, -sizes, *usual, special]).astype(dtype)
+
+
+@pytest.mark.parametrize("name", FUNCTION_LOSSES)
+def test_functions_of_the_vocabulary(name, dtype, rng):
+    x = numbers_of_every_size(dtype, rng)
+    for losses, at in ((FUNCTION_LOSSES, x), (FUNCTION_OF_NEGATIVE, -np.abs(x))):
+        if name in losses:
+            with np.errstate(all="ignore"):
+                want = FUNCTIONS[name](at.astype(np.longdouble))
+            assert_ulp(losses[name](at, at, reduction="none"), want, want, ULP[name, "value"], dtype, at)
+
+
+def test_powers(dtype, rng):
+    x = np.abs(numbers_of_every_size(dtype, rng))
+    x = np.concatenate([x, rng.random(100_000), 1 - rng.random(100_000) * 1e-3]).astype(dtype)
+    y = np.where(rng.random(x.size) < 0.2, rng.integers(-3, 4, x.size), rng.uniform(-3, 6, x.size)).astype(dtype)
     with np.errstate(all="ignore"):
-        want = function(x.astype(np.longdouble))
-    assert_ulp(loss(x, x, reduction="none"), want, want, ULP[function.__name__, "value"], dtype, x)
+        want = np.power(x.astype(np.longdouble), y.astype(np.longdouble))
+    want[np.isnan(x) & (y == 0)] = 1
+    assert_ulp(power_loss(x, y, reduction="none"), want, want, ULP["pow", "value"], dtype, x, y)
+    below = power_loss(dtype.type([-1, -np.inf, -1e-30, 0.5, np.nan, 2]), dtype.type([2, 2, 0.5, np.nan, 1, 0]), reduction="none")
+    np.testing.assert_array_equal(below, [np.nan, np.nan, np.nan, np.nan, np.nan, 1])
 
 
 @pytest.mark.exhaustive

@@ -87,6 +87,7 @@ def everything(z, t, a=2.0):
     x = x + exp(-abs(z)) + ops.log(1 + abs(z)) + ops.log1p(abs(z)) + sqrt(abs(z)) + ops.copysign(a, z) + ops.fma(z, t, a)
     x = x + minimum(z, t) + maximum(z, a) + where((z < t) & (z <= a) | ~(z > 0.5) & (z >= -1), 1.0, -1.0) + ops.add_log1p(z, exp(-abs(z)))
     x = x + where((z == t) | (z != 0.0), z, t) + 1 / (2 + abs(z)) + (5 - z)
+    x = x + ops.expm1(t) + ops.pow(abs(z), t) + ops.polynomial(z, (1.0, -0.5, 0.25)) + ops.sigmoid(z)
     return x, x - z, x + z
 
 
@@ -183,7 +184,7 @@ def indexes(z, t):
         (
             power,
             "return (z - t) ** 0.5, 1.0",
-            "** 0.5 is not in the vocabulary; use a whole power from 1 to 16, ops.sqrt, or exp(y * log(x))",
+            "** takes a whole power from 1 to 16, not 0.5; use ops.sqrt, or ops.pow(x, y), for x >= 0",
         ),
         (
             array_method,

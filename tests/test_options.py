@@ -18,6 +18,7 @@ SHAPES = {"full": (4, 3, 17, 13), "per channel": (3, 1, 1), "per sample": (4, 1,
 
 def all_of(loss, z, t, **options):
     """Return the value, the gradient, and the curvature, under a reduction."""
+    options = {"reduction": "mean"} | options
     value, grad = loss.value_and_grad(z, t, **options)
     np.testing.assert_array_equal(loss(z, t, **{k: v for k, v in options.items() if k != "grad_output"}), value)
     np.testing.assert_array_equal(loss.grad(z, t, **options), grad)
@@ -197,7 +198,7 @@ def test_grad_output_is_the_chain_rule(name, batch, rng, reduction):
             plain = method(z, t, reduction="sum").astype(np.longdouble)
             count = {"mean": z.size, "batchmean": len(z), "sample_mean": z[0].size}.get(reduction, 1)
             assert_scaled(method(z, t, reduction=reduction, grad_output=upstream), plain, factor / count, z.dtype, "weight and scale")
-    assert loss.value_and_grad(z, t, grad_output=3.0)[0] == loss(z, t)
+    assert loss.value_and_grad(z, t, reduction="sum", grad_output=3.0)[0] == loss(z, t, reduction="sum")
 
 
 def test_out_receives_the_result(name, batch):
@@ -221,9 +222,9 @@ def test_out_receives_the_result(name, batch):
 def test_in_place(name, batch):
     z, t = batch
     loss = LOSSES[name].loss
-    want = loss.value_and_grad(z, t)
+    want = loss.value_and_grad(z, t, reduction="mean")
     overwritten = z.copy()
-    value, grad = loss.value_and_grad(overwritten, t, out=overwritten)
+    value, grad = loss.value_and_grad(overwritten, t, reduction="mean", out=overwritten)
     assert grad is overwritten
     assert value == want[0]
     np.testing.assert_array_equal(grad, want[1])
@@ -298,7 +299,7 @@ def test_empty_input(name, dtype, method):
     assert value == 0.0
     assert grad.shape == (0, 3)
     with pytest.warns(RuntimeWarning, match="mean of no elements") if method in ("__call__", "value_and_grad") else nullcontext():
-        result = getattr(loss, method)(empty, empty)
+        result = getattr(loss, method)(empty, empty, reduction="mean")
     if method == "__call__":
         assert np.isnan(result)
     assert loss(empty, empty, reduction="sample_sum").shape == (0,)

@@ -1,14 +1,14 @@
 """What a kernel is given, 8 bytes a field: written by `launch.py`, read by `loops.py`.
 
 The frame of a call:
-    the next range to take, how many are finished, whether to store past the caches, 1 if each sample has a scale of its own,
+    the next range to take, how many are finished, whether to store past the caches, 1 if each group has a scale of its own,
     the address of the scales; the arrays' addresses; the options that are numbers (at least one, which may be unused);
-    one scale; two partial sums a range, of the values and of the bad targets.
+    one scale; for each range its partial sums, those that were asked for and the number of bad elements.
 
 The layout of a plan:
-    how many ranges, how many a sample, elements a range, elements a sample, elements a row, axes outside the rows; each
-    array's stride along a row; each array's first byte, from its address; for every axis outside the rows, innermost first,
-    its length and each array's stride.
+    how many ranges, how many a group, elements a range, elements a group, elements a row, elements a run, axes outside the
+    rows; each array's stride along a run, from one run of a row to the next, and its first byte, from its address; for every
+    axis outside the rows, innermost first, its length and each array's stride.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 from fastloss.plan import Plan, Spec
 
 COUNTERS = 5  # fields of the frame before the addresses
-LAYOUT_COUNTERS = 6  # fields of the layout before the strides
+LAYOUT_COUNTERS = 7  # fields of the layout before the strides
 
 
 class Frame(NamedTuple):
@@ -37,8 +37,14 @@ def frame_of(spec: Spec) -> Frame:
     return Frame(COUNTERS, numbers, scale, scale + 1)
 
 
+def partials_of(spec: Spec) -> int:
+    """Return how many partial sums a range leaves: those that were asked for, and the number of bad elements."""
+    return len(spec.summed) + 1
+
+
 def layout_of(plan: Plan) -> list[int]:
     """Return the fields of a plan's layout."""
-    counters = [plan.ranges, plan.ranges_per_sample, plan.range_size, plan.sample_size, plan.row_size, len(plan.axes)]
+    counters = [plan.ranges, plan.ranges_per_group, plan.range_size, plan.group_size, plan.row_size, plan.run_size, len(plan.axes)]
     assert len(counters) == LAYOUT_COUNTERS
-    return [*counters, *plan.row_strides, *plan.starts, *(x for length, strides in plan.axes for x in (length, *strides))]
+    strides = [*plan.row_strides, *plan.turn_strides, *plan.starts]
+    return [*counters, *strides, *(x for length, by in plan.axes for x in (length, *by))]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastloss.cpu import jit
-from fastloss.cpu.frame import frame_of, layout_of
+from fastloss.cpu.frame import frame_of, layout_of, partials_of
 from fastloss.cpu.pool import POOL
 from fastloss.plan import ONE_RANGE, Array, Plan, check_overlap
 
@@ -38,19 +38,20 @@ class Launch:
         fields = layout_of(plan)
         self.layout = (ctypes.c_int64 * len(fields))(*fields)
         self.layout_address = ctypes.addressof(self.layout)
-        self.ranges, self.by_sample, self.is_small = plan.ranges, plan.by_sample, plan.size <= ONE_RANGE
+        self.ranges, self.by_group, self.is_small = plan.ranges, plan.kept > 0, plan.size <= ONE_RANGE
         frame = frame_of(plan.spec)
         self.head = struct.Struct(f"{frame.numbers}q{frame.partials - frame.numbers}d")
         self.padding = (0.0,) * (frame.scale - frame.numbers - len(plan.spec.numbers))
         self.scale_at, self.partials_at = 8 * frame.scale, 8 * frame.partials
-        self.frame_type = ctypes.c_int64 * (frame.partials + 2 * plan.ranges)
-        self.unpack_sums = struct.Struct(f"{2 * plan.ranges}d" if not plan.by_sample else "").unpack_from
+        self.partials = partials_of(plan.spec)
+        self.frame_type = ctypes.c_int64 * (frame.partials + self.partials * plan.ranges)
+        self.unpack_sums = struct.Struct(f"{self.partials * plan.ranges}d" if not self.by_group else "").unpack_from
         self.may_stream = may_stream(plan)
 
     def run(self, arrays: list[Array], numbers: Iterable[float], scale: Any, borrowed: bool) -> tuple[Any, bool]:
-        """Compute; return the sum, or an array of them with one a sample, and whether a target was bad.
+        """Compute; return the sums, a number or an array with one a group for each, and whether an element was bad.
 
-        `borrowed` says that the first output is the caller's own buffer, which may overlap with what is read.
+        `borrowed` says that the outputs are the caller's own buffers, which may overlap with what is read.
         """
         addresses = [address(a) for a in arrays]
         if borrowed:
@@ -67,12 +68,16 @@ class Launch:
             self.kernel(base, self.layout_address)
         else:
             POOL.run(self.kernel, (base, self.layout_address), frame, self.ranges, (self, frame, arrays, scale))
-        if self.by_sample:
-            partials = np.frombuffer(memoryview(frame), np.float64, 2 * self.ranges, self.partials_at).reshape(self.plan.samples, -1, 2)
+        if self.by_group:
+            shape = (self.plan.groups, -1, self.partials)
+            partials = np.frombuffer(memoryview(frame), np.float64, self.partials * self.ranges, self.partials_at).reshape(shape)
             with np.errstate(all="ignore"):
-                return partials[:, :, 0].sum(axis=1), bool(partials[:, :, 1].any())
+                return partials[:, :, :-1].sum(axis=1).T, bool(partials[:, :, -1].any())
         sums = self.unpack_sums(frame, self.partials_at)
-        return (sums[0], sums[1] > 0.0) if self.ranges == 1 else (sum(sums[::2]), any(sums[1::2]))
+        if self.ranges == 1:
+            return sums, sums[-1] > 0.0
+        totals = [sum(sums[k :: self.partials]) for k in range(self.partials)]
+        return totals, totals[-1] > 0.0
 
     def is_apart(self, addresses: list[int]) -> bool:
         """Whether the outputs are not read as well (their lines are in the cache then), and start where a 16-byte store may."""
@@ -88,15 +93,15 @@ class Nothing:
         self.plan = plan
 
     def run(self, *_: Any) -> tuple[Any, bool]:
-        """Return the sum of nothing."""
-        return (np.zeros(self.plan.samples) if self.plan.by_sample else 0.0), False
+        """Return the sums of nothing."""
+        return np.zeros((len(self.plan.spec.summed), self.plan.groups) if self.plan.kept else len(self.plan.spec.summed)), False
 
 
 def may_stream(plan: Plan) -> bool:
     """Whether the output is large, and as well aligned wherever a step may begin as at its start."""
     if not plan.spec.outputs:
         return False
-    size = int(plan.spec.outputs[-1].code[1])
-    lengths = [plan.sample_size, plan.row_size if plan.axes else 0]
+    size = min(int(output.code[1]) for output in plan.spec.outputs)
+    lengths = [plan.group_size, plan.row_size if plan.axes else 0]
     strides = [stride for _, by in plan.axes for stride in by[-len(plan.spec.outputs) :]]
     return plan.size * size >= STREAM_FROM and all(n * size % ALIGNMENT == 0 for n in lengths) and all(s % ALIGNMENT == 0 for s in strides)

@@ -3,17 +3,17 @@
 Design: a) A `Spec` says everything that decides machine code: the formula, which arrays there are, their dtypes and how
 they are stepped through, what is summed and what is stored. b) `build` writes the loop around it as a Numba function:
 ranges, samples, rows, blocks. c) `emit_step` writes one step of it, a vector's width of elements, as LLVM code: load,
-formula, weight, sum, store; the formula is called with `Vector` arguments and writes its own part. d) Reductions,
+formula, weight, sums, store; the formula is called with `Vector` arguments and writes its own part. d) Reductions,
 weights, masks and dtypes are parts of the spec, never branches of the loop.
 
-Sums: float32 (or float64) within a block of a row, float64 across blocks, one partial sum a range. Which element meets
+Sums: float32 (or float64) within a block of a row, float64 across blocks, one partial sum of each a range. Which element meets
 which lane depends on the arrays' layout alone, so that no partial sum depends on threads or addresses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -23,7 +23,7 @@ from numba.core.datamodel import models, register_default
 from numba.extending import intrinsic
 
 from fastloss.cpu import simd, vmath
-from fastloss.cpu.frame import COUNTERS, LAYOUT_COUNTERS, frame_of
+from fastloss.cpu.frame import COUNTERS, LAYOUT_COUNTERS, frame_of, partials_of
 from fastloss.cpu.simd import Vector
 from fastloss.ops import fma, where
 from fastloss.plan import Operand, Spec
@@ -61,15 +61,21 @@ class _LanesModel(models.PrimitiveModel):
 # --- one step, in LLVM -----------------------------------------------------------------------------------------------
 
 
+class Walk(NamedTuple):
+    """Where the elements of a row lie, as LLVM values."""
+
+    addresses: list[ir.Value]  # each array's first element of the row
+    strides: list[ir.Value]  # along a run
+    turns: list[ir.Value]  # from one run to the next
+    run_size: ir.Value
+
+
 class Step:
     """The addresses and numbers one step works with, and what it loads from them."""
 
-    def __init__(
-        self, spec: Spec, builder: ir.IRBuilder, addresses: list[ir.Value], strides: list[ir.Value], start: ir.Value, left: ir.Value
-    ) -> None:
-        self.spec, self.builder, self.addresses, self.strides, self.start = spec, builder, addresses, strides, start
+    def __init__(self, spec: Spec, builder: ir.IRBuilder, walk: Walk, start: ir.Value, left: ir.Value) -> None:
+        self.spec, self.builder, self.walk, self.start, self.left = spec, builder, walk, start, left
         self.lanes = lanes_of(spec)
-        self.left = left
         self.ids = ir.Constant(ir.VectorType(I64, self.lanes), list(range(self.lanes)))
         self.all = ir.Constant(ir.VectorType(I1, self.lanes), [1] * self.lanes)
         self.is_full = builder.icmp_signed(">=", left, I64(self.lanes))
@@ -113,19 +119,38 @@ class Step:
 
         return [Vector(self.builder, v) for v in self.either(lambda: [v.value for v in new], slow)]
 
-    def place(self, k: int, element: ir.Type, index: ir.Value) -> ir.Value:
-        """Return a pointer to element `index` of the row of operand k."""
-        stride = self.strides[k] if self.spec.arrays[k].access == "strided" else I64(element_bytes(element))
-        address = self.builder.add(self.addresses[k], self.builder.mul(index, stride))
+    def place(self, k: int, element: ir.Type) -> ir.Value:
+        """Return a pointer to the step's first element of contiguous operand k."""
+        address = self.builder.add(self.walk.addresses[k], self.builder.mul(self.start, I64(element_bytes(element))))
         return self.builder.inttoptr(address, element.as_pointer())
 
     def lane_pointers(self, k: int, element: ir.Type) -> ir.Value:
-        """Return a vector of pointers, one a lane, for a strided operand."""
-        builder = self.builder
-        index = builder.add(spread(builder, self.start, self.lanes), self.ids)
-        offset = builder.mul(index, spread(builder, self.strides[k], self.lanes))
-        address = builder.add(spread(builder, self.addresses[k], self.lanes), offset)
+        """Return a vector of pointers, one a lane, for an operand that is not contiguous."""
+        builder, walk = self.builder, self.walk
+        stride = spread(builder, walk.strides[k], self.lanes)
+        if self.spec.arrays[k].access == "nested":
+            run, index = self.runs()
+            offset = builder.add(builder.mul(run, spread(builder, walk.turns[k], self.lanes)), builder.mul(index, stride))
+        else:
+            offset = builder.mul(builder.add(spread(builder, self.start, self.lanes), self.ids), stride)
+        address = builder.add(spread(builder, walk.addresses[k], self.lanes), offset)
         return builder.inttoptr(address, ir.VectorType(element.as_pointer(), self.lanes))
+
+    def runs(self) -> tuple[ir.Value, ir.Value]:
+        """Return, for each lane, the run it is in, and its index there.
+
+        Only the first lane needs an integer division; the others are at most a step and a short run from it, where
+        float32 tells the quotients apart.
+        """
+        builder, run_size = self.builder, self.walk.run_size
+        first = builder.sdiv(self.start, run_size)
+        rest = builder.sub(self.start, builder.mul(first, run_size))
+        index = builder.add(spread(builder, rest, self.lanes), self.ids)
+        floats = ir.VectorType(ir.FloatType(), self.lanes)
+        middle = builder.fadd(builder.sitofp(index, floats), ir.Constant(floats, [0.5] * self.lanes))
+        size = spread(builder, run_size, self.lanes)
+        further = builder.fptosi(builder.fdiv(middle, builder.sitofp(size, floats)), index.type)
+        return builder.add(spread(builder, first, self.lanes), further), builder.sub(index, builder.mul(further, size))
 
     def load(self, k: int, operand: Operand, within: ir.Value | None) -> ir.Value:
         """Load one vector of operand k; lanes outside `within` are not read."""
@@ -133,12 +158,12 @@ class Step:
         vector, align = ir.VectorType(element, self.lanes), ir.Constant(ir.IntType(32), element_bytes(element))
         zero = ir.Constant(vector, None)
         if operand.access == "constant":
-            pointer = builder.inttoptr(self.addresses[k], element.as_pointer())
+            pointer = builder.inttoptr(self.walk.addresses[k], element.as_pointer())
             return spread(builder, builder.load(pointer), self.lanes)
-        if operand.access == "strided":
+        if operand.access != "contiguous":
             name = f"llvm.masked.gather.{simd.mangle(vector)}.v{self.lanes}p0"
             return simd.call(builder, name, vector, self.lane_pointers(k, element), align, within or self.all, zero)
-        pointer = self.place(k, element, self.start)
+        pointer = self.place(k, element)
         vector_pointer = builder.bitcast(pointer, vector.as_pointer())
         if within is not None:
             return simd.call(builder, f"llvm.masked.load.{simd.mangle(vector)}.p0", vector, vector_pointer, align, within, zero)
@@ -162,11 +187,11 @@ class Step:
         builder, element = self.builder, simd.scalar_type(operand.code)
         align = ir.Constant(ir.IntType(32), element_bytes(element))
         void = ir.VoidType()
-        if operand.access == "strided":
+        if operand.access != "contiguous":
             name = f"llvm.masked.scatter.{simd.mangle(vector.type)}.v{self.lanes}p0"
             simd.call(builder, name, void, vector, self.lane_pointers(k, element), align, self.within())
             return
-        pointer = builder.bitcast(self.place(k, element, self.start), vector.type.as_pointer())
+        pointer = builder.bitcast(self.place(k, element), vector.type.as_pointer())
         with builder.if_else(self.is_full) as (full, tail):
             with full, builder.if_else(streaming) as (past, through):
                 with past:
@@ -181,18 +206,14 @@ class Step:
 
     def convert(self, raw: Vector, code: str, to: str) -> Vector:
         """Convert lanes stored as NumPy type `code` to the type `to`, rounding once to nearest."""
-        builder, target = self.builder, ir.VectorType(simd.scalar_type(to), self.lanes)
-        if code == to:
-            return raw
         if code == "b1":  # NumPy takes any byte but 0 for True
             raw = raw != 0
-        cast = {"i": builder.sitofp, "f": builder.fpext if to > code else builder.fptrunc}.get(code[0], builder.uitofp)
-        return Vector(builder, cast(raw.value, target))
+        return raw if code == to else raw.convert(code, to)
 
 
 def element_bytes(element: ir.Type) -> int:
     """Return the size of one stored element."""
-    return {"float": 4, "double": 8}.get(str(element)) or element.width // 8
+    return {"half": 2, "float": 4, "double": 8}.get(str(element)) or element.width // 8
 
 
 def spread(builder: ir.IRBuilder, scalar: ir.Value, count: int) -> ir.Value:
@@ -203,37 +224,44 @@ def spread(builder: ir.IRBuilder, scalar: ir.Value, count: int) -> ir.Value:
 
 
 def emit_step(step: Step, numbers: dict[str, ir.Value], scale: ir.Value, streaming: ir.Value, sums: list[Vector]) -> list[Vector]:
-    """Write one step: load, formula, sum, store. Returns the new sums (value, product of logarithms, bad targets)."""
+    """Write one step: load, formula, sums, store. Returns the new sums; see `_sum_types`."""
     spec, builder = step.spec, step.builder
     raw = step.load_all()
     number = {name: spread_number(builder, value, spec) for name, value in numbers.items()}
-    counted = Vector(builder, step.all, sums[0].type)
+    counted = Vector(builder, step.all, sums[-1].type)
     if "mask" in raw:
         counted = counted & (raw["mask"] != 0)
-    if "ignore_index" in number:
-        counted = counted & (raw["target"] != as_target(step, numbers["ignore_index"]))
     loaded = {op.name: step.convert(raw[op.name], op.code, spec.compute) for op in spec.operands if op.name != "mask"}
-    target: Any = multiply(loaded.get("target"), number.get("target_scale"))
-    value_sum, product, bad = sums
-    if spec.checked:
-        wrong = counted & ~((target >= 0.0) & (target <= 1.0))
-        bad = bad + where(wrong, 1.0, 0.0)
-    parameters = {name: loaded[name] if name in loaded else number[name] for name in spec.parameters}
-    if spec.summed == "count":
-        return step.keep_within([value_sum + where(counted, 1.0, 0.0), product, bad], sums)
-    quantities = spec.formula.quantities(loaded["input"], target, parameters)
-    weight = loaded.get("weight")
-    if spec.summed == "value":
-        value_sum, product = add_value(quantities["value"], weight, counted, value_sum, product)
+    if "ignore_index" in number:
+        counted = counted & is_not(step, raw["target"], loaded["target"], numbers["ignore_index"])
+    if "target" in loaded:
+        loaded["target"] = multiply(loaded["target"], number.get("target_scale"))
+    quantities: dict[str, Any] = {"count": 1.0}
+    if spec.trace:
+        parameters = {name: loaded[name] if name in loaded else number[name] for name in spec.parameters}
+        quantities |= spec.formula.quantities(loaded["input"], loaded["target"], parameters)
     if spec.outputs:
-        factor = multiply(weight, spread_number(builder, scale, spec))
-        for k, output in enumerate(spec.outputs, len(spec.operands)):
-            shared = weight if output.name == "value" else multiply(factor, loaded.get("grad_output"))
-            stored = multiply(value_sum.match(quantities[output.name]), shared)
-            if spec.excludes:
-                stored = where(counted, stored, 0.0)
-            step.store(k, output, step.convert(stored, spec.compute, output.code).value, streaming)
-    return step.keep_within([value_sum, product, bad], sums)
+        store_all(step, quantities, loaded, spread_number(builder, scale, spec), counted, streaming)
+    new, bad = [], sums[-1]
+    for name, total, product in zip(spec.summed, sums[:-1:2], sums[1:-1:2], strict=True):
+        weight = None if name == "count" else loaded.get("weight")
+        new += add_value(quantities[name], weight, counted, total, product)
+    for name in spec.checked:
+        bad = bad + where(counted & ~((loaded[name] >= 0.0) & (loaded[name] <= 1.0)), 1.0, 0.0)
+    return step.keep_within([*new, bad], sums)
+
+
+def store_all(
+    step: Step, quantities: dict[str, Any], loaded: dict[str, Vector], scale: Vector, counted: Vector, streaming: ir.Value
+) -> None:
+    """Store every output: slopes and curvatures with all the factors of the chain rule, a value with its weight."""
+    weight = loaded.get("weight")
+    factor = multiply(multiply(weight, scale), loaded.get("grad_output"))
+    for k, output in enumerate(step.spec.outputs, len(step.spec.operands)):
+        stored = multiply(scale.match(quantities[output.name]), weight if output.name == "value" else factor)
+        if step.spec.excludes:
+            stored = where(counted, stored, 0.0)
+        step.store(k, output, step.convert(stored, step.spec.compute, output.code).value, streaming)
 
 
 def add_value(value: Any, weight: Vector | None, counted: Vector, total: Vector, product: Vector) -> tuple[Vector, Vector]:
@@ -259,15 +287,13 @@ def spread_number(builder: ir.IRBuilder, value: ir.Value, spec: Spec) -> Vector:
     return Vector(builder, spread(builder, value, lanes_of(spec)))
 
 
-def as_target(step: Step, value: ir.Value) -> Vector:
-    """Return a float64 option in the type that the targets are stored in."""
+def is_not(step: Step, stored: Vector, widened: Vector, value: ir.Value) -> Vector:
+    """Return where targets differ from a number: integers as they are stored, floating-point numbers as they are widened."""
     code = next(op.code for op in step.spec.operands if op.name == "target")
-    element = simd.scalar_type(code)
-    if code == "f4":
-        value = step.builder.fptrunc(value, element)
-    elif code[0] in "iub":
-        value = (step.builder.fptosi if code[0] == "i" else step.builder.fptoui)(value, element)
-    return Vector(step.builder, spread(step.builder, value, step.lanes))
+    if code[0] in "iub":
+        value = (step.builder.fptosi if code[0] == "i" else step.builder.fptoui)(value, simd.scalar_type(code))
+        return stored != Vector(step.builder, spread(step.builder, value, step.lanes))
+    return widened != spread_number(step.builder, value, step.spec)
 
 
 # --- the intrinsics through which the Numba loop reaches them ----------------------------------------------------------
@@ -307,8 +333,13 @@ def fetch_add(typingctx: Any, pointer: Any, index: Any) -> Any:
 
 
 def _sum_types(spec: Spec) -> tuple[Any, Any]:
-    block = types.UniTuple(Lanes(spec.compute, lanes_of(spec)), 3)
-    total = types.UniTuple(Lanes("f8", lanes_of(spec)), 2)
+    """Return Numba's types of a block's sums, and of a range's.
+
+    A block has for every sum a total and a product of logarithms, and last the number of bad elements; a range, in float64,
+    one total for each of them.
+    """
+    block = types.UniTuple(Lanes(spec.compute, lanes_of(spec)), 2 * len(spec.summed) + 1)
+    total = types.UniTuple(Lanes("f8", lanes_of(spec)), partials_of(spec))
     return block, total
 
 
@@ -325,20 +356,21 @@ def zeros(typingctx: Any, key: Any, what: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def run_step(
-    typingctx: Any, key: Any, addresses: Any, strides: Any, start: Any, stop: Any, numbers: Any, scale: Any, streaming: Any, sums: Any
-) -> Any:
+    typingctx: Any, key: Any, addresses: Any, strides: Any, turns: Any, run_size: Any, start: Any, stop: Any, numbers: Any, scale: Any,
+    streaming: Any, sums: Any
+) -> Any:  # fmt: skip
     """Work on one vector's width of elements from `start` on; see `emit_step`."""
     spec = SPECS[key.literal_value]
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        addresses_, strides_, numbers_, sums_ = (cgutils.unpack_tuple(builder, args[k]) for k in (1, 2, 5, 8))
-        start_, stop_, scale_, streaming_ = args[3], args[4], args[6], args[7]
+        addresses_, strides_, turns_, numbers_, sums_ = (cgutils.unpack_tuple(builder, args[k]) for k in (1, 2, 3, 7, 10))
+        run_size_, start_, stop_, scale_, streaming_ = (args[k] for k in (4, 5, 6, 8, 9))
         named = dict(zip(spec.numbers, numbers_, strict=False))
-        one = Step(spec, builder, addresses_, strides_, start_, builder.sub(stop_, start_))
+        one = Step(spec, builder, Walk(addresses_, strides_, turns_, run_size_), start_, builder.sub(stop_, start_))
         new_sums = emit_step(one, named, scale_, streaming_, [Vector(builder, v) for v in sums_])
         return context.make_tuple(builder, sums, [v.value for v in new_sums])
 
-    return sums(key, addresses, strides, start, stop, numbers, scale, streaming, sums), codegen
+    return sums(key, addresses, strides, turns, run_size, start, stop, numbers, scale, streaming, sums), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -347,32 +379,35 @@ def fold(typingctx: Any, key: Any, totals: Any, sums: Any) -> Any:
     spec = SPECS[key.literal_value]
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value, product, bad = (Vector(builder, v) for v in cgutils.unpack_tuple(builder, args[2]))
-        total, bad_total = (Vector(builder, v) for v in cgutils.unpack_tuple(builder, args[1]))
+        block = [Vector(builder, v) for v in cgutils.unpack_tuple(builder, args[2])]
+        total = [Vector(builder, v) for v in cgutils.unpack_tuple(builder, args[1])]
 
         def widen(x: Vector) -> Vector:
             return x if spec.compute == "f8" else x.like(builder.fpext(x.value, totals.dtype.llvm))
 
-        total = total + widen(value)
-        if spec.multiplies:
-            total = total + widen(vmath.log1p_of_product(product))
-        return context.make_tuple(builder, totals, [total.value, (bad_total + widen(bad)).value])
+        new = [old + widen(value) for old, value in zip(total, block[::2], strict=True)]
+        for k, name in enumerate(spec.summed):
+            if name in spec.multiplied:
+                new[k] = new[k] + widen(vmath.log1p_of_product(block[2 * k + 1]))
+        return context.make_tuple(builder, totals, [v.value for v in new])
 
     return totals(key, totals, sums), codegen
 
 
-@intrinsic(prefer_literal=True)
-def lane_sum(typingctx: Any, totals: Any, which: Any) -> Any:
-    """Add the lanes of one of the range's sums, half to half."""
+@intrinsic
+def store_sums(typingctx: Any, pointer: Any, offset: Any, totals: Any) -> Any:
+    """Add the lanes of each of the range's sums, half to half, and write them to `pointer[offset:]`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vector = cgutils.unpack_tuple(builder, args[0])[which.literal_value]
-        while (half := vector.type.count // 2) > 0:
-            low, high = (ir.Constant(ir.VectorType(ir.IntType(32), half), list(range(k, k + half))) for k in (0, half))
-            vector = builder.fadd(builder.shuffle_vector(vector, vector, low), builder.shuffle_vector(vector, vector, high))
-        return builder.extract_element(vector, ir.IntType(32)(0))
+        first = builder.gep(args[0], [args[1]])
+        for k, vector in enumerate(cgutils.unpack_tuple(builder, args[2])):
+            while (half := vector.type.count // 2) > 0:
+                low, high = (ir.Constant(ir.VectorType(ir.IntType(32), half), list(range(j, j + half))) for j in (0, half))
+                vector = builder.fadd(builder.shuffle_vector(vector, vector, low), builder.shuffle_vector(vector, vector, high))
+            builder.store(builder.extract_element(vector, ir.IntType(32)(0)), builder.gep(first, [I64(k)]))
+        return context.get_dummy_value()
 
-    return types.float64(totals, which), codegen
+    return types.void(pointer, offset, totals), codegen
 
 
 @intrinsic
@@ -405,47 +440,46 @@ def build(key: str) -> Any:
     by an atomic operation too, which also makes stores past the caches visible.
     """
     spec = SPECS[key]
-    lanes, arrays = lanes_of(spec), len(spec.arrays)
+    lanes, arrays, partial_count = lanes_of(spec), len(spec.arrays), partials_of(spec)
     block = BLOCK * lanes
     addresses_at, numbers_at, scale_at, partials_at = frame_of(spec)
     numbers = scale_at - numbers_at
-    strides_at, starts_at, axes_at = LAYOUT_COUNTERS, LAYOUT_COUNTERS + arrays, LAYOUT_COUNTERS + 2 * arrays
+    strides_at, turns_at, starts_at, axes_at = (LAYOUT_COUNTERS + k * arrays for k in range(4))
 
     @cfunc(types.void(types.CPointer(types.int64), types.CPointer(types.int64)), error_model="numpy")
     def kernel(frame: Any, layout: Any) -> None:
         _, _, streaming, scale_step, scales = read(COUNTERS, frame, 0)
-        ranges, per_sample, range_size, sample_size, row_size, axes = read(LAYOUT_COUNTERS, layout, 0)
-        strides = read(arrays, layout, strides_at)
+        ranges, per_group, range_size, group_size, row_size, run_size, axes = read(LAYOUT_COUNTERS, layout, 0)
+        strides, turns = read(arrays, layout, strides_at), read(arrays, layout, turns_at)
         base = advance(read(arrays, frame, addresses_at), read(arrays, layout, starts_at), 1)
         options = read(numbers, doubles(frame, numbers_at), 0)
         partials = doubles(frame, partials_at)
         index = fetch_add(frame, 0)
         while index < ranges:
-            sample = index // per_sample
-            at = sample * sample_size + (index - sample * per_sample) * range_size
-            stop = min(at + range_size, (sample + 1) * sample_size)
-            scale = doubles_at(scales)[sample * scale_step]
+            group = index // per_group
+            at = group * group_size + (index - group * per_group) * range_size
+            stop = min(at + range_size, (group + 1) * group_size)
+            scale = doubles_at(scales)[group * scale_step]
             totals = zeros(key, "range")
             while at < stop:
                 row = at // row_size
                 column = at - row * row_size
                 count = min(row_size - column, stop - at)
-                here = advance(base, strides, column)
+                here = base
                 axis = axes_at
                 for _ in range(axes):  # innermost first
                     length = layout[axis]
                     here = advance(here, read(arrays, layout, axis + 1), row % length)
                     row //= length
                     axis += 1 + arrays
-                for first in range(0, count, block):
+                for first in range(column, column + count, block):
                     sums = zeros(key, "block")
-                    last = min(first + block, count)
+                    last = min(first + block, column + count)
                     for start in range(first, last, lanes):
-                        sums = run_step(key, here, strides, start, last, options, scale, streaming != 0, sums)
+                        sums = run_step(key, here, strides, turns, run_size, start, last, options, scale, streaming != 0, sums)
                     totals = fold(key, totals, sums)
                 at += count
-            partials[2 * index] = lane_sum(totals, 0)
-            partials[2 * index + 1] = lane_sum(totals, 1)
+            store_sums(partials, partial_count * index, totals)
             fetch_add(frame, 1)
             index = fetch_add(frame, 0)
 

@@ -14,14 +14,14 @@ from typing import Any
 from llvmlite import ir
 
 from fastloss.cpu import vmath
-from fastloss.ops import Symbol
+from fastloss.ops import Symbol, where
 
-_FLOATS: dict[str, ir.Type] = {"f4": ir.FloatType(), "f8": ir.DoubleType()}
-_SUFFIX = {"float": "f32", "double": "f64", "i32": "i32", "i64": "i64", "i8": "i8", "i16": "i16", "i1": "i1"}
+_FLOATS: dict[str, ir.Type] = {"f2": ir.HalfType(), "f4": ir.FloatType(), "f8": ir.DoubleType()}
+_SUFFIX = {"half": "f16", "float": "f32", "double": "f64", "i32": "i32", "i64": "i64", "i8": "i8", "i16": "i16", "i1": "i1"}
 
 
 def scalar_type(code: str) -> ir.Type:
-    """Return the LLVM type of one stored element; `code` is a NumPy type code such as "f4", "u1" or "b1"."""
+    """Return the LLVM type of one stored element; `code` is a NumPy type code such as "f4", "u1" or "b1", or "B2" for bfloat16."""
     return _FLOATS.get(code) or ir.IntType(8 * int(code[1]))
 
 
@@ -103,6 +103,43 @@ class Vector(Symbol):
         """Return integer lanes converted to floating-point numbers of the same width."""
         return self.like(self.builder.sitofp(self.value, ir.VectorType(_FLOATS[f"f{self.bits // 8}"], self.type.count)))
 
+    def convert(self, code: str, to: str) -> Vector:
+        """Return lanes stored as type `code` as the type `to`, rounded once to nearest even."""
+        if code == "B2":  # the upper half of a float32
+            bits = self.cast("zext", "u4")
+            return bits.apply("shl", bits, 16).as_float().convert("f4", to)
+        if code == to:
+            return self
+        if to in ("f2", "B2"):
+            single = self.round_to_odd() if code == "f8" else self
+            return single.cast("fptrunc", "f2") if to == "f2" else single.round_to_bfloat16()
+        if code == "f2" and to == "f8":
+            return self.cast("fpext", "f4").cast("fpext", "f8")  # the conversion CPUs have
+        return self.cast({"i": "sitofp", "f": "fpext" if to > code else "fptrunc"}.get(code[0], "uitofp"), to)
+
+    def cast(self, method: str, to: str) -> Vector:
+        """Convert lanes by one of the builder's methods."""
+        return self.like(getattr(self.builder, method)(self.value, ir.VectorType(scalar_type(to), self.type.count)))
+
+    def round_to_bfloat16(self) -> Vector:
+        """Return the upper halves of float32 lanes, rounded to nearest even; of a NaN, the upper half with a bit that keeps it NaN."""
+        bits = self.as_int()
+        odd = bits.apply("shr", bits, 16) & 1
+        rounded = where(self != self, bits | (1 << 22), bits + odd + 0x7FFF)
+        return rounded.apply("shr", rounded, 16).cast("trunc", "u2")
+
+    def round_to_odd(self) -> Vector:
+        """Return float64 lanes as float32, and those between two float32 as the odd one of them.
+
+        Rounded once more, to half precision, that is what rounding once would have given.
+        """
+        single = self.cast("fptrunc", "f4")
+        error, bits = self - single.cast("fpext", "f8"), single.as_int()
+        grows = where(bits < 0, error < 0.0, error > 0.0)
+        odd = bits + where(grows, bits.splat(1), bits.splat(-1))
+        inexact = (error < 0.0) | (error > 0.0)  # not NaN: inf is exact
+        return where(inexact & ((bits & 1) == 0), odd, bits).as_float()
+
     def apply(self, op: str, *args: Any) -> Vector:
         """Emit the instructions for `op`."""
         vector = next(a for a in args if isinstance(a, Vector))
@@ -178,7 +215,10 @@ _OPS: dict[str, Callable[..., Vector]] = {
     "minimum": _extremum("<"),
     "maximum": _extremum(">"),
     "exp": vmath.exp,
+    "expm1": vmath.expm1,
     "log": vmath.log,
     "log1p": vmath.log1p,
+    "pow": vmath.pow,
+    "sigmoid": vmath.sigmoid,
     "add_log1p": _add_log1p,
 }

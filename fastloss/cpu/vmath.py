@@ -1,7 +1,7 @@
-"""exp, log and log1p on SIMD vectors, in plain operators; the coefficients come from `docs/minimax.py`.
+"""exp, log and their kin on SIMD vectors, in plain operators; the coefficients come from `docs/minimax.py`.
 
-Errors: exp and log below 1 ulp, log1p below 1.5 ulp, subnormal results included (`tests/test_accuracy.py`). NaN goes
-through; infinities and poles have their limits.
+Errors: exp, log and pow below 1 ulp, expm1 and log1p below 1.5 ulp, subnormal results included (`tests/test_accuracy.py`).
+NaN goes through; infinities and poles have their limits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from fastloss.ops import fma, where
+from fastloss.ops import fma, polynomial, where
 
 if TYPE_CHECKING:
     from fastloss.cpu.simd import Vector
@@ -68,46 +68,80 @@ FORMATS = {
 }  # fmt: skip
 
 
-def polynomial(x: Vector, terms: tuple[float, ...]) -> Vector:
-    """Return terms[0] + terms[1] x + terms[2] x**2 + ... by Estrin's scheme, whose chain of dependent steps is short."""
-    parts: list[Any] = list(terms)
-    while len(parts) > 1:
-        pairs = [fma(x.match(high), x, low) for low, high in zip(parts[::2], parts[1::2], strict=False)]
-        parts = pairs + parts[2 * len(pairs) :]
-        x = x * x
-    return parts[0]
-
-
 def power_of_two(k: Vector, fmt: Format) -> Vector:
     """Return 2**(k - bias) for integer lanes k that hold a biased exponent."""
     return k.apply("shl", k, fmt.mantissa).as_float()
 
 
-def one_plus(large: Vector, small: Vector) -> Vector:
-    """Return 1 + large + small, rounded as if once: what 1 + large loses is added to the small part."""
-    start = large + 1.0
-    return start + ((large - (start - 1.0)) + small)
+def two_sum(large: Vector, small: Vector) -> tuple[Vector, Vector]:
+    """Return the sum and what it was rounded by; |large| >= |small|, or large is 0."""
+    total = large + small
+    return total, (large - total) + small
 
 
-def exp(x: Vector) -> Vector:
-    """Return e**x = 2**n e**r with n = round(x / log 2); 2**n is applied in two factors, so that subnormal results round once."""
+def reduced(x: Vector, low: Any, shift: int, fmt: Format) -> tuple[Vector, Vector, Vector]:
+    """Return n = round(x / log 2), as integer lanes biased by `shift` too, and r = x + low - n log 2 in two parts."""
+    shifter = fmt.shifter + fmt.bias + shift
+    shifted = fma(x, LOG2_E, shifter)
+    n = shifted - shifter
+    return shifted.as_int(), fma(n, -fmt.ln2[0], x), fma(n, -fmt.ln2[1], low)
+
+
+def exp_reduced(r: Vector, r_low: Vector, fmt: Format) -> tuple[Vector, Vector]:
+    """Return e**(r + r_low) in two parts, for |r| <= log(2) / 2."""
+    r_sum = r + r_low
+    start = r + 1.0
+    rest = fma(r_sum * r_sum, polynomial(r_sum, fmt.exp_terms), r_low)
+    return two_sum(start, (r - (start - 1.0)) + rest)
+
+
+def exp(x: Vector, low: Any = 0.0) -> Vector:
+    """Return e**(x + low) = 2**n e**r; 2**n is applied in two factors, so that subnormal results round once."""
+    if x.bounds[1] <= 0.0:
+        return exp_of_negative(x, low)[0]
     fmt = FORMATS[x.bits]
     least, most = fmt.exp_range
     half = (fmt.bias + 1) // 2
-    never_positive = x.bounds[1] <= 0.0
-    x = where(x < least, least, x)
-    if not never_positive:
-        x = where(x > most, most, x)
-    shifter = fmt.shifter + fmt.bias + (half if never_positive else 0)
-    shifted = fma(x, LOG2_E, shifter)
-    n = shifted - shifter
-    r, r_low = fma(n, -fmt.ln2[0], x), n * -fmt.ln2[1]
-    e_r = one_plus(r, fma((r + r_low) * (r + r_low), polynomial(r + r_low, fmt.exp_terms), r_low))
-    if never_positive:
-        return (e_r * power_of_two(shifted.as_int(), fmt) * 2.0**-half).within(0.0, 1.0)
-    negative, whole = x < 0.0, shifted.as_int()
+    x = where(x < least, least, where(x > most, most, x))
+    whole, r, r_low = reduced(x, low, 0, fmt)
+    negative = x < 0.0
     first = power_of_two(whole + where(negative, whole.splat(half), whole.splat(-half)), fmt)
+    e_r, _ = exp_reduced(r, r_low, fmt)
     return (e_r * first * where(negative, e_r.splat(2.0**-half), 2.0**half)).within(0.0, inf)
+
+
+def exp_of_negative(x: Vector, low: Any = 0.0) -> tuple[Vector, Vector]:
+    """Return e**(x + low) for x <= 0, and what it was rounded by."""
+    fmt = FORMATS[x.bits]
+    half = (fmt.bias + 1) // 2
+    whole, r, r_low = reduced(where(x < fmt.exp_range[0], fmt.exp_range[0], x), low, half, fmt)
+    e_r, rest = exp_reduced(r, r_low, fmt)
+    scale = power_of_two(whole, fmt)
+    return (e_r * scale * 2.0**-half).within(0.0, 1.0), rest * scale * 2.0**-half
+
+
+def sigmoid(x: Vector) -> Vector:
+    """Return 1 / (1 + e**-x), which is s = e / (1 + e) with e = e**-|x|, or 1 - s.
+
+    One step of Newton's method takes back what e, the sum and the quotient were rounded by: 2.2 ulp become 0.8.
+    """
+    never_positive = x.bounds[1] <= 0.0
+    e, e_low = exp_of_negative(x if never_positive else -abs(x))
+    s = e / (1.0 + e)
+    s = fma(fma(-s, e, e - s) + e_low, 1.0 - s, s)
+    return s if never_positive else where(x > 0.0, 1.0 - s, s)
+
+
+def expm1(x: Vector) -> Vector:
+    """Return e**x - 1 = 2**n (e**r - 1) + (2**n - 1), which rounds nothing near 0, where n is."""
+    fmt = FORMATS[x.bits]
+    least = -float(fmt.mantissa + 4)  # from here on down the result is -1
+    whole, r, r_low = reduced(where(x < least, least, x), 0.0, 0, fmt)
+    r_sum = r + r_low
+    small = r + fma(r_sum * r_sum, polynomial(r_sum, fmt.exp_terms), r_low)
+    scale = power_of_two(whole, fmt)
+    result = fma(scale, small, scale - 1.0)
+    return result if x.bounds[1] <= 0.0 else where(x > 10.0, exp(x) - 1.0, result)  # there, 2**n may overflow before e**x
 
 
 def log1p_of_product(x: Vector) -> Vector:
@@ -133,13 +167,33 @@ def log1p(x: Vector) -> Vector:
 
 def log(x: Vector) -> Vector:
     """Return the natural logarithm: k log 2 + log m, with x = 2**k m and sqrt(1/2) <= m < sqrt(2)."""
+    return at_poles(x, log_near_one(*split(x)))
+
+
+def pow(x: Vector, y: Vector) -> Vector:
+    """Return x**y = exp(y log x) for x >= 0.
+
+    An error of log x is multiplied by the size of y log x, up to a hundred, so both are held in two parts.
+    """
+    high, low = log_in_two(*split(x))
+    product = y * high
+    rest = fma(y, low, fma(y, high, -product))
+    least, most = FORMATS[x.bits].exp_range
+    result = exp(product, where((product > least) & (product < most), rest, 0.0))
+    result = where(x == inf, where(y > 0.0, x, 0.0), where(x == 0.0, where(y > 0.0, x, inf), result))
+    result = where(x >= 0.0, result, x.splat(float("nan")))
+    return where(y == 0.0, 1.0, where(y == y, result, y))
+
+
+def split(x: Vector) -> tuple[Vector, Vector]:
+    """Return f and k with x = 2**k (1 + f) and sqrt(1/2) <= 1 + f < sqrt(2), for finite x > 0."""
     fmt = FORMATS[x.bits]
     subnormal = x < fmt.tiny
     normal = where(subnormal, x * 2.0**fmt.mantissa, x)
     k = exponent(normal, fmt)
     m = (normal.as_int() - k.apply("shl", k, fmt.mantissa)).as_float()
     k_float = k.to_float()
-    return at_poles(x, log_near_one(m - 1.0, where(subnormal, k_float - fmt.mantissa, k_float)))
+    return m - 1.0, where(subnormal, k_float - fmt.mantissa, k_float)
 
 
 def exponent(u: Vector, fmt: Format) -> Vector:
@@ -156,11 +210,30 @@ def log_near_one(f: Vector, k: Vector) -> Vector:
     if f.bits == 32:
         rest = f * f * fma(f, polynomial(f, fmt.log_terms), -0.5)
         return fma(k, high, fma(k, low, rest) + f)
+    half_square, rest = f * f * 0.5, log_rest(f)
+    return fma(k, high, f - (half_square - fma(k, low, rest)))
+
+
+def log_rest(f: Vector) -> Vector:
+    """Return log(1 + f) - f + f**2 / 2."""
+    fmt = FORMATS[f.bits]
+    if f.bits == 32:
+        return f * f * f * polynomial(f, fmt.log_terms)
     # a polynomial in f alone would need twice the terms: go through s = f / (2 + f), log(1 + f) = 2 atanh(s)
     s = f / (f + 2.0)
-    z, half_square = s * s, f * f * 0.5
-    rest = s * (half_square + z * polynomial(z, fmt.log_terms))
-    return fma(k, high, f - (half_square - fma(k, low, rest)))
+    z = s * s
+    return s * fma(z, polynomial(z, fmt.log_terms), f * f * 0.5)
+
+
+def log_in_two(f: Vector, k: Vector) -> tuple[Vector, Vector]:
+    """Return k log 2 + log(1 + f) as the sum of two numbers, some 5 digits more exact than one."""
+    fmt = FORMATS[f.bits]
+    square = f * f
+    near = fma(square, -0.5, f)
+    near_low = fma(square, -0.5, f - near) - 0.5 * fma(f, f, -square)
+    large = k * fmt.ln2[0]  # exact
+    high, rest = two_sum(large, near)
+    return two_sum(high, rest + (near_low + fma(k, fmt.ln2[1], log_rest(f))))
 
 
 def at_poles(x: Vector, result: Vector) -> Vector:

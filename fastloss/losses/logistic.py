@@ -17,22 +17,17 @@ from math import inf
 from typing import Any
 
 from fastloss.loss import TargetLoss, elementwise_loss
-from fastloss.ops import abs, add_log1p, exp, fma, log, log1p, where
+from fastloss.ops import abs, add_log1p, exp, fma, log, log1p, maximum, minimum, pow, sigmoid, where
 
 _BOUNDS = {"pos_weight": (0.0, inf), "label_smoothing": (0.0, 1.0)}
 
 
 def _tail(z: Any) -> tuple[Any, Any]:
-    """Return e = exp(-|z|) and s = e / (1 + e) = sigmoid(-|z|), the smaller of the two probabilities.
-
-    One step of Newton's method takes back what the sum and the quotient were rounded by: 2.2 ulp become 1.6.
-    """
-    e = exp(-abs(z))
-    s = e / (1.0 + e)
-    return e, fma(fma(-s, e, e - s), 1.0 - s, s)
+    """Return e = exp(-|z|) and s = e / (1 + e) = sigmoid(-|z|), the smaller of the two probabilities."""
+    return exp(-abs(z)), sigmoid(-abs(z))
 
 
-def _variance(s: Any) -> Any:
+def variance(s: Any) -> Any:
     """Return p (1 - p) = s - s**2, of the Bernoulli distribution, rounded once."""
     return fma(-s, s, s)
 
@@ -52,7 +47,7 @@ def _minus(x: Any, log_x: Any) -> Any:
     return where(x == 0.0, 0.0, -x * log_x)
 
 
-@elementwise_loss(unit_target=True, bounds=_BOUNDS)
+@elementwise_loss(unit=("target",), bounds=_BOUNDS)
 def binary_cross_entropy_with_logits(z: Any, t: Any, pos_weight: Any = None, label_smoothing: Any = None) -> Any:
     """Binary cross-entropy between targets in [0, 1] and the sigmoid of the input.
 
@@ -68,8 +63,8 @@ def binary_cross_entropy_with_logits(z: Any, t: Any, pos_weight: Any = None, lab
     `binary_entropy(target)`, reached at p = t.
 
     Args:
-        input: logits, any shape; float32 or float64.
-        target: probabilities, the same shape; float32, float64, bool, or integers (with `target_scale`, such as 1/255).
+        input: logits, any shape; float16, bfloat16, float32 or float64.
+        target: probabilities, the same shape; these, bool, or integers (with `target_scale`, such as 1/255).
         weight: multiplies value and slope; broadcasts against input. The mean still divides by the number of elements.
         reduction: "mean", "sum", "none", "batchmean" (sum / first axis), "sample_mean", "sample_sum".
         pos_weight: factor c >= 0 on the positive part, -c t log p; a number, or an array that broadcasts.
@@ -87,14 +82,89 @@ def binary_cross_entropy_with_logits(z: Any, t: Any, pos_weight: Any = None, lab
     if pos_weight is None:
         wrong = where(z > 0.0, 1.0 - t, t)
         value = add_log1p(_times(abs(z), wrong), e)
-        slope, curvature = wrong - s, _variance(s)
+        slope, curvature = wrong - s, variance(s)
     else:
         positive, negative = pos_weight * t, 1.0 - t
         mass = positive + negative
         wrong = where(z > 0.0, negative, positive)
         value = _times(abs(z), wrong) + mass * log1p(e)
-        slope, curvature = wrong - mass * s, mass * _variance(s)
+        slope, curvature = wrong - mass * s, mass * variance(s)
     return value, where(z > 0.0, slope, -slope), curvature
+
+
+@elementwise_loss(unit=("input", "target"))
+def binary_cross_entropy(z: Any, t: Any) -> Any:
+    """Binary cross-entropy between targets and probabilities, both in [0, 1]; prefer `binary_cross_entropy_with_logits`.
+
+    With p = input, per element, as in PyTorch:
+
+        value     = -(t max(log p, -100) + (1 - t) max(log(1 - p), -100))
+        slope     = (p - t) / max(p (1 - p), 1e-12)
+        curvature = t / max(p, 1e-12)**2 + (1 - t) / max(1 - p, 1e-12)**2
+
+    A probability close to 1 has lost the digits of 1 - p before it comes here, and with them those of its loss: beyond a
+    logit of 17 a float32 sigmoid is 1. The clamps keep the value finite there, at a price: the slope is no longer that of
+    the value. A loss of the logits has neither trouble.
+
+    Args:
+        input: probabilities, any shape; float16, bfloat16, float32 or float64. Outside [0, 1] the value is NaN;
+            `validate=True` makes that an error.
+        target: probabilities, the same shape; these, bool, or integers (with `target_scale`, such as 1/255).
+        weight, reduction, mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
+
+    Raises:
+        ValueError: shapes differ, an option is out of range, an input or a target is outside [0, 1] (with `validate=True`).
+        TypeError: a dtype is not accepted, an option is unknown.
+
+    Source: Good, "Rational Decisions", 1952; the clamps: PyTorch 1.2, 2019.
+    """
+    rest = 1.0 - z
+    value = t * minimum(-log(z), 100.0) + (1.0 - t) * minimum(-log1p(-z), 100.0)
+    least, least_rest = maximum(z, 1e-12), maximum(rest, 1e-12)
+    curvature = t / (least * least) + (1.0 - t) / (least_rest * least_rest)
+    return value, (z - t) / maximum(z * rest, 1e-12), curvature
+
+
+@elementwise_loss(unit=("target",), bounds={"alpha": (-inf, 1.0), "gamma": (0.0, inf)}, reduction="none")
+def sigmoid_focal_loss(z: Any, t: Any, alpha: Any = 0.25, gamma: Any = 2.0) -> Any:
+    """Binary cross-entropy that counts an element the less, the better it is classified; reduction "none" by default.
+
+    With p = sigmoid(input), c = binary cross-entropy, m = t (1 - p) + (1 - t) p (the probability missed), and
+    a = alpha t + (1 - alpha)(1 - t), or 1 if alpha is negative, per element:
+
+        value     = a m**gamma c
+        slope     = a m**gamma ((p - t) + gamma r c)                           with r = m' / m = (1 - 2 t) p (1 - p) / m
+        curvature = a m**gamma (p (1 - p) + gamma r (2 (p - t) + (1 - 2 p) c) + gamma (gamma - 1) r**2 c)
+
+    Torchvision has it as m = 1 - (t p + (1 - t)(1 - p)), which is 0 where it should be 1e-9: here m is a sum of positive
+    terms, and keeps its digits in both tails. gamma = 0 with a negative alpha is `binary_cross_entropy_with_logits`.
+
+    Args:
+        input: logits, any shape; float16, bfloat16, float32 or float64.
+        target: the same shape, usually 0 or 1; these, bool, or integers (with `target_scale`).
+        weight: multiplies value and slope; broadcasts against input.
+        reduction: "none" as in torchvision, "mean", "sum", "batchmean", "sample_mean", "sample_sum".
+        alpha: weight of the positive class, up to 1; negative for none. gamma: how strongly the well classified are
+            discounted, from 0 on. Numbers, or arrays that broadcast.
+        mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
+
+    Raises:
+        ValueError: shapes differ, an option is out of range, a target is outside [0, 1] (with `validate=True`).
+        TypeError: a dtype is not accepted, an option is unknown.
+
+    Source: Lin, Goyal, Girshick, He and Dollár, "Focal Loss for Dense Object Detection", 2017.
+    """
+    e, s = _tail(z)
+    positive = z > 0.0
+    wrong = where(positive, 1.0 - t, t)
+    error, opposite = where(positive, wrong - s, s - wrong), where(positive, s + s - 1.0, 1.0 - (s + s))  # p - t, 1 - 2 p
+    cross_entropy, spread = _times(abs(z), wrong) + log1p(e), variance(s)
+    missed = fma(wrong, 1.0 - s, (1.0 - wrong) * s)
+    rate = where(spread == 0.0, 0.0, spread / missed) * (1.0 - 2.0 * t)
+    pull = where(rate == 0.0, 0.0, rate * cross_entropy)  # at infinite logits the cross-entropy is inf, and the rate 0
+    discount = where(alpha >= 0.0, alpha * t + (1.0 - alpha) * (1.0 - t), 1.0) * pow(missed, gamma)
+    bend = 2.0 * rate * error + opposite * pull + (gamma - 1.0) * rate * pull
+    return discount * cross_entropy, discount * (error + gamma * pull), discount * (spread + gamma * bend)
 
 
 @elementwise_loss
@@ -111,8 +181,8 @@ def mse_with_logits_loss(z: Any, t: Any) -> Any:
     ends however large the error is, where the slope of `binary_cross_entropy_with_logits` does not.
 
     Args:
-        input: logits, any shape; float32 or float64.
-        target: the same shape, usually in [0, 1]; float32, float64, bool, or integers (with `target_scale`).
+        input: logits, any shape; float16, bfloat16, float32 or float64.
+        target: the same shape, usually in [0, 1]; these, bool, or integers (with `target_scale`).
         weight, reduction, mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
 
     Raises:
@@ -123,13 +193,13 @@ def mse_with_logits_loss(z: Any, t: Any) -> Any:
     """
     _, s = _tail(z)
     miss = where(z > 0.0, 1.0 - t, t) - s
-    spread = _variance(s)
+    spread = variance(s)
     slope = 2.0 * miss * spread
     return miss * miss, where(z > 0.0, slope, -slope), 2.0 * spread * (spread - miss * (1.0 - 2.0 * s))
 
 
 @TargetLoss
-@elementwise_loss(unit_target=True, bounds=_BOUNDS)
+@elementwise_loss(unit=("target",), bounds=_BOUNDS)
 def binary_entropy(z: Any, t: Any, pos_weight: Any = None, label_smoothing: Any = None) -> Any:
     """Entropy of the targets: the least binary cross-entropy that any input reaches, at sigmoid(input) = target.
 
@@ -142,8 +212,8 @@ def binary_entropy(z: Any, t: Any, pos_weight: Any = None, label_smoothing: Any 
     p = c t / (c t + 1 - t). It has no gradient.
 
     Args:
-        target: probabilities, any shape; float32, float64, bool, or integers (with `target_scale`).
-        weight, reduction: as for the losses; "none" gives float32, or float64 for float64 targets.
+        target: probabilities, any shape; float16, bfloat16, float32, float64, bool, or integers (with `target_scale`).
+        weight, reduction: as for the losses; "none" gives the target's dtype, float32 for integers.
         pos_weight, label_smoothing: as for `binary_cross_entropy_with_logits`.
         mask, ignore_index, target_scale, out, validate: as for every loss; see `fastloss.Loss`.
 

@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+from math import factorial, inf
 from typing import Any
 
+from fastloss.call import ABOVE_0
 from fastloss.loss import elementwise_loss
+from fastloss.losses.logistic import variance
+from fastloss.ops import abs, add_log1p, exp, expm1, fma, polynomial, sigmoid, where
+
+_LOG_2 = 0.6931471805599453
+# cosh d - 1 - d**2/2 = d**4 (1/4! + d**2/6! + ...), to the last digit of float64 for |d| <= 1
+_COSH_TERMS = tuple(1.0 / factorial(2 * k) for k in range(2, 11))
+
+
+def _sign(d: Any) -> Any:
+    """Return 1, -1, or d itself where it is 0 or NaN."""
+    return where(d > 0.0, 1.0, where(d < 0.0, -1.0, d))
+
+
+def _lost(z: Any, t: Any, d: Any) -> Any:
+    """Return what d = z - t was rounded by: (z - t) - d, exactly (Knuth's two-sum)."""
+    t_read = z - d
+    return (z - (d + t_read)) + (t_read - t)
 
 
 @elementwise_loss
@@ -18,8 +37,8 @@ def mse_loss(z: Any, t: Any) -> Any:
         curvature = 2
 
     Args:
-        input: any shape; float32 or float64.
-        target: the same shape; float32, float64, bool, or integers (with `target_scale`).
+        input: any shape; float16, bfloat16, float32 or float64.
+        target: the same shape; these, bool, or integers (with `target_scale`).
         weight, reduction, mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
 
     Raises:
@@ -30,3 +49,130 @@ def mse_loss(z: Any, t: Any) -> Any:
     """
     d = z - t
     return d * d, 2.0 * d, 2.0
+
+
+@elementwise_loss
+def l1_loss(z: Any, t: Any) -> Any:
+    """Absolute error between input and target.
+
+    With d = input - target, per element:
+
+        value     = |d|
+        slope     = sign(d), and 0 at d = 0
+        curvature = 0
+
+    Args:
+        input: any shape; float16, bfloat16, float32 or float64.
+        target: the same shape; these, bool, or integers (with `target_scale`).
+        weight, reduction, mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
+
+    Raises:
+        ValueError: shapes differ, or an option is out of range.
+        TypeError: a dtype is not accepted, or an option is unknown.
+
+    Source: Laplace, "Mémoire sur la probabilité des causes par les évènements", 1774.
+    """
+    d = z - t
+    return abs(d), _sign(d), 0.0
+
+
+@elementwise_loss(bounds={"beta": (0.0, inf)})
+def smooth_l1_loss(z: Any, t: Any, beta: Any = 1.0) -> Any:
+    """Absolute error, rounded off to a parabola where it is below `beta`.
+
+    With d = input - target, per element:
+
+        value     = d**2 / (2 beta)  if |d| < beta  else  |d| - beta / 2
+        slope     = d / beta         if |d| < beta  else  sign(d)
+        curvature = 1 / beta         if |d| < beta  else  0
+
+    It is `huber_loss` divided by its `delta`; with beta = 0 it is `l1_loss`. Far from the target the slope stays 1, however
+    large the error.
+
+    Args:
+        input: any shape; float16, bfloat16, float32 or float64.
+        target: the same shape; these, bool, or integers (with `target_scale`).
+        beta: where the parabola ends, in the units of the input; a number from 0 on, or an array that broadcasts.
+        weight, reduction, mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
+
+    Raises:
+        ValueError: shapes differ, or an option is out of range.
+        TypeError: a dtype is not accepted, or an option is unknown.
+
+    Source: Girshick, "Fast R-CNN", 2015.
+    """
+    d = z - t
+    size, ratio = abs(d), d / beta
+    near = size < beta
+    value = where(near, 0.5 * d * ratio, size - 0.5 * beta)
+    return value, where(near, ratio, _sign(d)), where(near, 1.0 / beta, 0.0)
+
+
+@elementwise_loss(bounds={"delta": (ABOVE_0, inf)})
+def huber_loss(z: Any, t: Any, delta: Any = 1.0) -> Any:
+    """Squared error that goes on as a straight line where the error exceeds `delta`.
+
+    With d = input - target, per element:
+
+        value     = d**2 / 2  if |d| <= delta  else  delta (|d| - delta / 2)
+        slope     = d         if |d| <= delta  else  delta sign(d)
+        curvature = 1         if |d| <= delta  else  0
+
+    The slope is bounded, so that an outlier pulls no harder than an error of `delta`.
+
+    Args:
+        input: any shape; float16, bfloat16, float32 or float64.
+        target: the same shape; these, bool, or integers (with `target_scale`).
+        delta: where the parabola ends, in the units of the input; a number above 0, or an array that broadcasts.
+        weight, reduction, mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
+
+    Raises:
+        ValueError: shapes differ, or an option is out of range.
+        TypeError: a dtype is not accepted, or an option is unknown.
+
+    Source: Huber, "Robust Estimation of a Location Parameter", 1964.
+    """
+    d = z - t
+    size = abs(d)
+    near = size <= delta
+    value = where(near, 0.5 * d * d, delta * (size - 0.5 * delta))
+    return value, where(near, d, delta * _sign(d)), where(near, 1.0, 0.0)
+
+
+@elementwise_loss
+def log_cosh_loss(z: Any, t: Any) -> Any:
+    """Logarithm of the hyperbolic cosine of the error: a parabola that bends into a straight line.
+
+    With d = input - target, per element:
+
+        value     = log(cosh(d)) = |d| + log1p(exp(-2 |d|)) - log 2
+        slope     = tanh(d)
+        curvature = 1 - tanh(d)**2
+
+    Below |d| = 1 the three terms nearly cancel, and nothing would be left of d**2 / 2: there the value is
+    log1p(cosh(d) - 1), with cosh(d) - 1 from its series, and the slope is taken from `expm1`. It lies between |d| - log 2
+    and |d|.
+
+    Args:
+        input: any shape; float16, bfloat16, float32 or float64.
+        target: the same shape; these, bool, or integers (with `target_scale`).
+        weight, reduction, mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
+
+    Raises:
+        ValueError: shapes differ, or an option is out of range.
+        TypeError: a dtype is not accepted, or an option is unknown.
+
+    Source: Green, "Iteratively Reweighted Least Squares for Maximum Likelihood Estimation, and some Robust and Resistant
+        Alternatives", 1984.
+    """
+    d = z - t
+    lost, size, minus_2d = _lost(z, t, d), abs(d), -abs(2.0 * d)
+    square = fma(d, d, 2.0 * d * lost)
+    cosh_minus_1 = fma(square * square, polynomial(square, _COSH_TERMS), 0.5 * square)
+    near = size < 1.0
+    value = add_log1p(where(near, 0.0, size - _LOG_2), where(near, cosh_minus_1, exp(minus_2d)))
+    h = -expm1(minus_2d)
+    tanh = where(d < 0.0, -h, h) / (2.0 - h)
+    # the curvature falls as exp(-2 |d|), where an error of d counts 2 |d| times: what the subtraction lost is put back
+    curvature = 4.0 * variance(sigmoid(minus_2d))
+    return value, tanh, where(curvature == 0.0, 0.0, fma(-2.0 * tanh * lost, curvature, curvature))

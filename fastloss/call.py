@@ -1,0 +1,338 @@
+"""`Call`: one call's arrays and options, and the passes over memory that are made for it.
+
+Plans and kernels are kept by the `Request` they were made for, so that a small call costs microseconds; whatever depends on
+the request alone is checked when its plan is made.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastloss.formula import Formula
+from fastloss.plan import REDUCTIONS, Array, Request, belongs_to, check_dtype, is_float, make_plan
+
+Bounds = Mapping[str, tuple[float, float]]
+ABOVE_0 = math.nextafter(0.0, 1.0)  # the least number that a parameter may be which may not be 0
+
+SEARCHED = 1 << 20  # elements looked at together when the first bad one is sought
+
+
+class Definition(NamedTuple):
+    """What a call has to know of the loss it computes."""
+
+    formula: Formula
+    bounds: Bounds  # of parameters: the least and the largest number
+    unit: tuple[str, ...]  # operands that belong in [0, 1], which `validate` checks
+    options: tuple[str, ...]  # the names that are accepted beside those of the arrays
+    buffers: int = 1  # how many arrays `out` is
+
+
+class Call:
+    """One call's arrays and options, sorted into what is read, what is a number, and how the result is reduced."""
+
+    __slots__ = ("arrays", "kept", "loss", "names", "numbers", "out", "parameters", "reduction", "shape", "upstream", "validate")
+
+    def __init__(self, loss: Definition, input: Any, target: Any, weight: Any, reduction: Any, options: Mapping[str, Any]) -> None:
+        self.loss, self.reduction = loss, reduction
+        x = input if type(input) is np.ndarray else as_array("input", input)
+        t = target if type(target) is np.ndarray else as_array("target", target)
+        self.names, self.arrays = ["input", "target"], [x, t]
+        self.shape = x.shape
+        self.kept = kept_axes(reduction, x.shape)
+        self.upstream: Any = 1.0
+        self.out, self.validate = options.get("out"), False
+        self.parameters, self.numbers = loss.formula.given, loss.formula.numbers
+        if weight is not None:
+            self.add("weight", weight)
+        if len(options) > (self.out is not None):
+            self.take(options)
+
+    def add(self, name: str, value: Any) -> None:
+        """Add an array that is read."""
+        self.names.append(name)
+        self.arrays.append(as_array(name, value))
+
+    def take(self, options: Mapping[str, Any]) -> None:
+        """Sort the options into arrays and numbers."""
+        if unknown := options.keys() - self.loss.options:
+            raise TypeError(f"unknown option {', '.join(sorted(unknown))}; accepted: {', '.join(self.loss.options)}")
+        self.take_parameters({name: options.get(name, default) for name, default in self.loss.formula.defaults.items()})
+        if (mask := options.get("mask")) is not None:
+            self.add("mask", mask)
+        if (scale := options.get("target_scale")) is not None:
+            self.numbers["target_scale"] = self.number("target_scale", scale)
+        if (ignored := options.get("ignore_index")) is not None:
+            self.ignore(to_float("ignore_index", ignored))
+        if (upstream := options.get("grad_output")) is not None:
+            self.take_upstream(upstream)
+        self.validate = bool(options.get("validate") and self.loss.unit)
+
+    def take_parameters(self, values: Mapping[str, Any]) -> None:
+        """Take the formula's parameters, as far as they are given: numbers, or arrays that are read."""
+        given = {name: value for name, value in values.items() if value is not None}
+        self.parameters, self.numbers = tuple(given), {}
+        for name, value in given.items():
+            if is_number(value):
+                self.numbers[name] = self.number(name, value)
+            else:
+                self.add(name, value)
+
+    def ignore(self, ignored: float) -> None:
+        """Take a target value out, if targets can have it; a floating-point one is rounded as they are."""
+        dtype = self.arrays[1].dtype
+        if can_hold(dtype, ignored):
+            self.numbers["ignore_index"] = float(np.asarray(ignored, dtype)) if is_float(dtype) else ignored
+
+    def take_upstream(self, grad_output: Any) -> None:
+        """Take the derivative of what follows the loss: a number, or an array of the loss's shape."""
+        if is_number(grad_output):
+            self.upstream = to_float("grad_output", grad_output)
+            return
+        array = as_array("grad_output", grad_output)
+        shape = self.shape if self.reduction == "none" else self.shape[: self.kept]
+        check_upstream(array, shape, self.reduction)
+        if self.reduction == "none":
+            self.add("grad_output", array)
+        else:
+            self.upstream = array.astype(np.float64)
+
+    def number(self, name: str, value: Any) -> float:
+        """Return an option that is a plain number, if it lies where it may."""
+        return bounded(name, value, self.loss.bounds.get(name, (-math.inf, math.inf)))
+
+    def make_outputs(self, wanted: tuple[str, ...]) -> list[Array]:
+        """Return the arrays to write: the caller's buffers first, new ones beside them."""
+        buffers = self.buffers()
+        like = [self.arrays[self.names.index(belongs_to(name))] for name in wanted[len(buffers) :]]
+        return [*buffers, *(np.empty_like(x) for x in like)]
+
+    def buffers(self) -> tuple[Array, ...]:
+        """Return what the caller gave to be written."""
+        if self.out is None:
+            return ()
+        expected = self.loss.buffers
+        if expected == 1:
+            check_buffer("out", self.out)
+            return (self.out,)
+        if not isinstance(self.out, (tuple, list)) or len(self.out) != expected:
+            raise TypeError(f"out must be {expected} arrays, one a gradient, not {type(self.out).__name__}")
+        for k, buffer in enumerate(self.out):
+            check_buffer(f"out[{k}]", buffer)
+        return tuple(self.out)
+
+    def compute(self, summed: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[Any, list[Array]]:
+        """Return the reduced value, if it is summed, and the arrays that are wanted."""
+        borrowed, validate = self.out is not None, self.validate
+        if validate and borrowed:
+            self.check_elements()  # first, so that nothing is written to the caller's buffer
+            validate = False
+        counted: Any = 1
+        if self.must_count and not wanted:
+            summed = (*summed, "count")  # only gradients have to know it beforehand
+        else:
+            counted = self.count()
+        scale = self.scale(counted) if wanted else 1.0
+        outputs = self.make_outputs(wanted)
+        sums = self.run(summed, wanted, outputs, scale, validate, borrowed)
+        if summed[1:]:
+            counted = sums[1]
+        return (self.reduce(sums[0], counted) if summed else None), outputs
+
+    def run(
+        self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Array], scale: Any = 1.0, validate: bool = False,
+        borrowed: bool = False
+    ) -> Any:  # fmt: skip
+        """Make one pass; return the sums, each a number, or an array with one a group. Raises if an element is bad.
+
+        The request is a bare tuple here, because making a `Request` takes longer than finding its launch.
+        """
+        arrays = self.arrays + outputs
+        layouts = tuple([(a.dtype, a.shape, a.strides) for a in arrays])
+        checked = self.loss.unit if validate else ()
+        numbers = self.numbers
+        launch = find_launch(
+            (self.loss.formula, self.shape, self.kept, summed, checked, wanted, self.parameters, (*numbers,), (*self.names,), layouts)
+        )
+        sums, bad = launch.run(arrays, numbers.values(), scale, borrowed)
+        if bad:
+            self.complain()
+        return sums
+
+    def scan(self, summed: tuple[str, ...], validate: bool, *needed: str) -> Any:
+        """Make a pass that computes no loss and reads only what it needs; return the sums."""
+        scan = copy.copy(self)
+        kept = [k for k, name in enumerate(self.names) if name in needed]
+        scan.names, scan.arrays = [self.names[k] for k in kept], [self.arrays[k] for k in kept]
+        scan.numbers = {name: x for name, x in self.numbers.items() if name in needed}
+        scan.parameters = ()
+        return scan.run(summed, (), [], validate=validate)
+
+    @property
+    def must_count(self) -> bool:
+        """Whether a mean has to look at the elements to know how many they are."""
+        return self.reduction in ("mean", "sample_mean") and ("mask" in self.names or "ignore_index" in self.numbers)
+
+    def count(self) -> Any:
+        """Return how many elements the reduction divides by, one number or one a sample."""
+        if self.must_count:
+            needed = ("target", "mask", "ignore_index") if "ignore_index" in self.numbers else ("mask",)
+            return self.scan(("count",), False, *needed)[0]
+        if self.reduction == "batchmean":
+            return self.shape[0]
+        if self.reduction in ("mean", "sample_mean"):
+            return math.prod(self.shape[self.kept :])
+        return 1
+
+    def scale(self, counted: Any) -> Any:
+        """Return what gradients are multiplied by, one number or one a sample."""
+        if not self.kept:
+            return self.upstream / counted if counted else math.nan  # where nothing counts, every gradient is 0 all the same
+        with np.errstate(all="ignore"):
+            return np.ascontiguousarray(np.broadcast_to(np.divide(self.upstream, counted), self.shape[:1]))
+
+    def reduce(self, total: Any, counted: Any) -> Any:
+        """Return the reduced value from the sum."""
+        if not self.kept and counted:
+            return np.float64(total / counted)
+        if not np.all(counted):
+            warnings.warn("mean of no elements: the input is empty, or all of it is masked", RuntimeWarning, stacklevel=outside())
+        with np.errstate(all="ignore"):
+            return np.divide(total, counted)
+
+    def check_elements(self) -> None:
+        """Make a pass that writes nothing; raise if an element is outside [0, 1]."""
+        self.scan((), True, *self.loss.unit, "target", "mask", "ignore_index", "target_scale")
+
+    def complain(self) -> None:
+        """Find the first element outside [0, 1], a part of the batch at a time, and raise the error that names it."""
+        shape = self.shape or (1,)
+        named = {name: np.broadcast_to(array, self.shape).reshape(shape) for name, array in zip(self.names, self.arrays, strict=True)}
+        step = max(1, SEARCHED * shape[0] // named["target"].size)
+        for first in range(0, shape[0], step):
+            part = {name: array[first : first + step] for name, array in named.items()}
+            for name in self.loss.unit:
+                if (bad := self.outside_unit(name, part)).any():
+                    where = np.unravel_index(np.argmax(bad), bad.shape)
+                    index = (int(where[0]) + first, *map(int, where[1:]))[: len(self.shape)]
+                    raise ValueError(self.complaint(name, index, part[name][where]))
+        raise ValueError("a target is outside [0, 1] by a rounding error; accepted: targets in [0, 1]")
+
+    def outside_unit(self, name: str, part: dict[str, Array]) -> Any:
+        """Return which elements of a part of an array count and lie outside [0, 1]."""
+        x = part[name] * self.numbers.get("target_scale", 1.0) if name == "target" else part[name]
+        bad = ~((x >= 0) & (x <= 1)) & part.get("mask", np.True_)
+        if "ignore_index" in self.numbers:
+            bad &= part["target"] != self.numbers["ignore_index"]
+        return bad
+
+    def complaint(self, name: str, index: tuple[int, ...], found: Any) -> str:
+        """Say which element is outside [0, 1]."""
+        whole = found.dtype.kind in "iu" and "target_scale" not in self.numbers
+        hint = "; for images stored as whole numbers pass target_scale=1/255" if whole else ""
+        logits = "; for logits use binary_cross_entropy_with_logits" if name == "input" else ""
+        return f"{name}[{', '.join(map(str, index))}] is {found!s}; accepted: {name}s in [0, 1]{hint}{logits}"
+
+
+@functools.lru_cache(maxsize=1024)
+def find_launch(request: tuple[Any, ...]) -> Any:
+    """Return what runs a request, given as a tuple of its fields: its plan with the compiled kernel."""
+    plan = make_plan(Request(*request))
+    from fastloss.cpu.launch import Launch, Nothing  # brings llvmlite, and Numba where a kernel is compiled
+
+    return Launch(plan) if plan.size else Nothing(plan)
+
+
+def kept_axes(reduction: Any, shape: tuple[int, ...]) -> int:
+    """Return how many leading axes keep sums of their own under a reduction."""
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise ValueError(f"reduction {reduction!r} is unknown; accepted: {', '.join(map(repr, REDUCTIONS))}")
+    if reduction in ("mean", "sum", "none"):
+        return 0
+    if not shape:
+        raise ValueError(f"reduction {reduction!r} needs a first axis, and the input has none: its shape is ()")
+    return 0 if reduction == "batchmean" else 1
+
+
+def check_upstream(array: Array, shape: tuple[int, ...], reduction: str) -> None:
+    """Refuse a `grad_output` that is not of the loss's shape."""
+    if array.shape != shape:
+        raise ValueError(f"grad_output has shape {array.shape}; with reduction {reduction!r} the loss has shape {shape}")
+    check_dtype("grad_output", array.dtype)
+
+
+def check_buffer(name: str, out: Any) -> None:
+    """Refuse what cannot be written to."""
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a numpy.ndarray, not {type(out).__name__}")
+    if not out.flags.writeable:
+        raise ValueError(f"{name} is read-only")
+
+
+def as_array(name: str, value: Any) -> Array:
+    """Return the caller's array without a copy; numbers and lists become arrays."""
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be lost; pass {name}.data, and mask=~{name}.mask")
+    if type(value).__module__.partition(".")[0] in ("torch", "cupy", "dask", "jax", "jaxlib", "tensorflow"):
+        raise TypeError(
+            f"{name} is a {type(value).__module__}.{type(value).__qualname__}; accepted: numpy.ndarray, and what numpy.asarray makes one of"
+        )
+    return np.asarray(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether an option is one number, and not an array or a list of them."""
+    return isinstance(value, (int, float)) or np.ndim(value) == 0
+
+
+def bounded(name: str, value: Any, bounds: tuple[float, float]) -> float:
+    """Return an option that is a plain number, if it lies within its bounds."""
+    number, (low, high) = to_float(name, value), bounds
+    if not low <= number <= high:
+        least = "more than 0" if low == ABOVE_0 else f"{low:g} or more" if low > -math.inf else "any number but NaN"
+        accepted = least if high == math.inf else f"from {low:g} to {high:g}" if low > -math.inf else f"{high:g} or less"
+        raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
+    return number
+
+
+def to_float(name: str, value: Any) -> float:
+    """Return an option that is a plain number."""
+    if isinstance(value, (str, bytes)) or np.ndim(value) != 0 or np.iscomplexobj(value):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, not {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name} is too large for a float64") from None
+
+
+def outside() -> int:
+    """Return the stack level, seen from the caller, of the first caller outside the package, for warnings."""
+    level, frame, package = 1, sys._getframe(1), os.path.dirname(__file__)
+    while frame.f_back is not None and os.path.dirname(frame.f_code.co_filename) == package:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def can_hold(dtype: np.dtype[Any], ignored: float) -> bool:
+    """Whether a target of this dtype can equal the number; where it cannot, no element is ignored."""
+    if math.isnan(ignored):
+        raise ValueError("ignore_index is NaN, which equals nothing; pass mask=~numpy.isnan(target)")
+    if is_float(dtype):
+        return True
+    if abs(ignored) > 2.0**53 or not ignored.is_integer():
+        raise ValueError(f"ignore_index is {ignored!r}; accepted for {dtype} targets: whole numbers up to 2**53")
+    if dtype.kind == "b":
+        return ignored in (0.0, 1.0)
+    return dtype.kind in "iu" and bool(np.iinfo(dtype).min <= ignored <= np.iinfo(dtype).max)
