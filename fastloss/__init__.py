@@ -2,6 +2,7 @@
 
 from fastloss.cpu.pool import get_num_threads, set_num_threads
 from fastloss.loss import Loss, elementwise_loss
+from fastloss.losses.latent import VAEGradient, VAEValue, gaussian_kl_loss, vae_loss
 from fastloss.losses.logistic import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -10,16 +11,22 @@ from fastloss.losses.logistic import (
     sigmoid_focal_loss,
 )
 from fastloss.losses.regression import huber_loss, l1_loss, log_cosh_loss, mse_loss, smooth_l1_loss
+from fastloss.losses.segmentation import dice_bce_with_logits_loss, dice_with_logits_loss
 from fastloss.ops import FormulaError
 
 __version__ = "0.1.0"
 __all__ = [
     "FormulaError",
     "Loss",
+    "VAEGradient",
+    "VAEValue",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "binary_entropy",
+    "dice_bce_with_logits_loss",
+    "dice_with_logits_loss",
     "elementwise_loss",
+    "gaussian_kl_loss",
     "get_num_threads",
     "huber_loss",
     "l1_loss",
@@ -29,4 +36,5 @@ __all__ = [
     "set_num_threads",
     "sigmoid_focal_loss",
     "smooth_l1_loss",
+    "vae_loss",
 ]

@@ -176,6 +176,13 @@ class Call:
         scan.parameters = ()
         return scan.run(summed, (), [], validate=validate)
 
+    def derive(self, loss: Definition, arrays: Mapping[str, Array]) -> Call:
+        """Return a call of another formula on the same arrays and options, with its parameters given as arrays."""
+        other = copy.copy(self)
+        other.loss, other.parameters = loss, tuple(arrays)
+        other.names, other.arrays = [*self.names, *arrays], [*self.arrays, *arrays.values()]
+        return other
+
     @property
     def must_count(self) -> bool:
         """Whether a mean has to look at the elements to know how many they are."""

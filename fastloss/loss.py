@@ -48,13 +48,11 @@ class Loss:
     A mean of no elements, all masked or the input empty, is NaN with a RuntimeWarning.
     """
 
-    def __init__(
-        self, function: Callable[..., Any], unit: tuple[str, ...] = (), bounds: Bounds | None = None, reduction: str = "mean"
-    ) -> None:
+    def __init__(self, function: Callable[..., Any], unit: tuple[str, ...], bounds: Bounds, reduction: str) -> None:
         formula = Formula(function, least=2)
-        if unknown := (bounds or {}).keys() - formula.defaults.keys():
+        if unknown := bounds.keys() - formula.defaults.keys():
             raise ValueError(f"bounds are given for {', '.join(sorted(unknown))}, which {function.__name__} does not have")
-        self._definition = Definition(formula, bounds or {}, unit, (*formula.defaults, "weight", "reduction", *OPTIONS))
+        self._definition = Definition(formula, bounds, unit, (*formula.defaults, "weight", "reduction", *OPTIONS))
         self._reduction = reduction
         self.__name__ = function.__name__
         self.__qualname__ = function.__qualname__
@@ -72,8 +70,7 @@ class Loss:
     def __call__(self, input: Any, target: Any, weight: Any = None, reduction: str | None = None, **options: Any) -> Any:
         """Return the loss: a float64 number, one a sample, or with reduction "none" an array of the input's dtype."""
         reduction = self._reduction if reduction is None else reduction
-        if options.get("grad_output") is not None:
-            raise ValueError("grad_output scales a gradient, and the value alone has none: use grad or value_and_grad")
+        refuse_grad_output(options)
         if reduction == "none":
             return self._run((), ("value",), input, target, weight, reduction, options)[1][0]
         if options.get("out") is not None:
@@ -110,6 +107,12 @@ class Loss:
         """Return the reduced value, if it is summed, and the arrays that are wanted."""
         reduction = self._reduction if reduction is None else reduction
         return Call(self._definition, input, target, weight, reduction, options).compute(summed, wanted)
+
+
+def refuse_grad_output(options: Mapping[str, Any]) -> None:
+    """Refuse to take a derivative where there is no gradient to multiply."""
+    if options.get("grad_output") is not None:
+        raise ValueError("grad_output scales a gradient, and the value alone has none: use grad or value_and_grad")
 
 
 class TargetLoss:
@@ -178,5 +181,5 @@ def elementwise_loss(
     Raises `FormulaError`, a `TypeError`, at once if the formula cannot be compiled; it names the line and what to use.
     """
     if function is None:
-        return lambda f: Loss(f, unit, bounds, reduction)
-    return Loss(function, unit, bounds, reduction)
+        return lambda f: Loss(f, unit, bounds or {}, reduction)
+    return Loss(function, unit, bounds or {}, reduction)

@@ -7,7 +7,6 @@ with a `Symbol` for each argument, to be compiled: then every operator and every
 
 from __future__ import annotations
 
-import operator
 from typing import Any, NoReturn
 
 import numpy as np
@@ -168,7 +167,7 @@ def polynomial(x: Any, terms: tuple[float, ...]) -> Any:
 
 
 def sigmoid(x: Any) -> Any:
-    """Return 1 / (1 + e**-x), exact to the last digits where it is tiny; where it is close to 1, take sigmoid(-x)."""
+    """Return the logistic function, 1 / (1 + e**-x), exact to the last digits also where it is tiny."""
     return _render("sigmoid", lambda x: np.where(x > 0, 1.0, np.exp(-np.abs(x))) / (1.0 + np.exp(-np.abs(x))), x)
 
 

@@ -313,10 +313,19 @@ def refuse_overlap(plan: Plan, k: int, output: int, arrays: list[Array], same_st
     """Raise if memory that comes close is really shared, and not element for element with the output's own operand."""
     name, own = plan.spec.arrays[k].name, belongs_to(plan.spec.arrays[output].name)
     array, out = arrays[k], arrays[output]
-    steps = [(a, b) for a, b, length in zip(array.strides, out.strides, out.shape, strict=False) if length > 1]
-    same = same_start and array.dtype == out.dtype and all(a == b for a, b in steps)
-    if not (name == own and same) and shares_memory(out, array):
+    if not (name == own and same_start and same_walk(out, array)) and shares_memory(out, array):
         raise ValueError(f"out shares memory with {name}; only out={own}, the very same elements, is allowed")
+
+
+def same_elements(out: Array, array: Array) -> bool:
+    """Whether two arrays are the same elements, each at the same place."""
+    return out.ctypes.data == array.ctypes.data and same_walk(out, array)
+
+
+def same_walk(out: Array, array: Array) -> bool:
+    """Whether two arrays that start at the same address are the same elements."""
+    steps = [(a, b) for a, b, length in zip(array.strides, out.strides, out.shape, strict=False) if length > 1]
+    return array.dtype == out.dtype and array.shape == out.shape and all(a == b for a, b in steps)
 
 
 def shares_memory(out: Array, array: Array) -> bool:

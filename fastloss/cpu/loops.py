@@ -242,7 +242,8 @@ def emit_step(step: Step, numbers: dict[str, ir.Value], scale: ir.Value, streami
         quantities |= spec.formula.quantities(loaded["input"], loaded["target"], parameters)
     if spec.outputs:
         store_all(step, quantities, loaded, spread_number(builder, scale, spec), counted, streaming)
-    new, bad = [], sums[-1]
+    new: list[Vector] = []
+    bad = sums[-1]
     for name, total, product in zip(spec.summed, sums[:-1:2], sums[1:-1:2], strict=True):
         weight = None if name == "count" else loaded.get("weight")
         new += add_value(quantities[name], weight, counted, total, product)

@@ -22,7 +22,7 @@ from fastloss.ops import abs, add_log1p, exp, fma, log, log1p, maximum, minimum,
 _BOUNDS = {"pos_weight": (0.0, inf), "label_smoothing": (0.0, 1.0)}
 
 
-def _tail(z: Any) -> tuple[Any, Any]:
+def tail(z: Any) -> tuple[Any, Any]:
     """Return e = exp(-|z|) and s = e / (1 + e) = sigmoid(-|z|), the smaller of the two probabilities."""
     return exp(-abs(z)), sigmoid(-abs(z))
 
@@ -32,12 +32,17 @@ def variance(s: Any) -> Any:
     return fma(-s, s, s)
 
 
+def probability_missed(s: Any, wrong: Any) -> Any:
+    """Return t (1 - p) + (1 - t) p, a sum of positive terms, where 1 - (t p + (1 - t)(1 - p)) would cancel."""
+    return fma(wrong, 1.0 - s, (1.0 - wrong) * s)
+
+
 def _smooth(t: Any, label_smoothing: Any) -> Any:
     """Mix the target with 1/2; with no smoothing, the target itself and no rounding."""
     return t if label_smoothing is None else t + label_smoothing * (0.5 - t)
 
 
-def _times(magnitude: Any, wrong: Any) -> Any:
+def times(magnitude: Any, wrong: Any) -> Any:
     """|z| wrong, which is 0 where nothing is wrong, also at |z| = inf."""
     return where(wrong == 0.0, 0.0, magnitude * wrong)
 
@@ -78,16 +83,16 @@ def binary_cross_entropy_with_logits(z: Any, t: Any, pos_weight: Any = None, lab
     Source: Good, "Rational Decisions", 1952; on images in [0, 1], Kingma and Welling, "Auto-Encoding Variational Bayes", 2013.
     """
     t = _smooth(t, label_smoothing)
-    e, s = _tail(z)
+    e, s = tail(z)
     if pos_weight is None:
         wrong = where(z > 0.0, 1.0 - t, t)
-        value = add_log1p(_times(abs(z), wrong), e)
+        value = add_log1p(times(abs(z), wrong), e)
         slope, curvature = wrong - s, variance(s)
     else:
         positive, negative = pos_weight * t, 1.0 - t
         mass = positive + negative
         wrong = where(z > 0.0, negative, positive)
-        value = _times(abs(z), wrong) + mass * log1p(e)
+        value = times(abs(z), wrong) + mass * log1p(e)
         slope, curvature = wrong - mass * s, mass * variance(s)
     return value, where(z > 0.0, slope, -slope), curvature
 
@@ -154,12 +159,12 @@ def sigmoid_focal_loss(z: Any, t: Any, alpha: Any = 0.25, gamma: Any = 2.0) -> A
 
     Source: Lin, Goyal, Girshick, He and Dollár, "Focal Loss for Dense Object Detection", 2017.
     """
-    e, s = _tail(z)
+    e, s = tail(z)
     positive = z > 0.0
     wrong = where(positive, 1.0 - t, t)
     error, opposite = where(positive, wrong - s, s - wrong), where(positive, s + s - 1.0, 1.0 - (s + s))  # p - t, 1 - 2 p
-    cross_entropy, spread = _times(abs(z), wrong) + log1p(e), variance(s)
-    missed = fma(wrong, 1.0 - s, (1.0 - wrong) * s)
+    cross_entropy, spread = times(abs(z), wrong) + log1p(e), variance(s)
+    missed = probability_missed(s, wrong)
     rate = where(spread == 0.0, 0.0, spread / missed) * (1.0 - 2.0 * t)
     pull = where(rate == 0.0, 0.0, rate * cross_entropy)  # at infinite logits the cross-entropy is inf, and the rate 0
     discount = where(alpha >= 0.0, alpha * t + (1.0 - alpha) * (1.0 - t), 1.0) * pow(missed, gamma)
@@ -191,7 +196,7 @@ def mse_with_logits_loss(z: Any, t: Any) -> Any:
 
     Source: Rumelhart, Hinton and Williams, "Learning representations by back-propagating errors", 1986.
     """
-    _, s = _tail(z)
+    _, s = tail(z)
     miss = where(z > 0.0, 1.0 - t, t) - s
     spread = variance(s)
     slope = 2.0 * miss * spread

@@ -1,0 +1,297 @@
+"""The losses of a variational autoencoder: the divergence of its latent Gaussians from the standard one, and the whole objective."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from math import factorial, inf, isfinite
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastloss.call import Call, Definition, as_array, bounded, check_buffer
+from fastloss.formula import Formula
+from fastloss.loss import refuse_grad_output
+from fastloss.losses.logistic import binary_cross_entropy_with_logits, mse_with_logits_loss
+from fastloss.ops import exp, expm1, minimum, polynomial, where
+from fastloss.plan import INPUT_TYPES, Array, same_elements, shares_memory
+
+_OPTIONS = ("mask", "grad_output", "out")
+# exp(x) - 1 - x = x**2 (1/2! + x/3! + x**2/4! + ...), to the last digit of float64 for -1 <= x <= 1.75
+_EXP_TERMS = tuple(1.0 / factorial(k) for k in range(2, 24))
+
+
+class LatentLoss:
+    """A loss of two arrays, mu and logvar, with gradients to both: called and asked for gradients as a `Loss` is.
+
+    Where a `Loss` returns or takes one gradient, this does a pair: `grad`, `curvature`, and `out`.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        formula = Formula(function, ("value", "slope", "target_slope", "curvature", "target_curvature"))
+        self._definition = Definition(formula, {}, (), ("weight", "reduction", *_OPTIONS), buffers=2)
+        self.__name__ = function.__name__
+        self.__qualname__ = function.__qualname__
+        self.__module__ = function.__module__
+        self.__doc__ = function.__doc__
+        self.__wrapped__ = function
+        self.__signature__ = inspect.signature(self.__call__)
+
+    def __repr__(self) -> str:
+        return f"<loss {self.__name__}>"
+
+    def __reduce__(self) -> str:
+        return self.__qualname__
+
+    def __call__(self, mu: Any, logvar: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Any:
+        """Return the loss: a float64 number, one a sample, or with reduction "none" an array of mu's dtype."""
+        refuse_grad_output(options)
+        if options.get("out") is not None:
+            raise ValueError("out takes the two gradients, and the value alone has none: use grad or value_and_grad")
+        if reduction == "none":
+            return self._run((), ("value",), mu, logvar, weight, reduction, options)[1][0]
+        return self._run(("value",), (), mu, logvar, weight, reduction, options)[0]
+
+    def grad(self, mu: Any, logvar: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> tuple[Array, Array]:
+        """Return the gradients with respect to mu and to logvar."""
+        slopes = self._run((), ("slope", "target_slope"), mu, logvar, weight, reduction, options)[1]
+        return slopes[0], slopes[1]
+
+    def value_and_grad(
+        self, mu: Any, logvar: Any, weight: Any = None, reduction: str = "mean", **options: Any
+    ) -> tuple[Any, tuple[Array, Array]]:
+        """Return the loss and its gradients with respect to mu and to logvar, from one pass over memory."""
+        if reduction == "none":
+            *slopes, value = self._run((), ("slope", "target_slope", "value"), mu, logvar, weight, reduction, options)[1]
+        else:
+            value, slopes = self._run(("value",), ("slope", "target_slope"), mu, logvar, weight, reduction, options)
+        return value, (slopes[0], slopes[1])
+
+    def curvature(self, mu: Any, logvar: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> tuple[Array, Array]:
+        """Return the second derivatives with respect to each element of mu and of logvar: the Hessian's diagonal."""
+        curvatures = self._run((), ("curvature", "target_curvature"), mu, logvar, weight, reduction, options)[1]
+        return curvatures[0], curvatures[1]
+
+    def _run(
+        self, summed: tuple[str, ...], wanted: tuple[str, ...], mu: Any, logvar: Any, weight: Any, reduction: str, options: dict[str, Any]
+    ) -> tuple[Any, list[Array]]:
+        """Return the reduced value, if it is summed, and the arrays that are wanted."""
+        mu, logvar = as_array("mu", mu), as_array("logvar", logvar)
+        check_latents(mu, logvar)
+        call = Call(self._definition, mu, logvar, weight, reduction, options)
+        check_apart(call.buffers(), mu, logvar)
+        return call.compute(summed, wanted)
+
+
+def check_latents(mu: Array, logvar: Array) -> None:
+    """Refuse arrays that are not those of one batch of Gaussians."""
+    if mu.shape != logvar.shape:
+        raise ValueError(f"mu has shape {mu.shape} and logvar {logvar.shape}; they must be equal")
+    for name, array in (("mu", mu), ("logvar", logvar)):
+        if array.dtype.name not in INPUT_TYPES:
+            raise TypeError(f"{name} has dtype {array.dtype}; accepted: {', '.join(INPUT_TYPES)}")
+
+
+def check_apart(buffers: tuple[Array, ...], mu: Array, logvar: Array) -> None:
+    """Refuse buffers that share memory with each other, or with an operand that is not their own, element for element."""
+    for k, buffer in enumerate(buffers):
+        others = [("mu", mu), ("logvar", logvar), ("out[0]", buffers[0])]
+        own = others.pop(k)[1]
+        if buffer is not own and not same_elements(buffer, own):
+            others.append((("mu", "logvar")[k], own))
+        for name, other in others:
+            if other is not buffer and shares_memory(buffer, other):
+                raise ValueError(f"out[{k}] shares memory with {name}; only out=(mu, logvar), the very same elements, is allowed")
+
+
+@LatentLoss
+def gaussian_kl_loss(mu: Any, logvar: Any) -> Any:
+    """Kullback-Leibler divergence of the normal distributions N(mu, exp(logvar)) from the standard one, N(0, 1).
+
+    Per element:
+
+        value     = (mu**2 + exp(logvar) - 1 - logvar) / 2
+        slope     = mu                 by mu,    (exp(logvar) - 1) / 2  by logvar
+        curvature = 1                  by mu,    exp(logvar) / 2        by logvar
+
+    Near logvar = 0, where training starts and ends, exp(logvar) - 1 - logvar cancels to logvar**2 / 2: there it is a
+    series, and the slope is `expm1`. No term is negative, and both keep their digits.
+
+    Args:
+        mu: means, any shape; float16, bfloat16, float32 or float64.
+        logvar: logarithms of the variances, the same shape; these dtypes, not necessarily the same.
+        weight: multiplies value and slopes; broadcasts against mu.
+        reduction: "mean", "sum", "none", "batchmean" (the VAE convention: sum over latents, mean over the batch),
+            "sample_mean", "sample_sum".
+        mask, grad_output: as for every loss; see `fastloss.Loss`.
+        out: a pair of arrays for the gradients; (mu, logvar) itself is allowed.
+
+    Returns:
+        As a `Loss` does, but `grad` and `curvature` return a pair, by mu and by logvar.
+
+    Raises:
+        ValueError: the shapes differ, or an option is out of range.
+        TypeError: a dtype is not accepted, or an option is unknown.
+
+    Source: Kullback and Leibler, "On Information and Sufficiency", 1951; Kingma and Welling, "Auto-Encoding Variational
+        Bayes", 2013, appendix B.
+    """
+    growth = expm1(logvar)
+    near = (logvar > -1.0) & (logvar < 1.75)
+    # beyond 1000 exp is inf, and inf - inf would be NaN
+    excess = where(near, logvar * logvar * polynomial(logvar, _EXP_TERMS), growth - minimum(logvar, 1000.0))
+    return 0.5 * (mu * mu + excess), mu, 0.5 * growth, 1.0, 0.5 * exp(logvar)
+
+
+class VAEValue(NamedTuple):
+    """The objective of a variational autoencoder, a mean over the batch, and its two parts."""
+
+    total: np.float64  # reconstruction + beta * divergence
+    reconstruction: np.float64
+    divergence: np.float64
+
+
+class VAEGradient(NamedTuple):
+    """The gradients of a variational autoencoder's objective."""
+
+    reconstruction_logits: Array
+    mu: Array
+    logvar: Array
+
+
+_RECONSTRUCTIONS = {"bce": binary_cross_entropy_with_logits, "mse": mse_with_logits_loss}
+
+
+class VAELoss:
+    """Negative evidence lower bound of a variational autoencoder: what it fails to reconstruct, and what its code costs.
+
+        total          = reconstruction + beta * divergence
+        reconstruction = sum over pixels, mean over the batch, of binary_cross_entropy_with_logits ("bce") or
+                         mse_with_logits_loss ("mse")
+        divergence     = sum over latents, mean over the batch, of gaussian_kl_loss
+
+    Slopes: those of the parts, divided by the batch's length, and by mu and logvar times beta. Each array is read once.
+
+    Args:
+        reconstruction_logits: what the decoder returns, before the sigmoid; (N, ...), any float dtype.
+        images: the same shape; floats in [0, 1], bool, or integers with `target_scale`, such as uint8 and 1/255.
+        mu, logvar: what the encoder returns; the same shape, (N, ...).
+        reconstruction: "bce" or "mse"; both squash the logits by a sigmoid.
+        beta: weight of the divergence, from 0 on.
+        weight, mask, ignore_index, target_scale, validate: of the images; see `fastloss.Loss`.
+        grad_output: number that multiplies the gradients.
+        out: three arrays for the gradients; the logits, mu and logvar themselves are allowed.
+
+    Returns:
+        Called: `VAEValue`, (total, reconstruction, divergence). `grad`: `VAEGradient`, (reconstruction_logits, mu, logvar).
+        `value_and_grad`: both.
+
+    Raises:
+        ValueError: an unknown reconstruction, a negative beta, shapes that do not fit; nothing has been written.
+        TypeError: a dtype is not accepted, or an option is unknown.
+
+    Source: Kingma and Welling, "Auto-Encoding Variational Bayes", 2013; beta: Higgins et al., "beta-VAE", 2017.
+    """
+
+    __name__ = __qualname__ = "vae_loss"
+
+    def __repr__(self) -> str:
+        return "<loss vae_loss(reconstruction_logits, images, mu, logvar, *, reconstruction='bce', beta=1.0)>"
+
+    def __reduce__(self) -> str:
+        return "vae_loss"
+
+    def __call__(
+        self,
+        reconstruction_logits: Any,
+        images: Any,
+        mu: Any,
+        logvar: Any,
+        *,
+        reconstruction: str = "bce",
+        beta: float = 1.0,
+        **options: Any,
+    ) -> VAEValue:
+        """Return the objective and its two parts."""
+        loss, beta = _part(reconstruction), bounded("beta", beta, (0.0, inf))
+        _check_batch(reconstruction_logits, mu, logvar)
+        divergence = gaussian_kl_loss(mu, logvar, reduction="batchmean")
+        value = loss(reconstruction_logits, images, reduction="batchmean", **options)
+        return _together(value, beta, divergence)
+
+    def grad(self, reconstruction_logits: Any, images: Any, mu: Any, logvar: Any, **options: Any) -> VAEGradient:
+        """Return the three gradients."""
+        return self.value_and_grad(reconstruction_logits, images, mu, logvar, **options)[1]
+
+    def value_and_grad(
+        self,
+        reconstruction_logits: Any,
+        images: Any,
+        mu: Any,
+        logvar: Any,
+        *,
+        reconstruction: str = "bce",
+        beta: float = 1.0,
+        grad_output: float = 1.0,
+        out: Any = None,
+        **options: Any,
+    ) -> tuple[VAEValue, VAEGradient]:
+        """Return the objective with its two parts, and the three gradients."""
+        loss, beta = _part(reconstruction), bounded("beta", beta, (0.0, inf))
+        upstream = bounded("grad_output", grad_output, (-inf, inf))
+        _check_batch(reconstruction_logits, mu, logvar)
+        # the latents are small: their gradients are copied once the images' pass has not raised, so that nothing is half written
+        divergence, slopes = gaussian_kl_loss.value_and_grad(mu, logvar, reduction="batchmean", grad_output=beta * upstream)
+        buffers = _check_buffers(out, slopes)
+        value, slope = loss.value_and_grad(
+            reconstruction_logits, images, reduction="batchmean", grad_output=upstream, out=buffers[0], **options
+        )
+        for buffer, computed in zip(buffers[1:], slopes, strict=True):
+            if buffer is not None:
+                np.copyto(buffer, computed)
+        latent = [computed if buffer is None else buffer for buffer, computed in zip(buffers[1:], slopes, strict=True)]
+        return _together(value, beta, divergence), VAEGradient(slope, *latent)
+
+
+def _part(reconstruction: str) -> Any:
+    """Return the loss that measures the reconstruction."""
+    if reconstruction not in _RECONSTRUCTIONS:
+        raise ValueError(f"reconstruction is {reconstruction!r}; accepted: {', '.join(map(repr, _RECONSTRUCTIONS))}")
+    return _RECONSTRUCTIONS[reconstruction]
+
+
+def _together(reconstruction: Any, beta: float, divergence: Any) -> VAEValue:
+    """Return the objective; with beta = 0 the divergence does not count, not even if it is infinite."""
+    cost = beta * divergence if beta or isfinite(divergence) else 0.0
+    return VAEValue(np.float64(reconstruction + cost), reconstruction, divergence)
+
+
+def _check_batch(reconstruction_logits: Any, mu: Any, logvar: Any) -> None:
+    """Refuse latents of another batch than the images'."""
+    mu, logvar = as_array("mu", mu), as_array("logvar", logvar)
+    check_latents(mu, logvar)
+    batch, codes = np.shape(reconstruction_logits)[:1], mu.shape[:1]
+    if not codes or batch != codes:
+        found = f"reconstruction_logits has shape {np.shape(reconstruction_logits)} and mu {mu.shape}"
+        raise ValueError(f"{found}; their first axes, the batch, must be equal")
+
+
+def _check_buffers(out: Any, slopes: tuple[Array, ...]) -> list[Any]:
+    """Return the caller's three buffers, or three times None; those of the latents have to fit."""
+    if out is None:
+        return [None] * 3
+    if not isinstance(out, (tuple, list)) or len(out) != 3:
+        raise TypeError(f"out must be 3 arrays, one a gradient, not {type(out).__name__}")
+    for k, buffer in enumerate(out):
+        check_buffer(f"out[{k}]", buffer)
+        if any(shares_memory(buffer, other) for other in out[:k]):
+            raise ValueError(f"out[{k}] shares memory with another of the three buffers")
+    for k, (buffer, slope) in enumerate(zip(out[1:], slopes, strict=True), 1):
+        if buffer.shape != slope.shape or buffer.dtype != slope.dtype:
+            raise ValueError(
+                f"out[{k}] has shape {buffer.shape} and dtype {buffer.dtype}; the gradient has shape {slope.shape} and dtype {slope.dtype}"
+            )
+    return list(out)
+
+
+vae_loss = VAELoss()

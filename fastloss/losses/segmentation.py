@@ -1,0 +1,275 @@
+"""Losses of overlap, for segmentation: not elementwise, but made of sums over a channel, on which every element's slope depends.
+
+Two passes over memory through the same loops as every other loss: the first sums, the second writes the gradient, with what
+became of the sums as parameters that broadcast.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from math import inf
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastloss.call import Call, Definition, as_array, bounded, check_upstream, is_number, outside, to_float
+from fastloss.formula import OPTIONS, Formula
+from fastloss.loss import refuse_grad_output
+from fastloss.losses.logistic import probability_missed, tail, times, variance
+from fastloss.ops import abs, add_log1p, where
+from fastloss.plan import REDUCTIONS, Array
+
+_SETTINGS: dict[str, Any] = {"smooth": 1.0, "per_channel": True, "per_sample": True}
+_WEIGHTS: dict[str, Any] = {"dice_weight": 1.0, "bce_weight": 1.0}
+
+
+def _sums(z: Any, t: Any) -> Any:
+    """Return p t, the probability missed, t (1 - p) + (1 - t) p, and the binary cross-entropy."""
+    e, s = tail(z)
+    wrong = where(z > 0.0, 1.0 - t, t)
+    return where(z > 0.0, 1.0 - s, s) * t, probability_missed(s, wrong), add_log1p(times(abs(z), wrong), e)
+
+
+def _slopes(z: Any, t: Any, score: Any = 1.0, rate: Any = 1.0, entropy_rate: Any = None) -> Any:
+    """Return rate p (1 - p) (score - 2 t), and the slope of the cross-entropy times its rate."""
+    _, s = tail(z)
+    slope = rate * variance(s) * (score - 2.0 * t)
+    if entropy_rate is not None:
+        slope = slope + entropy_rate * where(z > 0.0, (1.0 - t) - s, s - t)
+    return (slope,)
+
+
+def _definition(function: Any, names: tuple[str, ...]) -> Definition:
+    return Definition(Formula(function, names), {}, ("target",), ("weight", "reduction", *OPTIONS))
+
+
+_SUMS, _SLOPES = _definition(_sums, ("overlap", "missed", "entropy")), _definition(_slopes, ("slope",))
+
+
+class _Dice(NamedTuple):
+    """What the first pass found, one number a group: a sample's channel, a sample, a channel, or all."""
+
+    loss: Array  # missed / size
+    score: Array  # 1 - loss, but from its own sum: neither is a difference
+    size: Array  # sum of p + t, and smooth
+
+
+class DiceLoss:
+    """A Dice loss, alone or with cross-entropy: called for the value; `grad` and `value_and_grad` take the same arguments."""
+
+    def __init__(self, name: str, doc: str, with_entropy: bool) -> None:
+        self.__name__ = self.__qualname__ = name
+        self.__doc__ = doc
+        self._settings = _SETTINGS | _WEIGHTS if with_entropy else _SETTINGS
+        self.with_entropy = with_entropy
+        self.__signature__ = _signature(self._settings)
+
+    def __repr__(self) -> str:
+        return f"<loss {self.__name__}{self.__signature__}>"
+
+    def __reduce__(self) -> str:
+        return self.__qualname__
+
+    def __call__(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Any:
+        """Return the loss: a float64 number, or an array of them, one a sample or one a group."""
+        refuse_grad_output(options)
+        if options.get("out") is not None:
+            raise ValueError("out takes the gradient, and the value alone has none: use grad or value_and_grad")
+        return _Passes(self, input, target, weight, reduction, options).value()
+
+    def grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Array:
+        """Return the gradient with respect to the input, in the input's dtype."""
+        return self.value_and_grad(input, target, weight, reduction, **options)[1]
+
+    def value_and_grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> tuple[Any, Array]:
+        """Return the loss and its gradient with respect to the input, from two passes over memory."""
+        passes = _Passes(self, input, target, weight, reduction, options)
+        return passes.value(), passes.slope()
+
+    def settings(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Take this loss's own options out of the others."""
+        own = self._settings | {name: options.pop(name) for name in self._settings.keys() & options.keys()}
+        for name in own.keys() & {"smooth", *_WEIGHTS}:
+            own[name] = bounded(name, own[name], (0.0, inf))
+        return own
+
+
+class _Passes:
+    """One call: the sums, made at once, and from them the value and the slope."""
+
+    def __init__(self, loss: DiceLoss, input: Any, target: Any, weight: Any, reduction: Any, options: dict[str, Any]) -> None:
+        self.set, self.with_entropy, self.reduction = loss.settings(options), loss.with_entropy, reduction
+        upstream = options.pop("grad_output", None)
+        self.call = Call(_SUMS, input, target, weight, "sum", options)
+        self.shape = self.call.shape
+        self.call.kept = self.leading_axes()
+        self.check_reduction()
+        self.upstream = 1.0 if upstream is None else self.take_upstream(upstream)
+        self.dice, self.entropy, self.counted = self.sum()
+
+    def leading_axes(self) -> int:
+        """Return how many leading axes the first pass keeps apart."""
+        needed = 2 if self.set["per_channel"] else 1 if self.set["per_sample"] else 0
+        if len(self.shape) < needed:
+            axes, instead = ("two leading axes, samples and channels", "per_channel") if needed == 2 else ("a first axis", "per_sample")
+            raise ValueError(f"input has shape {self.shape}; it needs {axes}; or pass {instead}=False")
+        return needed
+
+    def check_reduction(self) -> None:
+        """Refuse a reduction that these groups do not have."""
+        accepted = [r for r in REDUCTIONS if self.set["per_sample"] or not r.startswith("sample")]
+        accepted = [r for r in accepted if r in ("mean", "sum", "none") or self.shape]
+        accepted = [r for r in accepted if r != "none" or not self.with_entropy]
+        if self.reduction not in accepted:
+            raise ValueError(f"reduction {self.reduction!r} is unknown here; accepted: {', '.join(map(repr, accepted))}")
+
+    def take_upstream(self, grad_output: Any) -> Any:
+        """Take the derivative of what follows the loss: a number, or an array of the loss's shape."""
+        if is_number(grad_output):
+            return to_float("grad_output", grad_output)
+        array = as_array("grad_output", grad_output)
+        check_upstream(array, self.result_shape(), self.reduction)
+        return array.astype(np.float64)
+
+    def group_shape(self) -> tuple[int, ...]:
+        """Return the shape of the Dice losses: (N, C), (N,), (C,) or ()."""
+        kept = self.shape[: self.call.kept]
+        return kept if self.set["per_sample"] else kept[1:]
+
+    def result_shape(self) -> tuple[int, ...]:
+        """Return the shape of the value."""
+        return self.group_shape() if self.reduction == "none" else self.shape[:1] if self.reduction.startswith("sample") else ()
+
+    def sum(self) -> tuple[_Dice, Any, Any]:
+        """Make the first pass; return the Dice losses, and the sums of the cross-entropy and of the elements it is of."""
+        names = ("overlap", "missed", "entropy", "count") if self.with_entropy else ("overlap", "missed")
+        sums = self.call.run(names, (), [], validate=self.call.validate)
+        overlap, missed, *rest = (np.reshape(x, self.shape[: self.call.kept]) for x in sums[: len(names)])
+        if self.set["per_channel"] and not self.set["per_sample"]:
+            overlap, missed = overlap.sum(axis=0), missed.sum(axis=0)
+        right = 2 * overlap + self.set["smooth"]
+        with np.errstate(invalid="ignore"):
+            dice = _Dice(missed / (missed + right), right / (missed + right), missed + right)
+        entropy, counted = rest or (None, None)
+        return dice, entropy, counted
+
+    def value(self) -> Any:
+        """Return the reduced value."""
+        losses = self.dice.loss
+        if self.reduction == "none":
+            return losses[()]
+        value = self.reduced(losses, np.ones(losses.shape))
+        if self.with_entropy:
+            value = self.set["dice_weight"] * value + self.set["bce_weight"] * self.reduced(self.entropy, self.counted)
+        return value
+
+    def reduced(self, sums: Array, counts: Array) -> Any:
+        """Return the sum of the groups' sums, over as many elements as the reduction says."""
+        with np.errstate(all="ignore"):
+            return np.divide(self.over_groups(sums), self.divisor(counts))
+
+    def over_groups(self, x: Array) -> Any:
+        """Add up groups: all of them, or those of a sample."""
+        return np.sum(x, axis=tuple(range(1, x.ndim)) if self.reduction.startswith("sample") else None)
+
+    def divisor(self, counts: Array) -> Any:
+        """Return what the reduction divides by, where groups have so many elements."""
+        if self.reduction in ("mean", "sample_mean"):
+            counted = self.over_groups(counts)
+            if not np.all(counted):
+                warnings.warn("mean of no elements: the input is empty, or all of it is masked", RuntimeWarning, stacklevel=outside())
+            return counted
+        return self.shape[0] if self.reduction == "batchmean" else 1
+
+    def slope(self) -> Array:
+        """Make the second pass, and return the gradient."""
+        with np.errstate(all="ignore"):
+            each = self.spread(np.divide(self.upstream, self.divisor(np.ones(self.group_shape()))))
+            rate = self.set.get("dice_weight", 1.0) * each / self.spread_groups(self.dice.size)
+            parameters = {"score": self.spread_groups(self.dice.score), "rate": rate}
+            if self.with_entropy:
+                parameters["entropy_rate"] = self.spread(self.set["bce_weight"] * self.upstream / self.divisor(self.counted))
+        call = self.call.derive(_SLOPES, parameters)
+        call.kept = 0
+        outputs = call.make_outputs(("slope",))
+        call.run((), ("slope",), outputs, borrowed=call.out is not None)
+        return outputs[0]
+
+    def spread(self, x: Any) -> Array:
+        """Return numbers that go with the value, one for all or one a sample (or group, unreduced), to broadcast with the input."""
+        return self.spread_groups(x) if self.reduction == "none" else self.trail(np.asarray(x))
+
+    def spread_groups(self, x: Any) -> Array:
+        """Return numbers that go with the groups, to broadcast with the input."""
+        by_channel = self.set["per_channel"] and not self.set["per_sample"]
+        return self.trail(np.asarray(x)[np.newaxis] if by_channel and np.ndim(x) else np.asarray(x))
+
+    def trail(self, x: Array) -> Array:
+        """Return the array with axes of length 1 behind its own, as many as the input has."""
+        return x.reshape(x.shape + (1,) * (len(self.shape) - x.ndim))
+
+
+def _signature(settings: Mapping[str, Any]) -> inspect.Signature:
+    """Return what a call accepts, for help() and editors."""
+    Parameter = inspect.Parameter
+    leading = {"input": Parameter.empty, "target": Parameter.empty, "weight": None, "reduction": "mean"}
+    return inspect.Signature(
+        [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default) for name, default in leading.items()]
+        + [Parameter(name, Parameter.KEYWORD_ONLY, default=default) for name, default in {**settings, **OPTIONS}.items()]
+    )
+
+
+_DICE = """Dice loss of a segmentation: 1 minus the overlap of the predicted and the true region, relative to their sizes.
+
+    With p = sigmoid(input) and sums over one channel of one sample, weighted by `weight`:
+
+        value = 1 - (2 sum(p t) + smooth) / (sum(p) + sum(t) + smooth)
+              = sum(m) / (sum(m) + 2 sum(p t) + smooth)                      with m = t (1 - p) + (1 - t) p
+        slope = p (1 - p) (1 - value - 2 t) / (sum(p) + sum(t) + smooth)
+
+    The second form is what is computed: where the overlap is nearly perfect, the first cancels. A region of few pixels counts
+    as much as a large one, which is why it is taken where one class is rare, usually together with cross-entropy
+    (`dice_bce_with_logits_loss`), whose slope is steadier.
+
+    Args:
+        input: logits, (N, C, ...); float16, bfloat16, float32 or float64.
+        target: the same shape, usually 0 or 1, one channel a class; these, bool, or integers (with `target_scale`).
+        weight: multiplies what an element adds to the sums; broadcasts against input.
+        reduction: over the losses of the samples' channels: "mean", "sum", "none" (an array of them, (N, C)), "batchmean",
+            "sample_mean", "sample_sum".
+        smooth: added to numerator and denominator, from 0 on, in elements. With 0, a channel that is empty and of which
+            nothing is left by a mask has no value: NaN.
+        per_channel: whether channels (the second axis) have sums of their own, or all of a sample's are one region.
+        per_sample: whether samples have sums of their own, or the whole batch is one image.
+        mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
+
+    Raises:
+        ValueError: shapes differ or lack an axis, an option is out of range, a target is outside [0, 1] (with `validate=True`).
+        TypeError: a dtype is not accepted, or an option is unknown.
+
+    Source: Milletari, Navab and Ahmadi, "V-Net", 2016; Dice, "Measures of the Amount of Ecologic Association Between Species",
+        1945.
+    """
+_DICE_BCE = """Dice loss plus binary cross-entropy, from the same two passes over memory.
+
+        value = dice_weight * dice_with_logits_loss + bce_weight * binary_cross_entropy_with_logits
+        slope = dice_weight * that of the one + bce_weight * that of the other
+
+    Each part is reduced by the same rule: with "mean", the mean of the channels' Dice losses and the mean of the elements'
+    cross-entropies.
+
+    Args:
+        input, target, weight, smooth, per_channel, per_sample: as for `dice_with_logits_loss`.
+        reduction: "mean", "sum", "batchmean", "sample_mean", "sample_sum"; not "none", under which the parts' shapes differ.
+        dice_weight, bce_weight: numbers from 0 on.
+        mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
+
+    Raises:
+        ValueError, TypeError: as `dice_with_logits_loss` does.
+
+    Source: Isensee et al., "nnU-Net", 2021.
+    """
+dice_with_logits_loss = DiceLoss("dice_with_logits_loss", _DICE, with_entropy=False)
+dice_bce_with_logits_loss = DiceLoss("dice_bce_with_logits_loss", _DICE_BCE, with_entropy=True)
