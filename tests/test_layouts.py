@@ -191,3 +191,46 @@ def test_more_elements_than_32_bits_can_count():
     z, t = np.broadcast_to(np.float32(3), n), np.broadcast_to(np.uint8(1), n)
     assert fl.mse_loss(z, t, reduction="sum") == 4.0 * n
     assert fl.mse_loss(z, t) == 4.0
+
+
+SHORT_RUNS = {  # input's shape, and what is broadcast along rows of a few elements
+    "per channel, channels last": ((50, 40, 3), (3,)),
+    "per sample of a few": ((4000, 10), (4000, 1)),
+    "per pixel of a tiny image": ((300, 5, 4), (5, 1)),
+    "per row and column": ((7, 900, 3), (7, 1, 3)),
+    "longer than a step": ((30, 31), (31,)),
+    "no short run": ((40, 33), (33,)),
+}
+
+
+@pytest.mark.parametrize("case", SHORT_RUNS)
+@pytest.mark.parametrize("reduction", ["sum", "sample_sum"])
+def test_short_runs_are_joined(case, reduction, dtype, rng):
+    shape, small = SHORT_RUNS[case]
+    z, t = rng.normal(0, 3, shape).astype(dtype), rng.random(shape).astype(dtype)
+    weight, mask, c = rng.random(small).astype(dtype), rng.random(small) < 0.7, rng.uniform(0.5, 2, small)
+    value, grad = LOSS.value_and_grad(z, t, weight, reduction, mask=mask, pos_weight=c)
+    full = [np.broadcast_to(x, shape).copy() for x in (weight, mask, c)]
+    want, want_grad = LOSS.value_and_grad(z, t, full[0], reduction, mask=full[1], pos_weight=full[2])
+    assert_close(value, want, SUM[np.dtype(dtype)])
+    np.testing.assert_array_equal(grad, want_grad)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 7, 31])
+def test_narrow_crops_are_read_and_written(width, rng):
+    z, t = rng.normal(0, 3, (600, 40)).astype(np.float32), rng.random((600, width)).astype(np.float32)
+    out = np.full((600, 50), 7, np.float32)
+    LOSS.grad(z[:, 3 : 3 + width], t, out=out[:, 5 : 5 + width])
+    np.testing.assert_array_equal(out[:, 5 : 5 + width], LOSS.grad(z[:, 3 : 3 + width].copy(), t))
+    out[:, 5 : 5 + width] = 7
+    assert (out == 7).all()
+
+
+def test_large_short_runs_past_the_caches(rng):
+    """Rows of short runs that are stored past the caches, and cut into ranges inside a run."""
+    z, t = rng.normal(0, 3, (700_001, 3)).astype(np.float32), rng.random((700_001, 3)).astype(np.float32)
+    weight = np.float32([1, 2, 0.5])
+    value, grad = LOSS.value_and_grad(z, t, weight)
+    want, want_grad = LOSS.value_and_grad(z, t, np.ascontiguousarray(np.broadcast_to(weight, z.shape)))
+    assert_close(value, want, SUM[z.dtype])
+    np.testing.assert_array_equal(grad, want_grad)

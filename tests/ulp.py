@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from ml_dtypes import finfo
 
 QUANTITIES = ("value", "slope", "curvature")
 
@@ -47,10 +48,13 @@ ULP = {
     ("sigmoid", "value"): 1,
     ("pow", "value"): 1,
 }
+# What a 16-bit result may be off beside its own half unit, in units of float32: the product of powers of the focal loss has more.
+HALF = {"sigmoid_focal_loss": 6}
 # A product of factors, each rounded: half an ulp for the last rounding, up to one for those before it.
 PRODUCT = {"scale": 1.5, "weight and scale": 2.5, "weight": 0.5}
 # Sums: float32 in blocks of 16 a lane, then float64. Relative to the sum of the magnitudes.
 SUM = {np.dtype(np.float32): 3e-7, np.dtype(np.float64): 4e-15}
+PROBABILITY = 1e-10  # of what is computed from a float64 sigmoid, which keeps so much of 1 - p at logits up to 15
 DIFFERENCE = 1e-6  # of a numerical derivative in float64, relative to the largest
 NUMPY = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-15}  # of the reference, relative to the largest
 
@@ -68,6 +72,19 @@ def ulp_error(got, want, magnitude, dtype):
         error = np.abs(got - stored) / unit
     same = (got == stored) | (np.isnan(got) & np.isnan(want))
     return np.where(same, 0, np.where(np.isfinite(got) & np.isfinite(stored), error, np.inf))
+
+
+def half_error(got, want, magnitude):
+    """Return by how many float32 units of the magnitude a 16-bit number is further from the truth than its own half unit."""
+    info = finfo(got.dtype)
+    want, magnitude = np.asarray(want, np.longdouble), np.abs(np.asarray(magnitude, np.longdouble))
+    _, exponent = np.frexp(np.maximum(np.abs(want), np.longdouble(float(info.smallest_normal))))
+    half_unit = np.ldexp(np.longdouble(0.5), exponent - 1 - info.nmant)
+    overflowed = np.abs(want) + half_unit >= np.ldexp(np.longdouble(1), info.maxexp)
+    with np.errstate(all="ignore"):
+        error = np.abs(got.astype(np.longdouble) - want)
+        unit = np.spacing(np.minimum(magnitude, np.finfo(np.float32).max).astype(np.float32)).astype(np.longdouble)
+        return np.where(overflowed, np.where(np.isinf(got.astype(np.float64)), 0, np.inf), np.maximum(error - half_unit, 0) / unit)
 
 
 def assert_ulp(got, want, magnitude, limit, dtype, *at):

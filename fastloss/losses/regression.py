@@ -172,7 +172,9 @@ def log_cosh_loss(z: Any, t: Any) -> Any:
     near = size < 1.0
     value = add_log1p(where(near, 0.0, size - _LOG_2), where(near, cosh_minus_1, exp(minus_2d)))
     h = -expm1(minus_2d)
-    tanh = where(d < 0.0, -h, h) / (2.0 - h)
+    q = h / (2.0 - h)
+    q = fma(fma(q, h, h - 2.0 * q), 0.5 + 0.5 * q, q)  # a step of Newton's method takes back what 2 - h was rounded by
+    tanh = where(d < 0.0, -q, q)
     # the curvature falls as exp(-2 |d|), where an error of d counts 2 |d| times: what the subtraction lost is put back
     curvature = 4.0 * variance(sigmoid(minus_2d))
     return value, tanh, where(curvature == 0.0, 0.0, fma(-2.0 * tanh * lost, curvature, curvature))
