@@ -12,16 +12,17 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastloss.formula import Formula
-from fastloss.plan import REDUCTIONS, Array, Request, belongs_to, check_dtype, is_float, make_plan
+from fastloss.plan import REDUCTIONS, Array, Request, belongs_to, check_dtype, is_float, make_plan, same_elements, shares_memory
 
 Bounds = Mapping[str, tuple[float, float]]
-ABOVE_0 = math.nextafter(0.0, 1.0)  # the least number that a parameter may be which may not be 0
+# the least number that a parameter may be which may not be 0, and the largest that one may be which has to be finite
+ABOVE_0, LARGEST = math.nextafter(0.0, 1.0), sys.float_info.max
 
 SEARCHED = 1 << 20  # elements looked at together when the first bad one is sought
 
@@ -50,7 +51,8 @@ class Call:
         self.kept = kept_axes(reduction, x.shape)
         self.upstream: Any = 1.0
         self.out, self.validate = options.get("out"), False
-        self.parameters, self.numbers = loss.formula.given, loss.formula.numbers
+        self.parameters: tuple[str, ...] = ()
+        self.numbers: dict[str, float] = {}
         if weight is not None:
             self.add("weight", weight)
         if len(options) > (self.out is not None):
@@ -58,14 +60,15 @@ class Call:
 
     def add(self, name: str, value: Any) -> None:
         """Add an array that is read."""
+        if isinstance(value, str):  # PyTorch's regression losses have `reduction` in the place of `weight`
+            raise TypeError(f"{name} is {value!r}; accepted: an array or a number (a reduction is given by name, reduction={value!r})")
         self.names.append(name)
         self.arrays.append(as_array(name, value))
 
     def take(self, options: Mapping[str, Any]) -> None:
         """Sort the options into arrays and numbers."""
-        if unknown := options.keys() - self.loss.options:
-            raise TypeError(f"unknown option {', '.join(sorted(unknown))}; accepted: {', '.join(self.loss.options)}")
-        self.take_parameters({name: options.get(name, default) for name, default in self.loss.formula.defaults.items()})
+        refuse_unknown(options, self.loss.options)
+        self.take_parameters(options)
         if (mask := options.get("mask")) is not None:
             self.add("mask", mask)
         if (scale := options.get("target_scale")) is not None:
@@ -77,14 +80,19 @@ class Call:
         self.validate = bool(options.get("validate") and self.loss.unit)
 
     def take_parameters(self, values: Mapping[str, Any]) -> None:
-        """Take the formula's parameters, as far as they are given: numbers, or arrays that are read."""
-        given = {name: value for name, value in values.items() if value is not None}
-        self.parameters, self.numbers = tuple(given), {}
-        for name, value in given.items():
-            if is_number(value):
-                self.numbers[name] = self.number(name, value)
-            else:
+        """Take the formula's parameters, numbers or arrays, as far as they are given and not their defaults."""
+        given = []
+        for name, default in self.loss.formula.defaults.items():
+            if (value := values.get(name)) is None:
+                continue
+            if not is_number(value):
                 self.add(name, value)
+            elif (number := self.number(name, value)) != default:
+                self.numbers[name] = number
+            else:
+                continue
+            given.append(name)
+        self.parameters = tuple(given)
 
     def ignore(self, ignored: float) -> None:
         """Take a target value out, if targets can have it; a floating-point one is rounded as they are."""
@@ -180,13 +188,18 @@ class Call:
         """Return a call of another formula on the same arrays and options, with its parameters given as arrays."""
         other = copy.copy(self)
         other.loss, other.parameters = loss, tuple(arrays)
-        other.names, other.arrays = [*self.names, *arrays], [*self.arrays, *arrays.values()]
+        other.names, other.arrays = [*self.names, *arrays], [*self.arrays, *map(np.asarray, arrays.values())]
         return other
+
+    @property
+    def excludes(self) -> bool:
+        """Whether a mask or an ignored target value takes elements out."""
+        return "mask" in self.names or "ignore_index" in self.numbers
 
     @property
     def must_count(self) -> bool:
         """Whether a mean has to look at the elements to know how many they are."""
-        return self.reduction in ("mean", "sample_mean") and ("mask" in self.names or "ignore_index" in self.numbers)
+        return self.reduction in ("mean", "sample_mean") and self.excludes
 
     def count(self) -> Any:
         """Return how many elements the reduction divides by, one number or one a sample."""
@@ -258,10 +271,22 @@ def find_launch(request: tuple[Any, ...]) -> Any:
     return Launch(plan) if plan.size else Nothing(plan)
 
 
+def refuse_unknown(options: Mapping[str, Any], accepted: tuple[str, ...]) -> None:
+    """Refuse options that a loss does not have."""
+    if unknown := options.keys() - accepted:
+        raise TypeError(f"unknown option {', '.join(sorted(unknown))}; accepted: {', '.join(accepted)}")
+
+
+def check_reduction(reduction: Any, accepted: Sequence[str]) -> None:
+    """Refuse a reduction that a loss does not have."""
+    if not isinstance(reduction, str) or reduction not in accepted:
+        known = isinstance(reduction, str) and reduction in REDUCTIONS
+        raise ValueError(f"reduction {reduction!r} is unknown{' here' * known}; accepted: {', '.join(map(repr, accepted))}")
+
+
 def kept_axes(reduction: Any, shape: tuple[int, ...]) -> int:
     """Return how many leading axes keep sums of their own under a reduction."""
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(f"reduction {reduction!r} is unknown; accepted: {', '.join(map(repr, REDUCTIONS))}")
+    check_reduction(reduction, REDUCTIONS)
     if reduction in ("mean", "sum", "none"):
         return 0
     if not shape:
@@ -282,6 +307,16 @@ def check_buffer(name: str, out: Any) -> None:
         raise TypeError(f"{name} must be a numpy.ndarray, not {type(out).__name__}")
     if not out.flags.writeable:
         raise ValueError(f"{name} is read-only")
+
+
+def check_apart(buffers: tuple[Array, ...], reads: Mapping[str, Array], own: tuple[str, ...]) -> None:
+    """Refuse buffers that share memory with each other, or with what is read but their own array, element for element."""
+    for k, buffer in enumerate(buffers):
+        others = [(name, x) for name, x in reads.items() if not (name == own[k] and same_elements(buffer, x))]
+        others += [(f"out[{j}]", buffers[j]) for j in range(k)]
+        for name, other in others:
+            if shares_memory(buffer, other):
+                raise ValueError(f"out[{k}] shares memory with {name}; only out=({', '.join(own)}), the very same elements, is allowed")
 
 
 def as_array(name: str, value: Any) -> Array:
@@ -307,9 +342,16 @@ def bounded(name: str, value: Any, bounds: tuple[float, float]) -> float:
     number, (low, high) = to_float(name, value), bounds
     if not low <= number <= high:
         least = "more than 0" if low == ABOVE_0 else f"{low:g} or more" if low > -math.inf else "any number but NaN"
-        accepted = least if high == math.inf else f"from {low:g} to {high:g}" if low > -math.inf else f"{high:g} or less"
+        least = f"{least}, and finite" if high == LARGEST else least
+        accepted = least if high >= LARGEST else f"from {low:g} to {high:g}" if low > -math.inf else f"{high:g} or less"
         raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
     return number
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse an option that is neither True nor False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
 
 
 def to_float(name: str, value: Any) -> float:
@@ -326,8 +368,8 @@ def to_float(name: str, value: Any) -> float:
 
 def outside() -> int:
     """Return the stack level, seen from the caller, of the first caller outside the package, for warnings."""
-    level, frame, package = 1, sys._getframe(1), os.path.dirname(__file__)
-    while frame.f_back is not None and os.path.dirname(frame.f_code.co_filename) == package:
+    level, frame, package = 1, sys._getframe(1), os.path.join(os.path.dirname(__file__), "")
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
         level, frame = level + 1, frame.f_back
     return level
 

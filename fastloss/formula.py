@@ -69,14 +69,11 @@ class Formula:
             raise FormulaError(f"a formula is a function (def or lambda), not {function!r}")
         self.function, self._all_names, self._least = function, names, len(names) if least is None else least
         self.defaults = _defaults(function)
-        self.given = tuple(name for name, default in self.defaults.items() if default is not None)
-        self.numbers = {name: float(self.defaults[name]) for name in self.given}
-        # a formula may ask whether a parameter was given, so it is read in every way it may be called
-        absent = [name for name in self.defaults if name not in self.given]
+        # what a call leaves at its default is a constant, which may ask for less (a power of 2 is a product), or None, of which
+        # a formula may ask whether it was given: so it is read in every way it may be called
         self._traces: dict[tuple[str, ...], Trace] = {}
-        for missing in itertools.product((True, False), repeat=len(absent)):
-            left_out = {name for name, is_missing in zip(absent, missing, strict=True) if is_missing}
-            parameters = tuple(name for name in self.defaults if name not in left_out)
+        for given in itertools.product((False, True), repeat=len(self.defaults)):
+            parameters = tuple(itertools.compress(self.defaults, given))
             self._traces[parameters] = self._read(parameters)
         counts = {len(quantities) for _, quantities in self._traces.values()}
         if len(counts) > 1:
@@ -103,7 +100,7 @@ class Formula:
         return {name for name, reference in zip(self.names, quantities, strict=True) if reference in ends}
 
     def trace(self, parameters: tuple[str, ...]) -> str:
-        """Return the operations as text, the same for two formulas that compute the same; parameters not named are None."""
+        """Return the operations as text, the same for two formulas that compute the same; parameters not named have their default."""
         return repr(self._traces[parameters])
 
     def _read(self, parameters: tuple[str, ...]) -> Trace:

@@ -59,7 +59,7 @@ class Loss:
         self.__module__ = function.__module__
         self.__doc__ = function.__doc__
         self.__wrapped__ = function
-        self.__signature__ = _signature(formula.defaults, reduction)
+        self.__signature__ = signature(("input", "target"), reduction, {**formula.defaults, **OPTIONS})
 
     def __repr__(self) -> str:
         return f"<loss {self.__name__}{self.__signature__}>"
@@ -139,13 +139,13 @@ class TargetLoss:
         return self._loss(unread, t, weight, reduction, **options)
 
 
-def _signature(parameters: Mapping[str, Any], reduction: str) -> inspect.Signature:
+def signature(arrays: tuple[str, str], reduction: str, options: Mapping[str, Any]) -> inspect.Signature:
     """Return what a call accepts, for help() and editors."""
     Parameter = inspect.Parameter
-    leading = {"input": Parameter.empty, "target": Parameter.empty, "weight": None, "reduction": reduction}
+    leading = {**dict.fromkeys(arrays, Parameter.empty), "weight": None, "reduction": reduction}
     return inspect.Signature(
         [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default) for name, default in leading.items()]
-        + [Parameter(name, Parameter.KEYWORD_ONLY, default=default) for name, default in {**parameters, **OPTIONS}.items()]
+        + [Parameter(name, Parameter.KEYWORD_ONLY, default=default) for name, default in options.items()]
     )
 
 
@@ -171,8 +171,9 @@ def elementwise_loss(
     The first two arguments are an element of the input and of the target; the slope is the derivative by the first, the
     curvature, if it is given, the second. Further arguments are the loss's parameters, each with a number as its default, or
     None for one that may be absent, which the formula may ask; a call gives numbers, or arrays that broadcast against the
-    input. The names of options (see `Loss`) are taken. A formula may not branch on an element, and computes with
-    operators and the functions of `fastloss.ops` alone; helpers written like that may be called.
+    input, and what it leaves at its default is a constant of the kernel. The names of options (see `Loss`) are taken. A
+    formula may not branch on an element, and computes with operators and the functions of `fastloss.ops` alone; helpers
+    written like that may be called.
 
     `unit` names the operands, of "input" and "target", that belong in [0, 1], which `validate=True` then checks. `bounds`
     gives, by parameter, the least and the largest number that is accepted; arrays are not looked at. `reduction` is the

@@ -7,13 +7,15 @@ with a `Symbol` for each argument, to be compiled: then every operator and every
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import inf
 from typing import Any, NoReturn
 
 import numpy as np
 
 __all__ = [
     "FormulaError", "Symbol", "abs", "add_log1p", "copysign", "exp", "expm1", "fma", "log", "log1p", "maximum", "minimum",
-    "polynomial", "pow", "sigmoid", "sqrt", "where",
+    "polynomial", "pow", "sigmoid", "sqrt", "tanh", "where",
 ]  # fmt: skip
 
 
@@ -153,11 +155,21 @@ def log1p(x: Any) -> Any:
 
 def pow(x: Any, y: Any) -> Any:
     """Return x**y for x >= 0, exact to the last digits also where the power is large or tiny."""
+    if isinstance(x, Symbol) and not isinstance(y, Symbol) and float(y).is_integer() and 1 <= y <= 16:
+        return x**y
     return _render("pow", np.power, x, y)
 
 
-def polynomial(x: Any, terms: tuple[float, ...]) -> Any:
-    """Return terms[0] + terms[1] x + terms[2] x**2 + ... by Estrin's scheme, whose chain of dependent steps is short."""
+def polynomial(x: Any, terms: Sequence[float], reach: float = inf) -> Any:
+    """Return terms[0] + terms[1] x + terms[2] x**2 + ... for |x| <= reach.
+
+    With a reach, terms that no digit of the arithmetic would show are left out, so that those for float64 serve float32.
+    """
+    return _render("polynomial", lambda x, reach, *terms: estrin(x, terms), x, reach, *terms)
+
+
+def estrin(x: Any, terms: Sequence[Any]) -> Any:
+    """Return the polynomial by Estrin's scheme, whose chain of dependent steps is short."""
     parts: list[Any] = list(terms)
     while len(parts) > 1:
         pairs = [fma(high, x, low) for low, high in zip(parts[::2], parts[1::2], strict=False)]
@@ -196,8 +208,15 @@ def maximum(x: Any, y: Any) -> Any:
     return _render("maximum", np.maximum, x, y)
 
 
+def tanh(x: Any) -> Any:
+    """Return the hyperbolic tangent of x, exact to the last digits also where x is tiny."""
+    return _render("tanh", np.tanh, x)
+
+
 def where(condition: Any, x: Any, y: Any) -> Any:
     """Return x where the condition holds, else y."""
+    if isinstance(condition, bool):  # of numbers alone, such as a parameter's default
+        return x if condition else y
     return _render("where", np.where, condition, x, y)
 
 

@@ -257,7 +257,7 @@ def check(request: Request) -> None:
     dtypes = {name: dtype for name, dtype, _, _ in request.arrays}
     for name, dtype, shape_of, strides in request.arrays:
         if name in request.outputs:
-            check_output(shape_of, strides, dtype, shape, dtypes[belongs_to(name)])
+            check_output("out", shape_of, strides, dtype, shape, dtypes[belongs_to(name)])
         else:
             check_dtype(name, dtype)
         if name == "target" and shape_of != shape:
@@ -270,7 +270,7 @@ def check(request: Request) -> None:
 
 def check_dtype(name: str, dtype: np.dtype[Any]) -> None:
     """Refuse dtypes that the kernels do not read."""
-    accepted = {"input": INPUT_TYPES, "mask": ("bool",)}.get(name, TARGET_TYPES)
+    accepted = {"input": INPUT_TYPES, "mu": INPUT_TYPES, "logvar": INPUT_TYPES, "mask": ("bool",)}.get(name, TARGET_TYPES)
     if dtype.name not in accepted:
         raise TypeError(f"{name} has dtype {dtype}; accepted: {', '.join(accepted)}")
     if not dtype.isnative:
@@ -278,15 +278,15 @@ def check_dtype(name: str, dtype: np.dtype[Any]) -> None:
 
 
 def check_output(
-    shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any], wanted: tuple[int, ...], wanted_dtype: np.dtype[Any]
+    name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any], wanted: tuple[int, ...], wanted_dtype: np.dtype[Any]
 ) -> None:
     """Refuse a buffer that the result does not fit."""
     if shape != wanted or dtype != wanted_dtype:
-        raise ValueError(f"out has shape {shape} and dtype {dtype}; the result has shape {wanted} and dtype {wanted_dtype}")
+        raise ValueError(f"{name} has shape {shape} and dtype {dtype}; the result has shape {wanted} and dtype {wanted_dtype}")
     reach = dtype.itemsize
     for stride, length in sorted((abs(stride), length) for stride, length in zip(strides, shape, strict=True) if length > 1):
         if stride < reach and 0 not in shape:
-            raise ValueError("several elements of out share memory: it is a broadcast view or a sliding window")
+            raise ValueError(f"several elements of {name} share memory: it is a broadcast view or a sliding window")
         reach += stride * (length - 1)
 
 

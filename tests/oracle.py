@@ -145,3 +145,46 @@ def binary_entropy(t, m):
             return np.where(x == 0, 0, -x * log_x())
 
     return minus_x_log_x(t, lambda: m.log(t)) + minus_x_log_x(1 - t, lambda: m.log1p(-t))
+
+
+# Losses that are 1 minus something near 1, or cancel to second order: 400 digits hold exp(-700) beside 1.
+_ENOUGH = 400
+_numbers = np.frompyfunc(lambda x: mpmath.mpf(float(x)), 1, 1)
+_exp = np.frompyfunc(_mp_exp, 1, 1)
+_most = np.frompyfunc(max, 2, 1)
+
+
+def _round(x):
+    """Round an array of mpmath's numbers to extended precision, by their leading and their trailing part."""
+
+    def parts(number):
+        head = float(number)
+        return np.longdouble(head) + (np.longdouble(float(number - head)) if np.isfinite(head) else 0)
+
+    return np.array([parts(number) for number in np.ravel(x)], np.longdouble).reshape(np.shape(x))
+
+
+def dice_with_logits_loss(z, t, weight=1, smooth=1, per_channel=True, per_sample=True):
+    """1 - (2 sum(p t) + smooth) / (sum(p) + sum(t) + smooth): one number a region, and the slopes of their sum."""
+    outer = 2 if per_channel else 1
+    axes = (() if per_sample else (0,)) + tuple(range(outer if per_channel or per_sample else 1, z.ndim))
+    with mpmath.workdps(_ENOUGH):
+        w = _numbers(np.broadcast_to(weight, z.shape))
+        z, t = _numbers(z), _numbers(t)
+        p, q = 1 / (1 + _exp(-z)), 1 / (1 + _exp(z))
+        right = np.sum(2 * w * p * t, axis=axes, keepdims=True) + mpmath.mpf(smooth)
+        size = np.sum(w * p + w * t, axis=axes, keepdims=True) + mpmath.mpf(smooth)
+        value = np.squeeze(1 - right / size, axis=axes)
+        rate = w * p * q / size
+        slope, most = rate * (right / size - 2 * t), rate * _most(right / size, 2 * t)
+        return (_round(value), _round(value)), (_round(slope), _round(most))
+
+
+def gaussian_kl_loss(mu, logvar):
+    """(mu**2 + exp(logvar) - 1 - logvar) / 2, by element: value, slopes and curvatures, each itself its magnitude."""
+    with mpmath.workdps(_ENOUGH):
+        mu, logvar = _numbers(mu), _numbers(logvar)
+        variance = _exp(logvar)
+        value = np.where(logvar == mpmath.inf, logvar, (mu * mu + variance - 1 - logvar) / 2)
+        quantities = value, mu, (variance - 1) / 2, np.ones(mu.shape), variance / 2
+        return tuple(_round(x) for x in quantities)

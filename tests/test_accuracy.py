@@ -205,13 +205,14 @@ def sigmoid_of(x):
     return np.where(x > 0, 1, np.exp(-np.abs(x))) / (1 + np.exp(-np.abs(x)))
 
 
-FUNCTIONS = {"exp": np.exp, "expm1": np.expm1, "log": np.log, "log1p": np.log1p, "sigmoid": sigmoid_of}
+FUNCTIONS = {"exp": np.exp, "expm1": np.expm1, "log": np.log, "log1p": np.log1p, "sigmoid": sigmoid_of, "tanh": np.tanh}
 FUNCTION_LOSSES = {
     "exp": fl.elementwise_loss(lambda z, t: (ops.exp(z), t)),
     "expm1": fl.elementwise_loss(lambda z, t: (ops.expm1(z), t)),
     "log": fl.elementwise_loss(lambda z, t: (ops.log(z), t)),
     "log1p": fl.elementwise_loss(lambda z, t: (ops.log1p(z), t)),
     "sigmoid": fl.elementwise_loss(lambda z, t: (ops.sigmoid(z), t)),
+    "tanh": fl.elementwise_loss(lambda z, t: (ops.tanh(z), t)),
 }
 FUNCTION_OF_NEGATIVE = {
     "exp": fl.elementwise_loss(lambda z, t: (ops.exp(-abs(z)), t)),

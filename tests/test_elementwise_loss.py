@@ -87,7 +87,7 @@ def everything(z, t, a=2.0):
     x = x + exp(-abs(z)) + ops.log(1 + abs(z)) + ops.log1p(abs(z)) + sqrt(abs(z)) + ops.copysign(a, z) + ops.fma(z, t, a)
     x = x + minimum(z, t) + maximum(z, a) + where((z < t) & (z <= a) | ~(z > 0.5) & (z >= -1), 1.0, -1.0) + ops.add_log1p(z, exp(-abs(z)))
     x = x + where((z == t) | (z != 0.0), z, t) + 1 / (2 + abs(z)) + (5 - z)
-    x = x + ops.expm1(t) + ops.pow(abs(z), t) + ops.polynomial(z, (1.0, -0.5, 0.25)) + ops.sigmoid(z)
+    x = x + ops.expm1(t) + ops.pow(abs(z), t) + ops.polynomial(z, (1.0, -0.5, 0.25)) + ops.sigmoid(z) + ops.tanh(z)
     return x, x - z, x + z
 
 
@@ -309,3 +309,34 @@ def test_a_weight_of_a_third_is_rounded_once(rng):
     got = charbonnier.grad(z, np.zeros_like(z), 1 / 3, "sum")
     plain = charbonnier.grad(z, np.zeros_like(z), reduction="sum").astype(np.longdouble)
     assert_ulp(got, plain / 3, plain / 3, PRODUCT["scale"], np.float32)
+
+
+def test_what_is_left_at_its_default_is_a_constant():
+    """The formula may then compute with the number: here it asks for a power that is a product."""
+
+    @fl.elementwise_loss
+    def power(z, t, gamma=2.0):
+        return ops.pow(abs(z), gamma), where(gamma > 1.0, 1.0, 0.0)
+
+    formula = power._definition.formula
+    assert "pow" not in formula.trace(())
+    assert "where" not in formula.trace(())
+    assert "pow" in formula.trace(("gamma",))
+    z = np.linspace(-3, 3, 50)
+    assert_close(power(z, z, reduction="none"), z**2, SUM[z.dtype])
+    assert_close(power(z, z, reduction="none", gamma=2), z**2, SUM[z.dtype])
+    assert_close(power(z, z, reduction="none", gamma=None), z**2, SUM[z.dtype])
+    assert_close(power(z, z, reduction="none", gamma=1.5), np.abs(z) ** 1.5, SUM[z.dtype])
+    assert_close(power(z, z, reduction="none", gamma=np.full(50, 2.0)), z**2, SUM[z.dtype])
+    assert (power.grad(z, z, reduction="sum", gamma=0.5) == 0).all()
+
+
+def test_terms_of_a_polynomial_that_do_not_show_are_left_out(dtype):
+    terms = (1.0, 1e-3, 1e-6, 1e-9, 1e-12, 1e-15, 1e-18)
+    kept = fl.elementwise_loss(lambda z, t: (ops.polynomial(z, terms, 1.0), 0.0))
+    whole = fl.elementwise_loss(lambda z, t: (ops.polynomial(z, terms), 0.0))
+    z = np.linspace(-1, 1, 1001).astype(dtype)
+    assert_ulp(kept(z, z, reduction="none"), whole(z, z, reduction="none"), 1.0, 1, dtype)
+    far = np.full(3, 1e3, dtype)  # beyond the reach, where what was left out shows
+    assert kept(far, far, reduction="none")[0] < 5 or dtype == np.float64
+    assert_close(whole(far, far, reduction="none"), np.full(3, 7.0), SUM[np.dtype(dtype)])

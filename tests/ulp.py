@@ -31,7 +31,7 @@ ULP = {
     ("huber_loss", "value"): (2, 2),
     ("huber_loss", "slope"): (0.5, 0.5),
     ("huber_loss", "curvature"): (0, 0),
-    ("log_cosh_loss", "value"): (3, 3),
+    ("log_cosh_loss", "value"): (4, 4),
     ("log_cosh_loss", "slope"): (3, 3),
     ("log_cosh_loss", "curvature"): (3, 3),
     ("mse_with_logits_loss", "value"): (3, 4),
@@ -39,14 +39,25 @@ ULP = {
     ("mse_with_logits_loss", "curvature"): (4, 4),
     ("sigmoid_focal_loss", "value"): (8, 10),
     ("sigmoid_focal_loss", "slope"): (12, 15),
-    ("sigmoid_focal_loss", "curvature"): (20, 20),
+    ("sigmoid_focal_loss", "curvature"): (30, 30),
     ("binary_entropy", "value"): (3, 3),
+    # Dice, a pair for float32 and float64. The value relative to itself, because no term is negative; the slope to
+    # p (1 - p) max(1 - value, 2 t) / size, because 1 - value - 2 t passes through 0. float32 sums in blocks, then in float64:
+    # its bounds hold for any size. float64 adds its own roundings: in groups of 2**20, 10 ulp.
+    ("dice_with_logits_loss", "value"): (2, 4),
+    ("dice_with_logits_loss", "slope"): (4, 8),
+    ("gaussian_kl_loss", "value"): 4,
+    ("gaussian_kl_loss", "slope"): 0,
+    ("gaussian_kl_loss", "target_slope"): 2.5,
+    ("gaussian_kl_loss", "curvature"): 0,
+    ("gaussian_kl_loss", "target_curvature"): 2.5,
     ("exp", "value"): 1,
     ("log", "value"): 1,
     ("log1p", "value"): 1.5,
     ("expm1", "value"): 1.5,
     ("sigmoid", "value"): 1,
     ("pow", "value"): 1,
+    ("tanh", "value"): 2.5,
 }
 # What a 16-bit result may be off beside its own half unit, in units of float32: the product of powers of the focal loss has more.
 HALF = {"sigmoid_focal_loss": 6}
@@ -54,9 +65,13 @@ HALF = {"sigmoid_focal_loss": 6}
 PRODUCT = {"scale": 1.5, "weight and scale": 2.5, "weight": 0.5}
 # Sums: float32 in blocks of 16 a lane, then float64. Relative to the sum of the magnitudes.
 SUM = {np.dtype(np.float32): 3e-7, np.dtype(np.float64): 4e-15}
+PROBABILITIES = 1e-5  # of float32 formulas of probabilities, which keep so much of 1 - p
 PROBABILITY = 1e-10  # of what is computed from a float64 sigmoid, which keeps so much of 1 - p at logits up to 15
 DIFFERENCE = 1e-6  # of a numerical derivative in float64, relative to the largest
 NUMPY = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-15}  # of the reference, relative to the largest
+# Of a peer (PyTorch, scikit-learn) that computes in the same dtype: its errors are a few ulp of the largest, ours fewer.
+PEER = {np.dtype(np.float32): 2e-6, np.dtype(np.float64): 4e-15}
+PEER_ULP = 16  # of a peer in float64, element by element: the focal loss's slope is allowed 15, and the peer errs too
 
 
 def ulp_error(got, want, magnitude, dtype):

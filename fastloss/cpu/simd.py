@@ -11,11 +11,13 @@ from collections.abc import Callable
 from math import inf
 from typing import Any
 
+import llvmlite.binding as llvm
 from llvmlite import ir
 
 from fastloss.cpu import vmath
 from fastloss.ops import Symbol, where
 
+HAS_AVX512 = bool(llvm.get_host_cpu_features().get("avx512f"))
 _FLOATS: dict[str, ir.Type] = {"f2": ir.HalfType(), "f4": ir.FloatType(), "f8": ir.DoubleType()}
 _SUFFIX = {"half": "f16", "float": "f32", "double": "f64", "i32": "i32", "i64": "i64", "i8": "i8", "i16": "i16", "i1": "i1"}
 
@@ -35,6 +37,11 @@ def call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> 
     module = builder.module
     function = module.globals.get(name) or ir.Function(module, ir.FunctionType(result, [a.type for a in args]), name)
     return builder.call(function, args)
+
+
+def indices(first: int, count: int) -> ir.Constant:
+    """Return which lanes a shuffle takes: `count` of them, from `first` on."""
+    return ir.Constant(ir.VectorType(ir.IntType(32), count), list(range(first, first + count)))
 
 
 class Vector(Symbol):
@@ -140,8 +147,25 @@ class Vector(Symbol):
         inexact = (error < 0.0) | (error > 0.0)  # not NaN: inf is exact
         return where(inexact & ((bits & 1) == 0), odd, bits).as_float()
 
+    def reciprocal_estimate(self) -> Vector:
+        """Return 1 / x for 1 <= x <= 2, right to 14 bits at least: a fifth of a division's time where the CPU has it."""
+        if self.bits == 64 or not HAS_AVX512:
+            return self.splat(1.0) / self
+        i16 = ir.IntType(16)
+        return self.by_register(lambda x: call(self.builder, "llvm.x86.avx512.rcp14.ps.512", x.type, x, x, i16(0xFFFF)))
+
+    def by_register(self, function: Callable[[ir.Value], ir.Value]) -> Vector:
+        """Apply an instruction of 16 float32 lanes to each 16 lanes."""
+        builder, starts = self.builder, range(0, self.type.count, 16)
+        parts = [function(builder.shuffle_vector(self.value, self.value, indices(first, 16))) for first in starts]
+        while len(parts) > 1:
+            parts = [builder.shuffle_vector(a, b, indices(0, 2 * a.type.count)) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return self.like(parts[0])
+
     def apply(self, op: str, *args: Any) -> Vector:
         """Emit the instructions for `op`."""
+        if op == "polynomial":
+            return vmath.polynomial(*args)
         vector = next(a for a in args if isinstance(a, Vector))
         return _OPS[op](*(vector.match(a) for a in args))
 
@@ -220,5 +244,6 @@ _OPS: dict[str, Callable[..., Vector]] = {
     "log1p": vmath.log1p,
     "pow": vmath.pow,
     "sigmoid": vmath.sigmoid,
+    "tanh": vmath.tanh,
     "add_log1p": _add_log1p,
 }

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from math import factorial, inf, isfinite
+from math import factorial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastloss.call import Call, Definition, as_array, bounded, check_buffer
+from fastloss.call import LARGEST, Call, Definition, as_array, bounded, check_apart, check_buffer, refuse_unknown, to_float
 from fastloss.formula import Formula
-from fastloss.loss import refuse_grad_output
+from fastloss.loss import refuse_grad_output, signature
 from fastloss.losses.logistic import binary_cross_entropy_with_logits, mse_with_logits_loss
 from fastloss.ops import exp, expm1, minimum, polynomial, where
-from fastloss.plan import INPUT_TYPES, Array, same_elements, shares_memory
+from fastloss.plan import Array, check_dtype, check_output
 
 _OPTIONS = ("mask", "grad_output", "out")
 # exp(x) - 1 - x = x**2 (1/2! + x/3! + x**2/4! + ...), to the last digit of float64 for -1 <= x <= 1.75
@@ -35,7 +34,7 @@ class LatentLoss:
         self.__module__ = function.__module__
         self.__doc__ = function.__doc__
         self.__wrapped__ = function
-        self.__signature__ = inspect.signature(self.__call__)
+        self.__signature__ = signature(("mu", "logvar"), "mean", dict.fromkeys(_OPTIONS))
 
     def __repr__(self) -> str:
         return f"<loss {self.__name__}>"
@@ -79,7 +78,7 @@ class LatentLoss:
         mu, logvar = as_array("mu", mu), as_array("logvar", logvar)
         check_latents(mu, logvar)
         call = Call(self._definition, mu, logvar, weight, reduction, options)
-        check_apart(call.buffers(), mu, logvar)
+        check_apart(call.buffers(), {"mu": mu, "logvar": logvar}, ("mu", "logvar"))
         return call.compute(summed, wanted)
 
 
@@ -87,21 +86,8 @@ def check_latents(mu: Array, logvar: Array) -> None:
     """Refuse arrays that are not those of one batch of Gaussians."""
     if mu.shape != logvar.shape:
         raise ValueError(f"mu has shape {mu.shape} and logvar {logvar.shape}; they must be equal")
-    for name, array in (("mu", mu), ("logvar", logvar)):
-        if array.dtype.name not in INPUT_TYPES:
-            raise TypeError(f"{name} has dtype {array.dtype}; accepted: {', '.join(INPUT_TYPES)}")
-
-
-def check_apart(buffers: tuple[Array, ...], mu: Array, logvar: Array) -> None:
-    """Refuse buffers that share memory with each other, or with an operand that is not their own, element for element."""
-    for k, buffer in enumerate(buffers):
-        others = [("mu", mu), ("logvar", logvar), ("out[0]", buffers[0])]
-        own = others.pop(k)[1]
-        if buffer is not own and not same_elements(buffer, own):
-            others.append((("mu", "logvar")[k], own))
-        for name, other in others:
-            if other is not buffer and shares_memory(buffer, other):
-                raise ValueError(f"out[{k}] shares memory with {name}; only out=(mu, logvar), the very same elements, is allowed")
+    check_dtype("mu", mu.dtype)
+    check_dtype("logvar", logvar.dtype)
 
 
 @LatentLoss
@@ -136,11 +122,13 @@ def gaussian_kl_loss(mu: Any, logvar: Any) -> Any:
     Source: Kullback and Leibler, "On Information and Sufficiency", 1951; Kingma and Welling, "Auto-Encoding Variational
         Bayes", 2013, appendix B.
     """
-    growth = expm1(logvar)
-    near = (logvar > -1.0) & (logvar < 1.75)
+    near, far = (logvar > -1.0) & (logvar < 1.75), logvar > 80.0
+    root = exp(0.5 * logvar)  # far out, exp(logvar) overflows where its half does not
+    half_exp, half_expm1 = (where(far, (0.5 * root) * root, 0.5 * f(logvar)) for f in (exp, expm1))
+    series = 0.5 * logvar * logvar * polynomial(logvar, _EXP_TERMS, 1.75)
     # beyond 1000 exp is inf, and inf - inf would be NaN
-    excess = where(near, logvar * logvar * polynomial(logvar, _EXP_TERMS), growth - minimum(logvar, 1000.0))
-    return 0.5 * (mu * mu + excess), mu, 0.5 * growth, 1.0, 0.5 * exp(logvar)
+    half_excess = where(near, series, half_expm1 - 0.5 * minimum(logvar, 1000.0))
+    return (0.5 * mu) * mu + half_excess, mu, half_expm1, 1.0, half_exp
 
 
 class VAEValue(NamedTuple):
@@ -159,6 +147,7 @@ class VAEGradient(NamedTuple):
     logvar: Array
 
 
+_VAE_OPTIONS = ("reconstruction", "beta", "weight", "mask", "ignore_index", "target_scale", "validate")
 _RECONSTRUCTIONS = {"bce": binary_cross_entropy_with_logits, "mse": mse_with_logits_loss}
 
 
@@ -213,7 +202,9 @@ class VAELoss:
         **options: Any,
     ) -> VAEValue:
         """Return the objective and its two parts."""
-        loss, beta = _part(reconstruction), bounded("beta", beta, (0.0, inf))
+        refuse_grad_output(options)
+        refuse_unknown(options, _VAE_OPTIONS)
+        loss, beta = _part(reconstruction), bounded("beta", beta, (0.0, LARGEST))
         _check_batch(reconstruction_logits, mu, logvar)
         divergence = gaussian_kl_loss(mu, logvar, reduction="batchmean")
         value = loss(reconstruction_logits, images, reduction="batchmean", **options)
@@ -237,12 +228,17 @@ class VAELoss:
         **options: Any,
     ) -> tuple[VAEValue, VAEGradient]:
         """Return the objective with its two parts, and the three gradients."""
-        loss, beta = _part(reconstruction), bounded("beta", beta, (0.0, inf))
-        upstream = bounded("grad_output", grad_output, (-inf, inf))
+        refuse_unknown(options, (*_VAE_OPTIONS, "grad_output", "out"))
+        loss, beta = _part(reconstruction), bounded("beta", beta, (0.0, LARGEST))
+        upstream = to_float("grad_output", grad_output)
         _check_batch(reconstruction_logits, mu, logvar)
         # the latents are small: their gradients are copied once the images' pass has not raised, so that nothing is half written
         divergence, slopes = gaussian_kl_loss.value_and_grad(mu, logvar, reduction="batchmean", grad_output=beta * upstream)
-        buffers = _check_buffers(out, slopes)
+        if not beta:  # then the latents do not count, not even if their divergence is infinite
+            slopes = np.zeros_like(slopes[0]), np.zeros_like(slopes[1])
+        reads = {"reconstruction_logits": reconstruction_logits, "images": images, "mu": mu, "logvar": logvar}
+        reads |= {name: options[name] for name in ("weight", "mask") if options.get(name) is not None}
+        buffers = _check_buffers(out, slopes, {name: as_array(name, x) for name, x in reads.items()})
         value, slope = loss.value_and_grad(
             reconstruction_logits, images, reduction="batchmean", grad_output=upstream, out=buffers[0], **options
         )
@@ -255,15 +251,15 @@ class VAELoss:
 
 def _part(reconstruction: str) -> Any:
     """Return the loss that measures the reconstruction."""
-    if reconstruction not in _RECONSTRUCTIONS:
+    if not isinstance(reconstruction, str) or reconstruction not in _RECONSTRUCTIONS:
         raise ValueError(f"reconstruction is {reconstruction!r}; accepted: {', '.join(map(repr, _RECONSTRUCTIONS))}")
     return _RECONSTRUCTIONS[reconstruction]
 
 
 def _together(reconstruction: Any, beta: float, divergence: Any) -> VAEValue:
     """Return the objective; with beta = 0 the divergence does not count, not even if it is infinite."""
-    cost = beta * divergence if beta or isfinite(divergence) else 0.0
-    return VAEValue(np.float64(reconstruction + cost), reconstruction, divergence)
+    with np.errstate(all="ignore"):
+        return VAEValue(np.float64(reconstruction + (beta * divergence if beta else 0.0)), reconstruction, divergence)
 
 
 def _check_batch(reconstruction_logits: Any, mu: Any, logvar: Any) -> None:
@@ -276,21 +272,17 @@ def _check_batch(reconstruction_logits: Any, mu: Any, logvar: Any) -> None:
         raise ValueError(f"{found}; their first axes, the batch, must be equal")
 
 
-def _check_buffers(out: Any, slopes: tuple[Array, ...]) -> list[Any]:
-    """Return the caller's three buffers, or three times None; those of the latents have to fit."""
+def _check_buffers(out: Any, slopes: tuple[Array, Array], reads: dict[str, Array]) -> list[Any]:
+    """Return the caller's three buffers, or three times None; what the images' loss checks itself is left to it."""
     if out is None:
         return [None] * 3
     if not isinstance(out, (tuple, list)) or len(out) != 3:
         raise TypeError(f"out must be 3 arrays, one a gradient, not {type(out).__name__}")
     for k, buffer in enumerate(out):
         check_buffer(f"out[{k}]", buffer)
-        if any(shares_memory(buffer, other) for other in out[:k]):
-            raise ValueError(f"out[{k}] shares memory with another of the three buffers")
     for k, (buffer, slope) in enumerate(zip(out[1:], slopes, strict=True), 1):
-        if buffer.shape != slope.shape or buffer.dtype != slope.dtype:
-            raise ValueError(
-                f"out[{k}] has shape {buffer.shape} and dtype {buffer.dtype}; the gradient has shape {slope.shape} and dtype {slope.dtype}"
-            )
+        check_output(f"out[{k}]", buffer.shape, buffer.strides, buffer.dtype, slope.shape, slope.dtype)
+    check_apart(tuple(out), reads, ("reconstruction_logits", "mu", "logvar"))
     return list(out)
 
 

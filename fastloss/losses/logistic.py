@@ -13,7 +13,7 @@ which never forms 1 - s where s is tiny: the slope keeps its relative accuracy i
 
 from __future__ import annotations
 
-from math import inf
+from math import inf, nan
 from typing import Any
 
 from fastloss.loss import TargetLoss, elementwise_loss
@@ -112,8 +112,8 @@ def binary_cross_entropy(z: Any, t: Any) -> Any:
     the value. A loss of the logits has neither trouble.
 
     Args:
-        input: probabilities, any shape; float16, bfloat16, float32 or float64. Outside [0, 1] the value is NaN;
-            `validate=True` makes that an error.
+        input: probabilities, any shape; float16, bfloat16, float32 or float64. Outside [0, 1] value and
+            slope are NaN; `validate=True` makes that an error, here and for targets.
         target: probabilities, the same shape; these, bool, or integers (with `target_scale`, such as 1/255).
         weight, reduction, mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
 
@@ -127,7 +127,8 @@ def binary_cross_entropy(z: Any, t: Any) -> Any:
     value = t * minimum(-log(z), 100.0) + (1.0 - t) * minimum(-log1p(-z), 100.0)
     least, least_rest = maximum(z, 1e-12), maximum(rest, 1e-12)
     curvature = t / (least * least) + (1.0 - t) / (least_rest * least_rest)
-    return value, (z - t) / maximum(z * rest, 1e-12), curvature
+    spread = z * rest
+    return value, where(spread < 0.0, nan, z - t) / maximum(spread, 1e-12), curvature
 
 
 @elementwise_loss(unit=("target",), bounds={"alpha": (-inf, 1.0), "gamma": (0.0, inf)}, reduction="none")

@@ -8,7 +8,7 @@ from typing import Any
 from fastloss.call import ABOVE_0
 from fastloss.loss import elementwise_loss
 from fastloss.losses.logistic import variance
-from fastloss.ops import abs, add_log1p, exp, expm1, fma, polynomial, sigmoid, where
+from fastloss.ops import abs, add_log1p, exp, fma, polynomial, sigmoid, tanh, where
 
 _LOG_2 = 0.6931471805599453
 # cosh d - 1 - d**2/2 = d**4 (1/4! + d**2/6! + ...), to the last digit of float64 for |d| <= 1
@@ -150,7 +150,7 @@ def log_cosh_loss(z: Any, t: Any) -> Any:
         curvature = 1 - tanh(d)**2
 
     Below |d| = 1 the three terms nearly cancel, and nothing would be left of d**2 / 2: there the value is
-    log1p(cosh(d) - 1), with cosh(d) - 1 from its series, and the slope is taken from `expm1`. It lies between |d| - log 2
+    log1p(cosh(d) - 1), with cosh(d) - 1 from its series. It lies between |d| - log 2
     and |d|.
 
     Args:
@@ -167,14 +167,11 @@ def log_cosh_loss(z: Any, t: Any) -> Any:
     """
     d = z - t
     lost, size, minus_2d = _lost(z, t, d), abs(d), -abs(2.0 * d)
-    square = fma(d, d, 2.0 * d * lost)
-    cosh_minus_1 = fma(square * square, polynomial(square, _COSH_TERMS), 0.5 * square)
+    square = d * d
+    cosh_minus_1 = fma(square * square, polynomial(square, _COSH_TERMS, 1.0), 0.5 * square)
     near = size < 1.0
     value = add_log1p(where(near, 0.0, size - _LOG_2), where(near, cosh_minus_1, exp(minus_2d)))
-    h = -expm1(minus_2d)
-    q = h / (2.0 - h)
-    q = fma(fma(q, h, h - 2.0 * q), 0.5 + 0.5 * q, q)  # a step of Newton's method takes back what 2 - h was rounded by
-    tanh = where(d < 0.0, -q, q)
+    slope = tanh(d)
     # the curvature falls as exp(-2 |d|), where an error of d counts 2 |d| times: what the subtraction lost is put back
     curvature = 4.0 * variance(sigmoid(minus_2d))
-    return value, tanh, where(curvature == 0.0, 0.0, fma(-2.0 * tanh * lost, curvature, curvature))
+    return value, slope, where(curvature == 0.0, 0.0, fma(-2.0 * slope * lost, curvature, curvature))

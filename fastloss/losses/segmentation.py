@@ -6,17 +6,27 @@ became of the sums as parameters that broadcast.
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Mapping
-from math import inf
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastloss.call import Call, Definition, as_array, bounded, check_upstream, is_number, outside, to_float
+from fastloss.call import (
+    LARGEST,
+    Call,
+    Definition,
+    as_array,
+    bounded,
+    check_flag,
+    check_reduction,
+    check_upstream,
+    is_number,
+    outside,
+    to_float,
+)
 from fastloss.formula import OPTIONS, Formula
-from fastloss.loss import refuse_grad_output
+from fastloss.loss import refuse_grad_output, signature
 from fastloss.losses.logistic import probability_missed, tail, times, variance
 from fastloss.ops import abs, add_log1p, where
 from fastloss.plan import REDUCTIONS, Array
@@ -32,20 +42,18 @@ def _sums(z: Any, t: Any) -> Any:
     return where(z > 0.0, 1.0 - s, s) * t, probability_missed(s, wrong), add_log1p(times(abs(z), wrong), e)
 
 
-def _slopes(z: Any, t: Any, score: Any = 1.0, rate: Any = 1.0, entropy_rate: Any = None) -> Any:
-    """Return rate p (1 - p) (score - 2 t), and the slope of the cross-entropy times its rate."""
+def _slopes(z: Any, t: Any, score: Any = None, rate: Any = None, entropy_rate: Any = None) -> Any:
+    """Return rate p (1 - p) (score - 2 t), and the slope of the cross-entropy times its rate; what is not given is left out."""
     _, s = tail(z)
-    slope = rate * variance(s) * (score - 2.0 * t)
+    slope: Any = 0.0
+    if score is not None and rate is not None:
+        slope = rate * variance(s) * (score - 2.0 * t)
     if entropy_rate is not None:
         slope = slope + entropy_rate * where(z > 0.0, (1.0 - t) - s, s - t)
     return (slope,)
 
 
-def _definition(function: Any, names: tuple[str, ...]) -> Definition:
-    return Definition(Formula(function, names), {}, ("target",), ("weight", "reduction", *OPTIONS))
-
-
-_SUMS, _SLOPES = _definition(_sums, ("overlap", "missed", "entropy")), _definition(_slopes, ("slope",))
+_SUMS, _SLOPES = Formula(_sums, ("overlap", "missed", "entropy")), Formula(_slopes, ("slope",))
 
 
 class _Dice(NamedTuple):
@@ -64,7 +72,9 @@ class DiceLoss:
         self.__doc__ = doc
         self._settings = _SETTINGS | _WEIGHTS if with_entropy else _SETTINGS
         self.with_entropy = with_entropy
-        self.__signature__ = _signature(self._settings)
+        options = (*self._settings, "weight", "reduction", *OPTIONS)
+        self.first, self.second = (Definition(formula, {}, ("target",), options) for formula in (_SUMS, _SLOPES))
+        self.__signature__ = signature(("input", "target"), "mean", {**self._settings, **OPTIONS})
 
     def __repr__(self) -> str:
         return f"<loss {self.__name__}{self.__signature__}>"
@@ -91,8 +101,11 @@ class DiceLoss:
     def settings(self, options: dict[str, Any]) -> dict[str, Any]:
         """Take this loss's own options out of the others."""
         own = self._settings | {name: options.pop(name) for name in self._settings.keys() & options.keys()}
-        for name in own.keys() & {"smooth", *_WEIGHTS}:
-            own[name] = bounded(name, own[name], (0.0, inf))
+        for name, value in own.items():
+            if name.startswith("per_"):
+                check_flag(name, value)
+            else:
+                own[name] = bounded(name, value, (0.0, LARGEST))
         return own
 
 
@@ -100,14 +113,14 @@ class _Passes:
     """One call: the sums, made at once, and from them the value and the slope."""
 
     def __init__(self, loss: DiceLoss, input: Any, target: Any, weight: Any, reduction: Any, options: dict[str, Any]) -> None:
-        self.set, self.with_entropy, self.reduction = loss.settings(options), loss.with_entropy, reduction
+        self.loss, self.set, self.reduction = loss, loss.settings(options), reduction
         upstream = options.pop("grad_output", None)
-        self.call = Call(_SUMS, input, target, weight, "sum", options)
+        self.call = Call(loss.first, input, target, weight, "sum", options)
         self.shape = self.call.shape
         self.call.kept = self.leading_axes()
         self.check_reduction()
         self.upstream = 1.0 if upstream is None else self.take_upstream(upstream)
-        self.dice, self.entropy, self.counted = self.sum()
+        self.sum()
 
     def leading_axes(self) -> int:
         """Return how many leading axes the first pass keeps apart."""
@@ -121,9 +134,8 @@ class _Passes:
         """Refuse a reduction that these groups do not have."""
         accepted = [r for r in REDUCTIONS if self.set["per_sample"] or not r.startswith("sample")]
         accepted = [r for r in accepted if r in ("mean", "sum", "none") or self.shape]
-        accepted = [r for r in accepted if r != "none" or not self.with_entropy]
-        if self.reduction not in accepted:
-            raise ValueError(f"reduction {self.reduction!r} is unknown here; accepted: {', '.join(map(repr, accepted))}")
+        accepted = [r for r in accepted if r != "none" or not self.loss.with_entropy]
+        check_reduction(self.reduction, accepted)
 
     def take_upstream(self, grad_output: Any) -> Any:
         """Take the derivative of what follows the loss: a number, or an array of the loss's shape."""
@@ -142,33 +154,39 @@ class _Passes:
         """Return the shape of the value."""
         return self.group_shape() if self.reduction == "none" else self.shape[:1] if self.reduction.startswith("sample") else ()
 
-    def sum(self) -> tuple[_Dice, Any, Any]:
-        """Make the first pass; return the Dice losses, and the sums of the cross-entropy and of the elements it is of."""
-        names = ("overlap", "missed", "entropy", "count") if self.with_entropy else ("overlap", "missed")
+    def sum(self) -> None:
+        """Make the first pass: the Dice losses, which of them are of any element, and the sums of the cross-entropy."""
+        names = ("overlap", "missed", *(("entropy",) if self.loss.with_entropy else ()), *(("count",) if self.call.excludes else ()))
         sums = self.call.run(names, (), [], validate=self.call.validate)
-        overlap, missed, *rest = (np.reshape(x, self.shape[: self.call.kept]) for x in sums[: len(names)])
-        if self.set["per_channel"] and not self.set["per_sample"]:
-            overlap, missed = overlap.sum(axis=0), missed.sum(axis=0)
+        named = {name: np.reshape(x, self.shape[: self.call.kept]) for name, x in zip(names, sums, strict=False)}
+        self.counted = named.get("count", np.full(self.shape[: self.call.kept], float(prod(self.shape[self.call.kept :]))))
+        self.entropy = named.get("entropy", self.counted)
+        overlap, missed, counted = (self.over_batch(x) for x in (named["overlap"], named["missed"], self.counted))
         right = 2 * overlap + self.set["smooth"]
-        with np.errstate(invalid="ignore"):
-            dice = _Dice(missed / (missed + right), right / (missed + right), missed + right)
-        entropy, counted = rest or (None, None)
-        return dice, entropy, counted
+        self.present = counted > 0
+        with np.errstate(all="ignore"):
+            loss = np.where(self.present, missed / (missed + right), 0.0)  # a group without elements counts nowhere
+            self.dice = _Dice(loss, right / (missed + right), missed + right)
+
+    def over_batch(self, x: Array) -> Array:
+        """Add up samples where only channels are kept apart."""
+        return x.sum(axis=0) if self.set["per_channel"] and not self.set["per_sample"] else x
 
     def value(self) -> Any:
         """Return the reduced value."""
-        losses = self.dice.loss
         if self.reduction == "none":
-            return losses[()]
-        value = self.reduced(losses, np.ones(losses.shape))
-        if self.with_entropy:
-            value = self.set["dice_weight"] * value + self.set["bce_weight"] * self.reduced(self.entropy, self.counted)
-        return value
+            return self.dice.loss[()]
+        if not np.all(self.divisor(self.counted)):
+            warnings.warn("mean of no elements: the input is empty, or all of it is masked", RuntimeWarning, stacklevel=outside())
+        parts = [("dice_weight", self.dice.loss, self.present), ("bce_weight", self.entropy, self.counted)]
+        weights = {"dice_weight": 1.0, "bce_weight": 0.0} | self.set
+        with np.errstate(all="ignore"):  # a part of weight 0 does not count, not even where it is infinite
+            terms = [weights[name] * self.reduced(*part) for name, *part in parts if weights[name]]
+            return np.add.reduce([*terms, np.zeros(self.result_shape())])[()]
 
     def reduced(self, sums: Array, counts: Array) -> Any:
         """Return the sum of the groups' sums, over as many elements as the reduction says."""
-        with np.errstate(all="ignore"):
-            return np.divide(self.over_groups(sums), self.divisor(counts))
+        return np.divide(self.over_groups(sums), self.divisor(counts))
 
     def over_groups(self, x: Array) -> Any:
         """Add up groups: all of them, or those of a sample."""
@@ -177,25 +195,34 @@ class _Passes:
     def divisor(self, counts: Array) -> Any:
         """Return what the reduction divides by, where groups have so many elements."""
         if self.reduction in ("mean", "sample_mean"):
-            counted = self.over_groups(counts)
-            if not np.all(counted):
-                warnings.warn("mean of no elements: the input is empty, or all of it is masked", RuntimeWarning, stacklevel=outside())
-            return counted
+            return self.over_groups(counts)
         return self.shape[0] if self.reduction == "batchmean" else 1
 
     def slope(self) -> Array:
         """Make the second pass, and return the gradient."""
         with np.errstate(all="ignore"):
-            each = self.spread(np.divide(self.upstream, self.divisor(np.ones(self.group_shape()))))
-            rate = self.set.get("dice_weight", 1.0) * each / self.spread_groups(self.dice.size)
-            parameters = {"score": self.spread_groups(self.dice.score), "rate": rate}
-            if self.with_entropy:
-                parameters["entropy_rate"] = self.spread(self.set["bce_weight"] * self.upstream / self.divisor(self.counted))
-        call = self.call.derive(_SLOPES, parameters)
+            call = self.call.derive(self.loss.second, self.slope_parameters())
         call.kept = 0
         outputs = call.make_outputs(("slope",))
         call.run((), ("slope",), outputs, borrowed=call.out is not None)
         return outputs[0]
+
+    def slope_parameters(self) -> dict[str, Array]:
+        """Return what the formula of the slope needs to know of the sums, to broadcast with the input."""
+        parameters = {}
+        if weight := self.set.get("dice_weight", 1.0):
+            each = self.spread(np.divide(self.upstream, self.divisor(self.present)))
+            # an empty region has slope 0, however steep its p (1 - p) would make it
+            steepness = np.minimum(1.0 / self.spread_groups(self.dice.size), self.largest_number())
+            parameters = {"score": self.spread_groups(self.dice.score), "rate": weight * each * steepness}
+        if weight := self.set.get("bce_weight", 0.0):
+            parameters["entropy_rate"] = self.spread(weight * np.divide(self.upstream, self.divisor(self.counted)))
+        return parameters
+
+    def largest_number(self) -> float:
+        """Return the largest number of the arithmetic."""
+        wide = np.float64 in (self.call.arrays[0].dtype, self.call.arrays[1].dtype)
+        return float(np.finfo(np.float64 if wide else np.float32).max)
 
     def spread(self, x: Any) -> Array:
         """Return numbers that go with the value, one for all or one a sample (or group, unreduced), to broadcast with the input."""
@@ -209,16 +236,6 @@ class _Passes:
     def trail(self, x: Array) -> Array:
         """Return the array with axes of length 1 behind its own, as many as the input has."""
         return x.reshape(x.shape + (1,) * (len(self.shape) - x.ndim))
-
-
-def _signature(settings: Mapping[str, Any]) -> inspect.Signature:
-    """Return what a call accepts, for help() and editors."""
-    Parameter = inspect.Parameter
-    leading = {"input": Parameter.empty, "target": Parameter.empty, "weight": None, "reduction": "mean"}
-    return inspect.Signature(
-        [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default) for name, default in leading.items()]
-        + [Parameter(name, Parameter.KEYWORD_ONLY, default=default) for name, default in {**settings, **OPTIONS}.items()]
-    )
 
 
 _DICE = """Dice loss of a segmentation: 1 minus the overlap of the predicted and the true region, relative to their sizes.
@@ -239,11 +256,11 @@ _DICE = """Dice loss of a segmentation: 1 minus the overlap of the predicted and
         weight: multiplies what an element adds to the sums; broadcasts against input.
         reduction: over the losses of the samples' channels: "mean", "sum", "none" (an array of them, (N, C)), "batchmean",
             "sample_mean", "sample_sum".
-        smooth: added to numerator and denominator, from 0 on, in elements. With 0, a channel that is empty and of which
-            nothing is left by a mask has no value: NaN.
+        smooth: added to numerator and denominator, from 0 on, in elements.
         per_channel: whether channels (the second axis) have sums of their own, or all of a sample's are one region.
         per_sample: whether samples have sums of their own, or the whole batch is one image.
-        mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
+        mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`. A channel of
+            which a mask leaves nothing counts nowhere: its loss is 0, and a mean is over the others.
 
     Raises:
         ValueError: shapes differ or lack an axis, an option is out of range, a target is outside [0, 1] (with `validate=True`).
