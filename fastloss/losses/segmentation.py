@@ -91,7 +91,7 @@ class DiceLoss:
 
     def grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Array:
         """Return the gradient with respect to the input, in the input's dtype."""
-        return self.value_and_grad(input, target, weight, reduction, **options)[1]
+        return _Passes(self, input, target, weight, reduction, options).slope()
 
     def value_and_grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> tuple[Any, Array]:
         """Return the loss and its gradient with respect to the input, from two passes over memory."""
