@@ -1,9 +1,9 @@
 """What a kernel is given, 8 bytes a field: written by `launch.py`, read by `loops.py`.
 
 The frame of a call:
-    the next range to take, how many are finished, whether to store past the caches, 1 if each group has a scale of its own,
-    the address of the scales; the arrays' addresses; the options that are numbers (at least one, which may be unused);
-    one scale; for each range its partial sums, those that were asked for and the number of bad elements.
+    the next range to take, how many are finished, how to store (see below), 1 if each group has a scale of its own, the
+    address of the scales; the arrays' addresses; the options that are numbers (at least one, which may be unused); one
+    scale; for each range its partial sums, those that were asked for and the number of bad elements.
 
 The layout of a plan:
     how many ranges, how many a group, elements a range, elements a group, elements a row, elements a run, axes outside the
@@ -16,6 +16,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fastloss.plan import Plan, Spec
+
+# How to store: through the caches; past them by 16 bytes; or by whole lines, of arrays that start with one, or, as NumPy's
+# large arrays do, 16 bytes into one.
+THROUGH, PAST, PAST_BY_LINES, PAST_BY_LATER_LINES = range(4)
+LINE, UNIT = 64, 16  # bytes: of a cache line, and of the smallest store past the caches
 
 COUNTERS = 5  # fields of the frame before the addresses
 LAYOUT_COUNTERS = 7  # fields of the layout before the strides

@@ -5,16 +5,16 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Iterable
+from math import gcd
 from typing import Any
 
 import numpy as np
 
 from fastloss.cpu import jit
-from fastloss.cpu.frame import frame_of, layout_of, partials_of
+from fastloss.cpu.frame import LINE, PAST, PAST_BY_LATER_LINES, PAST_BY_LINES, THROUGH, UNIT, frame_of, layout_of, partials_of
 from fastloss.cpu.pool import POOL
 from fastloss.plan import ONE_RANGE, Array, Plan, check_overlap
 
-ALIGNMENT = 16  # bytes, of NumPy's arrays and of the smallest store past the caches
 STREAM_FROM = 4 << 20  # bytes of output from which storing past the caches pays
 
 
@@ -46,7 +46,7 @@ class Launch:
         self.partials = partials_of(plan.spec)
         self.frame_type = ctypes.c_int64 * (frame.partials + self.partials * plan.ranges)
         self.unpack_sums = struct.Struct(f"{self.partials * plan.ranges}d" if not self.by_group else "").unpack_from
-        self.may_stream = may_stream(plan)
+        self.step = stored_step(plan)
 
     def run(self, arrays: list[Array], numbers: Iterable[float], scale: Any, borrowed: bool) -> tuple[Any, bool]:
         """Compute; return the sums, a number or an array with one a group for each, and whether an element was bad.
@@ -56,14 +56,14 @@ class Launch:
         addresses = [address(a) for a in arrays]
         if borrowed:
             check_overlap(self.plan, arrays, addresses)
-        streaming = self.may_stream and self.is_apart(addresses)
+        how = self.how_to_store(addresses) if self.step else THROUGH
         frame = self.frame_type()
         base = ctypes.addressof(frame)
         if isinstance(scale, np.ndarray):
             step, scales, scale_here = 1, address(scale), 0.0
         else:
             step, scales, scale_here = 0, base + self.scale_at, scale
-        self.head.pack_into(frame, 0, 0, 0, streaming, step, scales, *addresses, *numbers, *self.padding, scale_here)
+        self.head.pack_into(frame, 0, 0, 0, how, step, scales, *addresses, *numbers, *self.padding, scale_here)
         if self.is_small:
             self.kernel(base, self.layout_address)
         else:
@@ -79,11 +79,17 @@ class Launch:
         totals = [sum(sums[k :: self.partials]) for k in range(self.partials)]
         return totals, totals[-1] > 0.0
 
-    def is_apart(self, addresses: list[int]) -> bool:
-        """Whether the outputs are not read as well (their lines are in the cache then), and start where a 16-byte store may."""
+    def how_to_store(self, addresses: list[int]) -> int:
+        """Return how the outputs are stored; in place through the caches, because their lines are there then."""
         reads = len(self.plan.spec.operands)
-        firsts = [address + start for address, start in zip(addresses, self.plan.starts, strict=True)]
-        return all(first % ALIGNMENT == 0 for first in firsts[reads:]) and not set(addresses[:reads]) & set(addresses[reads:])
+        if set(addresses[:reads]) & set(addresses[reads:]):
+            return THROUGH
+        firsts = {(address + start) % LINE for address, start in zip(addresses[reads:], self.plan.starts[reads:], strict=True)}
+        if self.step % LINE == 0 and firsts <= {0}:
+            return PAST_BY_LINES
+        if self.step % LINE == 0 and firsts <= {UNIT}:
+            return PAST_BY_LATER_LINES
+        return PAST if all(first % UNIT == 0 for first in firsts) else THROUGH
 
 
 class Nothing:
@@ -97,11 +103,12 @@ class Nothing:
         return np.zeros((len(self.plan.spec.summed), self.plan.groups) if self.plan.kept else len(self.plan.spec.summed)), False
 
 
-def may_stream(plan: Plan) -> bool:
-    """Whether the output is large, and as well aligned wherever a step may begin as at its start."""
+def stored_step(plan: Plan) -> int:
+    """Return of how many bytes all distances between the starts of steps are multiples, up to a line; 0 if the output is small."""
     if not plan.spec.outputs:
-        return False
+        return 0
     size = min(int(output.code[1]) for output in plan.spec.outputs)
-    lengths = [plan.group_size, plan.row_size if plan.axes else 0]
+    lengths = [plan.group_size * size, plan.row_size * size if plan.axes else 0]
     strides = [stride for _, by in plan.axes for stride in by[-len(plan.spec.outputs) :]]
-    return plan.size * size >= STREAM_FROM and all(n * size % ALIGNMENT == 0 for n in lengths) and all(s % ALIGNMENT == 0 for s in strides)
+    step = gcd(LINE, *lengths, *strides)
+    return step if step >= UNIT and plan.size * size >= STREAM_FROM else 0
