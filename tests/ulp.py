@@ -11,8 +11,8 @@ QUANTITIES = ("value", "slope", "curvature")
 # for soft targets.
 ULP = {
     ("binary_cross_entropy_with_logits", "value"): (2, 3),
-    ("binary_cross_entropy_with_logits", "slope"): (1, 1.5),
-    ("binary_cross_entropy_with_logits", "curvature"): (1.5, 1.5),
+    ("binary_cross_entropy_with_logits", "slope"): (1.5, 1.5),
+    ("binary_cross_entropy_with_logits", "curvature"): (2, 2),
     ("binary_cross_entropy_with_logits, pos_weight", "value"): (4, 4),
     ("binary_cross_entropy_with_logits, pos_weight", "slope"): (3, 3),
     ("binary_cross_entropy_with_logits, pos_weight", "curvature"): (4, 4),
@@ -35,7 +35,7 @@ ULP = {
     ("log_cosh_loss", "slope"): (3, 3),
     ("log_cosh_loss", "curvature"): (3, 3),
     ("mse_with_logits_loss", "value"): (3, 4),
-    ("mse_with_logits_loss", "slope"): (3, 4),
+    ("mse_with_logits_loss", "slope"): (4, 4),
     ("mse_with_logits_loss", "curvature"): (4, 4),
     ("sigmoid_focal_loss", "value"): (8, 10),
     ("sigmoid_focal_loss", "slope"): (12, 15),
@@ -55,7 +55,7 @@ ULP = {
     ("log", "value"): 1,
     ("log1p", "value"): 1.5,
     ("expm1", "value"): 1.5,
-    ("sigmoid", "value"): 1,
+    ("sigmoid", "value"): 1.5,
     ("pow", "value"): 1,
     ("tanh", "value"): 2.5,
 }
