@@ -10,10 +10,10 @@ import fastloss as fl
 from bench import limit as limits
 from bench.conftest import THREADS, Row
 from fastloss import reference
-from tests.ulp import NUMPY, PROBABILITIES, assert_close
+from tests.ulp import NUMPY, PROBABILITY, assert_close
 
 BCE, MSE = fl.binary_cross_entropy_with_logits, fl.mse_loss
-SHAPE = (64, 3, 256, 256)
+SHAPE, F4 = (64, 3, 256, 256), np.dtype(np.float32)
 
 
 class Batch:
@@ -140,7 +140,7 @@ def large_rows() -> dict[str, Row]:
 def check(batch: Batch) -> None:
     """Assert, before anything is timed, that what is timed computes what NumPy does in float64, on a part of the batch."""
     z, t = (a[:2].astype(np.float64) for a in (batch.logits, batch.targets))
-    tolerance = NUMPY[np.dtype(np.float32)]
+    tolerance = NUMPY[F4]
     bce = reference.binary_cross_entropy_with_logits
 
     def agrees(call, loss=bce, weight=1.0, count=batch.logits.size, **parameters):
@@ -151,7 +151,7 @@ def check(batch: Batch) -> None:
         agrees(batch.both(loss, reduction="mean"), numpy)
         assert_close(batch.value(loss, reduction="mean")(), numpy(batch.logits, batch.targets)[0].mean(dtype=np.float64), tolerance)
     p = batch.probabilities[:2].astype(np.float64)
-    assert_close(batch.on_probabilities()[1][:2], reference.binary_cross_entropy(p, t)[1] / batch.logits.size, PROBABILITIES)
+    assert_close(batch.on_probabilities()[1][:2], reference.binary_cross_entropy(p, t)[1] / batch.logits.size, PROBABILITY[F4])
     for dtype in (np.float16, ml_dtypes.bfloat16):
         values = [x.astype(dtype).astype(np.float64) for x in (batch.logits, batch.targets)]
         assert_close(batch.halves(dtype)()[0], bce(*values)[0].mean(), tolerance)

@@ -41,11 +41,13 @@ ULP = {
     ("sigmoid_focal_loss", "slope"): (12, 15),
     ("sigmoid_focal_loss", "curvature"): (30, 30),
     ("binary_entropy", "value"): (3, 3),
-    # Dice, a pair for float32 and float64. The value relative to itself, because no term is negative; the slope to
+    # Dice: the value relative to itself, because no term is negative; the slope to
     # p (1 - p) max(1 - value, 2 t) / size, because 1 - value - 2 t passes through 0. float32 sums in blocks, then in float64:
     # its bounds hold for any size. float64 adds its own roundings: in groups of 2**20, 10 ulp.
-    ("dice_with_logits_loss", "value"): (2, 4),
-    ("dice_with_logits_loss", "slope"): (4, 8),
+    ("dice_with_logits_loss, float32", "value"): 2,
+    ("dice_with_logits_loss, float32", "slope"): 4,
+    ("dice_with_logits_loss, float64", "value"): 4,
+    ("dice_with_logits_loss, float64", "slope"): 8,
     ("gaussian_kl_loss", "value"): 4,
     ("gaussian_kl_loss", "slope"): 0,
     ("gaussian_kl_loss", "target_slope"): 2.5,
@@ -65,8 +67,8 @@ HALF = {"sigmoid_focal_loss": 6}
 PRODUCT = {"scale": 1.5, "weight and scale": 2.5, "weight": 0.5}
 # Sums: float32 in blocks of 16 a lane, then float64. Relative to the sum of the magnitudes.
 SUM = {np.dtype(np.float32): 3e-7, np.dtype(np.float64): 4e-15}
-PROBABILITIES = 1e-5  # of float32 formulas of probabilities, which keep so much of 1 - p
-PROBABILITY = 1e-10  # of what is computed from a float64 sigmoid, which keeps so much of 1 - p at logits up to 15
+# Of what is computed from a sigmoid of logits up to 15, which has lost that much of 1 - p.
+PROBABILITY = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-10}
 DIFFERENCE = 1e-6  # of a numerical derivative in float64, relative to the largest
 NUMPY = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-15}  # of the reference, relative to the largest
 # Of a peer (PyTorch, scikit-learn) that computes in the same dtype: its errors are a few ulp of the largest, ours fewer.
