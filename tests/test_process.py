@@ -187,3 +187,12 @@ def test_without_a_home_nothing_is_kept(monkeypatch):
 def test_help_runs():
     shown = subprocess.run([sys.executable, "-m", "fastloss", "--help"], capture_output=True, text=True, check=True).stdout
     assert "demo" in shown
+
+
+def test_numba_may_be_asked_for_another_cpu():
+    """Then nothing of this one's may be used: LLVM would end the process."""
+    code = """
+import numpy as np, fastloss as fl
+z = np.linspace(-3, 3, 100, dtype=np.float32)
+print(fl.binary_cross_entropy_with_logits.value_and_grad(z, z > 0)[0].round(5))"""
+    assert run_python(code, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="") == run_python(code)

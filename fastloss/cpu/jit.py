@@ -98,7 +98,8 @@ def _cpu() -> tuple[str, str]:
 @cache
 def _fingerprint() -> str:
     """Everything beside the spec that the machine code depends on."""
-    digest = hashlib.sha256(f"{version('numba')} {llvmlite.__version__} {sys.platform} {_cpu()}".encode())
+    asked = [os.environ.get(name) for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
+    digest = hashlib.sha256(f"{version('numba')} {llvmlite.__version__} {sys.platform} {_cpu()} {asked}".encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

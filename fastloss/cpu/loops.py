@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import cfunc, types
 from numba.core import cgutils
@@ -31,7 +30,7 @@ from fastloss.plan import Operand, Spec
 # Four registers of AVX-512, or two of AVX2, which has half as many: with fewer, a step's chain of dependent instructions
 # leaves the units idle (BCE value+gradient in the cache: 0.90 ns an element with four registers, 1.05 with two); with more,
 # values spill.
-VECTOR_BYTES = 256 if llvm.get_host_cpu_features().get("avx512f") else 64
+VECTOR_BYTES = 256 if vmath.HAS_AVX512 else 64
 PREFETCH = 2048  # bytes, from a load to the lines it asks for
 BLOCK = 16  # steps summed in float32: a constant batch is summed within 2e-7; products stay finite up to 100
 
@@ -211,15 +210,18 @@ class Step:
         words = builder.bitcast(vector, ir.VectorType(ir.IntType(32), size // 4))
         words_at = builder.bitcast(pointer, ir.IntType(32).as_pointer())
         head = LINE - UNIT
-        later = [*units(0, head), *lines(head, size - UNIT), (size - UNIT, UNIT)]
+        by_units = units(0, size)
+        by_lines, by_later_lines = by_units, by_units
+        if size % LINE == 0:
+            by_lines, by_later_lines = lines(0, size), [*units(0, head), *lines(head, size - UNIT), (size - UNIT, UNIT)]
         with builder.if_else(builder.icmp_signed("==", how, I64(PAST_BY_LATER_LINES))) as (is_later, other):
             with is_later:
-                self.store_parts(words, words_at, later)
+                self.store_parts(words, words_at, by_later_lines)
             with other, builder.if_else(builder.icmp_signed("==", how, I64(PAST_BY_LINES))) as (is_line, is_unit):
                 with is_line:
-                    self.store_parts(words, words_at, lines(0, size))
+                    self.store_parts(words, words_at, by_lines)
                 with is_unit:
-                    self.store_parts(words, words_at, units(0, size))
+                    self.store_parts(words, words_at, by_units)
 
     def store_parts(self, words: ir.Value, pointer: ir.Value, parts: list[tuple[int, int]]) -> None:
         """Store parts of a vector past the caches, each given by its first byte and its size, to which it is aligned."""

@@ -11,13 +11,11 @@ from collections.abc import Callable
 from math import inf
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 
 from fastloss.cpu import vmath
 from fastloss.ops import Symbol, where
 
-HAS_AVX512 = bool(llvm.get_host_cpu_features().get("avx512f"))
 _FLOATS: dict[str, ir.Type] = {"f2": ir.HalfType(), "f4": ir.FloatType(), "f8": ir.DoubleType()}
 _SUFFIX = {"half": "f16", "float": "f32", "double": "f64", "i32": "i32", "i64": "i64", "i8": "i8", "i16": "i16", "i1": "i1"}
 
@@ -149,15 +147,23 @@ class Vector(Symbol):
 
     def reciprocal_estimate(self) -> Vector:
         """Return 1 / x for 1 <= x <= 2, right to 14 bits at least: a fifth of a division's time where the CPU has it."""
-        if self.bits == 64 or not HAS_AVX512:
+        if self.bits == 64 or not vmath.HAS_AVX512:
             return self.splat(1.0) / self
-        i16 = ir.IntType(16)
-        return self.by_register(lambda x: call(self.builder, "llvm.x86.avx512.rcp14.ps.512", x.type, x, x, i16(0xFFFF)))
+        return self.by_register("llvm.x86.avx512.rcp14.ps.512", (self, self), ir.IntType(16)(0xFFFF))
 
-    def by_register(self, function: Callable[[ir.Value], ir.Value]) -> Vector:
-        """Apply an instruction of 16 float32 lanes to each 16 lanes."""
-        builder, starts = self.builder, range(0, self.type.count, 16)
-        parts = [function(builder.shuffle_vector(self.value, self.value, indices(first, 16))) for first in starts]
+    def times_power_of_two(self, n: Vector) -> Vector:
+        """Return x 2**n, rounded once, also where it is subnormal: an instruction of AVX-512."""
+        name = {32: "llvm.x86.avx512.mask.scalef.ps.512", 64: "llvm.x86.avx512.mask.scalef.pd.512"}[self.bits]
+        all_lanes, current_rounding = ir.IntType(512 // self.bits)((1 << 512 // self.bits) - 1), ir.IntType(32)(4)
+        return self.by_register(name, (self, n, self), all_lanes, current_rounding)
+
+    def by_register(self, name: str, vectors: tuple[Vector, ...], *rest: ir.Value) -> Vector:
+        """Call an instruction of one AVX-512 register on each register's width of lanes."""
+        builder, width = self.builder, 512 // self.bits
+        parts = []
+        for first in range(0, self.type.count, width):
+            args = [builder.shuffle_vector(x.value, x.value, indices(first, width)) for x in vectors]
+            parts.append(call(builder, name, args[0].type, *args, *rest))
         while len(parts) > 1:
             parts = [builder.shuffle_vector(a, b, indices(0, 2 * a.type.count)) for a, b in zip(parts[::2], parts[1::2], strict=True)]
         return self.like(parts[0])

@@ -10,11 +10,17 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any
 
+import llvmlite.binding as llvm
+from numba.core import config
+
 from fastloss.ops import copysign, estrin, fma, where
 
 if TYPE_CHECKING:
     from fastloss.cpu.simd import Vector
 
+# Numba compiles for the CPU it runs on, unless NUMBA_CPU_NAME and NUMBA_CPU_FEATURES say otherwise.
+_IS_HOST = config.CPU_NAME is None and config.CPU_FEATURES is None
+HAS_AVX512 = bool(llvm.get_host_cpu_features().get("avx512f")) if _IS_HOST else "+avx512f" in (config.CPU_FEATURES or "")
 LOG2_E = 1.4426950408889634
 
 
@@ -86,12 +92,12 @@ def two_sum(large: Vector, small: Vector) -> tuple[Vector, Vector]:
     return total, (large - total) + small
 
 
-def reduced(x: Vector, low: Any, shift: int, fmt: Format) -> tuple[Vector, Vector, Vector]:
-    """Return n = round(x / log 2), as integer lanes biased by `shift` too, and r = x + low - n log 2 in two parts."""
+def reduced(x: Vector, low: Any, shift: int, fmt: Format) -> tuple[Vector, Vector, Vector, Vector]:
+    """Return n = round(x / log 2), again as integer lanes biased by `shift` too, and r = x + low - n log 2 in two parts."""
     shifter = fmt.shifter + fmt.bias + shift
     shifted = fma(x, LOG2_E, shifter)
     n = shifted - shifter
-    return shifted.as_int(), fma(n, -fmt.ln2[0], x), fma(n, -fmt.ln2[1], low)
+    return n, shifted.as_int(), fma(n, -fmt.ln2[0], x), fma(n, -fmt.ln2[1], low)
 
 
 def exp_reduced(r: Vector, r_low: Vector, fmt: Format) -> tuple[Vector, Vector, Vector]:
@@ -110,7 +116,7 @@ def exp(x: Vector, low: Any = 0.0) -> Vector:
     least, most = fmt.exp_range
     half = (fmt.bias + 1) // 2
     x = where(x < least, least, where(x > most, most, x))
-    whole, r, r_low = reduced(x, low, 0, fmt)
+    _, whole, r, r_low = reduced(x, low, 0, fmt)
     negative = x < 0.0
     first = power_of_two(whole + where(negative, whole.splat(half), whole.splat(-half)), fmt)
     e_r, _, _ = exp_reduced(r, r_low, fmt)
@@ -126,10 +132,10 @@ def exp_of_negative(x: Vector, low: Any = 0.0) -> tuple[Vector, Vector, Vector]:
     """
     fmt = FORMATS[x.bits]
     half = (fmt.bias + 1) // 2
-    whole, r, r_low = reduced(where(x < fmt.exp_range[0], fmt.exp_range[0], x), low, half, fmt)
+    n, whole, r, r_low = reduced(where(x < fmt.exp_range[0], fmt.exp_range[0], x), low, half, fmt)
     e_r, rest, minus_1 = exp_reduced(r, r_low, fmt)
-    scale = power_of_two(whole, fmt)
-    return (e_r * scale * 2.0**-half).within(0.0, 1.0), rest, minus_1
+    e = e_r.times_power_of_two(n) if HAS_AVX512 else e_r * power_of_two(whole, fmt) * 2.0**-half
+    return e.within(0.0, 1.0), rest, minus_1
 
 
 def sigmoid(x: Vector) -> Vector:
@@ -161,7 +167,7 @@ def expm1(x: Vector) -> Vector:
         return where(x > -0.34, minus_1, fma(rest, e, e - 1.0))
     fmt = FORMATS[x.bits]
     least = -float(fmt.mantissa + 4)  # from here on down the result is -1
-    whole, r, r_low = reduced(where(x < least, least, x), 0.0, 0, fmt)
+    _, whole, r, r_low = reduced(where(x < least, least, x), 0.0, 0, fmt)
     r_sum = r + r_low
     small = r + fma(r_sum * r_sum, estrin(r_sum, fmt.exp_terms), r_low)
     scale = power_of_two(whole, fmt)
