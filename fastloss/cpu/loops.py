@@ -438,8 +438,8 @@ def store_sums(typingctx: Any, pointer: Any, offset: Any, totals: Any) -> Any:
         first = builder.gep(args[0], [args[1]])
         for k, vector in enumerate(cgutils.unpack_tuple(builder, args[2])):
             while (half := vector.type.count // 2) > 0:
-                low, high = (ir.Constant(ir.VectorType(ir.IntType(32), half), list(range(j, j + half))) for j in (0, half))
-                vector = builder.fadd(builder.shuffle_vector(vector, vector, low), builder.shuffle_vector(vector, vector, high))
+                low, high = (builder.shuffle_vector(vector, vector, simd.indices(j, half)) for j in (0, half))
+                vector = builder.fadd(low, high)
             builder.store(builder.extract_element(vector, ir.IntType(32)(0)), builder.gep(first, [I64(k)]))
         return context.get_dummy_value()
 
