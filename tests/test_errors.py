@@ -283,3 +283,39 @@ def test_number_of_threads(n, error):
     with pytest.raises(error, match="the number of threads"):
         fl.set_num_threads(n)
     assert fl.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("loss", "parameter", "bad", "accepted"),
+    [
+        ("sigmoid_focal_loss", "gamma", -0.5, "0 or more"),
+        ("sigmoid_focal_loss", "alpha", 1.5, "1 or less"),
+        ("smooth_l1_loss", "beta", -1, "0 or more"),
+        ("huber_loss", "delta", -1, "more than 0"),
+        ("huber_loss", "delta", 0, "more than 0"),
+        ("huber_loss", "delta", float("nan"), "more than 0"),
+        ("dice_with_logits_loss", "smooth", -1, "0 or more, and finite"),
+        ("dice_bce_with_logits_loss", "bce_weight", -2.0, "0 or more, and finite"),
+    ],
+)
+def test_numbers_out_of_their_bounds(loss, parameter, bad, accepted):
+    for method in ("__call__", "grad", "value_and_grad"):
+        with pytest.raises(ValueError, match=re.escape(f"{parameter} is {bad!r}; accepted: {accepted}") + "$"):
+            getattr(getattr(fl, loss), method)(Z, T, **{parameter: bad})
+
+
+def test_validate_looks_at_probabilities_too():
+    p = Z.copy()
+    p[1, 1] = 1.5
+    assert np.isnan(fl.binary_cross_entropy(p, T))
+    with pytest.raises(ValueError, match=re.escape("input[1, 1] is 1.5; accepted: inputs in [0, 1]; for logits use")):
+        fl.binary_cross_entropy.grad(p, T, validate=True)
+    with pytest.raises(ValueError, match=re.escape("target[0, 2] is 2.0; accepted: targets in [0, 1]")):
+        fl.binary_cross_entropy(Z, np.float32([[0, 0, 2], [0, 0, 0]]), validate=True)
+
+
+def test_a_reduction_in_the_place_of_the_weight():
+    with pytest.raises(
+        TypeError, match=re.escape("weight is 'sum'; accepted: an array or a number (a reduction is given by name, reduction='sum')")
+    ):
+        fl.huber_loss(Z, T, "sum")
