@@ -127,15 +127,7 @@ class Call:
         """Return what the caller gave to be written."""
         if self.out is None:
             return ()
-        expected = self.loss.buffers
-        if expected == 1:
-            check_buffer("out", self.out)
-            return (self.out,)
-        if not isinstance(self.out, (tuple, list)) or len(self.out) != expected:
-            raise TypeError(f"out must be {expected} arrays, one a gradient, not {type(self.out).__name__}")
-        for k, buffer in enumerate(self.out):
-            check_buffer(f"out[{k}]", buffer)
-        return tuple(self.out)
+        return as_buffers(self.out, self.loss.buffers)
 
     def compute(self, summed: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[Any, list[Array]]:
         """Return the reduced value, if it is summed, and the arrays that are wanted."""
@@ -224,7 +216,7 @@ class Call:
         if not self.kept and counted:
             return np.float64(total / counted)
         if not np.all(counted):
-            warnings.warn("mean of no elements: the input is empty, or all of it is masked", RuntimeWarning, stacklevel=outside())
+            warn_of_nothing()
         with np.errstate(all="ignore"):
             return np.divide(total, counted)
 
@@ -301,6 +293,18 @@ def check_upstream(array: Array, shape: tuple[int, ...], reduction: str) -> None
     check_dtype("grad_output", array.dtype)
 
 
+def as_buffers(out: Any, count: int) -> tuple[Array, ...]:
+    """Return `out` as so many arrays that can be written to; one is given by itself, several as a tuple or a list."""
+    if count == 1:
+        check_buffer("out", out)
+        return (out,)
+    if not isinstance(out, (tuple, list)) or len(out) != count:
+        raise TypeError(f"out must be {count} arrays, one a gradient, not {type(out).__name__}")
+    for k, buffer in enumerate(out):
+        check_buffer(f"out[{k}]", buffer)
+    return tuple(out)
+
+
 def check_buffer(name: str, out: Any) -> None:
     """Refuse what cannot be written to."""
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
@@ -364,6 +368,11 @@ def to_float(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a number, not {value!r}") from None
     except OverflowError:
         raise ValueError(f"{name} is too large for a float64") from None
+
+
+def warn_of_nothing() -> None:
+    """Warn, at the first caller outside the package, that a mean is NaN because no element counts."""
+    warnings.warn("mean of no elements: the input is empty, or all of it is masked", RuntimeWarning, stacklevel=outside())
 
 
 def outside() -> int:

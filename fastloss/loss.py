@@ -48,17 +48,16 @@ class Loss:
     A mean of no elements, all masked or the input empty, is NaN with a RuntimeWarning.
     """
 
+    __name__: str
+    __qualname__: str
+
     def __init__(self, function: Callable[..., Any], unit: tuple[str, ...], bounds: Bounds, reduction: str) -> None:
         formula = Formula(function, least=2)
         if unknown := bounds.keys() - formula.defaults.keys():
             raise ValueError(f"bounds are given for {', '.join(sorted(unknown))}, which {function.__name__} does not have")
         self._definition = Definition(formula, bounds, unit, (*formula.defaults, "weight", "reduction", *OPTIONS))
         self._reduction = reduction
-        self.__name__ = function.__name__
-        self.__qualname__ = function.__qualname__
-        self.__module__ = function.__module__
-        self.__doc__ = function.__doc__
-        self.__wrapped__ = function
+        functools.update_wrapper(self, function, updated=())
         self.__signature__ = signature(("input", "target"), reduction, {**formula.defaults, **OPTIONS})
 
     def __repr__(self) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from math import factorial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastloss.call import LARGEST, Call, Definition, as_array, bounded, check_apart, check_buffer, refuse_unknown, to_float
+from fastloss.call import LARGEST, Call, Definition, as_array, as_buffers, bounded, check_apart, refuse_unknown, to_float
 from fastloss.formula import Formula
 from fastloss.loss import refuse_grad_output, signature
 from fastloss.losses.logistic import binary_cross_entropy_with_logits, mse_with_logits_loss
@@ -26,14 +27,13 @@ class LatentLoss:
     Where a `Loss` returns or takes one gradient, this does a pair: `grad`, `curvature`, and `out`.
     """
 
+    __name__: str
+    __qualname__: str
+
     def __init__(self, function: Callable[..., Any]) -> None:
         formula = Formula(function, ("value", "slope", "target_slope", "curvature", "target_curvature"))
         self._definition = Definition(formula, {}, (), ("weight", "reduction", *_OPTIONS), buffers=2)
-        self.__name__ = function.__name__
-        self.__qualname__ = function.__qualname__
-        self.__module__ = function.__module__
-        self.__doc__ = function.__doc__
-        self.__wrapped__ = function
+        functools.update_wrapper(self, function, updated=())
         self.__signature__ = signature(("mu", "logvar"), "mean", dict.fromkeys(_OPTIONS))
 
     def __repr__(self) -> str:
@@ -276,14 +276,11 @@ def _check_buffers(out: Any, slopes: tuple[Array, Array], reads: dict[str, Array
     """Return the caller's three buffers, or three times None; what the images' loss checks itself is left to it."""
     if out is None:
         return [None] * 3
-    if not isinstance(out, (tuple, list)) or len(out) != 3:
-        raise TypeError(f"out must be 3 arrays, one a gradient, not {type(out).__name__}")
-    for k, buffer in enumerate(out):
-        check_buffer(f"out[{k}]", buffer)
-    for k, (buffer, slope) in enumerate(zip(out[1:], slopes, strict=True), 1):
+    buffers = as_buffers(out, 3)
+    for k, (buffer, slope) in enumerate(zip(buffers[1:], slopes, strict=True), 1):
         check_output(f"out[{k}]", buffer.shape, buffer.strides, buffer.dtype, slope.shape, slope.dtype)
-    check_apart(tuple(out), reads, ("reconstruction_logits", "mu", "logvar"))
-    return list(out)
+    check_apart(buffers, reads, ("reconstruction_logits", "mu", "logvar"))
+    return list(buffers)
 
 
 vae_loss = VAELoss()

@@ -6,7 +6,6 @@ became of the sums as parameters that broadcast.
 
 from __future__ import annotations
 
-import warnings
 from math import prod
 from typing import Any, NamedTuple
 
@@ -22,8 +21,8 @@ from fastloss.call import (
     check_reduction,
     check_upstream,
     is_number,
-    outside,
     to_float,
+    warn_of_nothing,
 )
 from fastloss.formula import OPTIONS, Formula
 from fastloss.loss import refuse_grad_output, signature
@@ -177,7 +176,7 @@ class _Passes:
         if self.reduction == "none":
             return self.dice.loss[()]
         if not np.all(self.divisor(self.counted)):
-            warnings.warn("mean of no elements: the input is empty, or all of it is masked", RuntimeWarning, stacklevel=outside())
+            warn_of_nothing()
         parts = [("dice_weight", self.dice.loss, self.present), ("bce_weight", self.entropy, self.counted)]
         weights = {"dice_weight": 1.0, "bce_weight": 0.0} | self.set
         with np.errstate(all="ignore"):  # a part of weight 0 does not count, not even where it is infinite
