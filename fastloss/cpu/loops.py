@@ -2,7 +2,7 @@
 
 Design: a) A `Spec` says everything that decides machine code: the formula, which arrays there are, their dtypes and how
 they are stepped through, what is summed and what is stored. b) `build` writes the loop around it as a Numba function:
-ranges, samples, rows, blocks. c) `emit_step` writes one step of it, a vector's width of elements, as LLVM code: load,
+ranges, groups, rows, blocks. c) `emit_step` writes one step of it, a vector's width of elements, as LLVM code: load,
 formula, weight, sums, store; the formula is called with `Vector` arguments and writes its own part. d) Reductions,
 weights, masks and dtypes are parts of the spec, never branches of the loop.
 
