@@ -1,1 +1,1 @@
-"""Benchmarks: `pytest bench`, and `python -m bench.report` for the README's table."""
+"""The table of cases under pytest-benchmark, and the results of record; the cases themselves are in `fastloss.bench`."""

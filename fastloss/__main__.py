@@ -1,4 +1,4 @@
-"""The command line: `python -m fastloss demo`."""
+"""The command line: `python -m fastloss demo` and `python -m fastloss bench`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,20 @@ def main() -> int:
     demo = commands.add_parser("demo", help="train an autoencoder on real photographs, once with cross-entropy and once with squared error")
     demo.add_argument("--steps", type=positive, default=1000, help="gradient steps for each of the two trainings (default: %(default)s)")
     demo.add_argument("--png", type=Path, default=Path("fastloss-demo.png"), help="where the picture goes (default: %(default)s)")
-    arguments = parser.parse_args()
+    # what it takes depends on packages that only it needs, and so it reads its arguments itself
+    commands.add_parser("bench", add_help=False, help="time the losses against NumPy, other libraries, and what the memory allows")
+    arguments, rest = parser.parse_known_args()
+    if rest and arguments.command != "bench":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        if arguments.command == "bench":
+            from fastloss.bench import command
+
+            return command.main(rest)
         from fastloss import demo as program
     except ModuleNotFoundError as missing:
-        print(f"the demo needs {missing.name}, which is not installed: pip install 'fastloss[demo]'", file=sys.stderr)
+        needed = f"{missing.name}, which is not installed: pip install 'fastloss[{arguments.command}]'"
+        print(f"the {arguments.command} needs {needed}", file=sys.stderr)
         return 1
     return program.run(arguments.steps, arguments.png)
 

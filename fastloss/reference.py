@@ -99,3 +99,31 @@ def value_and_grad(loss: Callable[..., tuple[Array, Array]], z: Array, t: Array,
     """Return the mean of a loss and its gradient."""
     value, slope = loss(z, t, **parameters)
     return value.mean(dtype=np.float64), slope / slope.size
+
+
+def gaussian_kl_loss(mu: Array, logvar: Array) -> tuple[Array, Array, Array]:
+    """Return value and both slopes, by mu and by logvar, of every element."""
+    return (mu * mu + np.expm1(logvar) - logvar) / 2, mu, np.expm1(logvar) / 2
+
+
+def dice_with_logits_loss(z: Array, t: Array, smooth: float = 1.0) -> tuple[Any, Array]:
+    """Return the mean of the Dice losses of every sample's channels, and its gradient."""
+    axes = tuple(range(2, z.ndim))
+    p = sigmoid(z)
+    size = (p + t).sum(axes, keepdims=True) + smooth
+    loss = (p * (1 - t) + t * (1 - p)).sum(axes, keepdims=True) / size
+    return loss.mean(dtype=np.float64), p * (1 - p) * (1 - loss - 2 * t) / (size * loss.size)
+
+
+def dice_bce_with_logits_loss(z: Array, t: Array, smooth: float = 1.0) -> tuple[Any, Array]:
+    """Return the sum of the Dice loss and the mean cross-entropy, and its gradient."""
+    parts = dice_with_logits_loss(z, t, smooth), value_and_grad(binary_cross_entropy_with_logits, z, t)
+    return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
+
+
+def vae_loss(z: Array, t: Array, mu: Array, logvar: Array, beta: float = 1.0) -> tuple[Any, tuple[Array, Array, Array]]:
+    """Return a variational autoencoder's objective, a mean over the batch, and its three gradients."""
+    value, slope = binary_cross_entropy_with_logits(z, t)
+    divergence, by_mu, by_logvar = gaussian_kl_loss(mu, logvar)
+    total = value.sum(dtype=np.float64) + beta * divergence.sum(dtype=np.float64)
+    return total / len(z), (slope / len(z), by_mu * (beta / len(z)), by_logvar * (beta / len(z)))

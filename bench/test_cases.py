@@ -1,0 +1,26 @@
+"""Every case of record: `pytest bench` times fastloss, `pytest bench --benchmark-disable` runs every row once.
+
+`python -m fastloss bench` compares rows with each other, in interleaved rounds; this is for following one row over time, with
+pytest-benchmark's own `--benchmark-autosave` and `--benchmark-compare`.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from fastloss.bench import cases
+from fastloss.bench.batch import Batch
+
+
+@pytest.mark.filterwarnings("default")  # other libraries' are theirs
+@pytest.mark.parametrize("case", cases.table(), ids=str)
+def test_case(benchmark, suite, case):
+    left_out = len(suite.results["left_out"])
+    batch = Batch(case)
+    rows = [row for row, _ in suite.checked(batch, suite.rows(batch))]  # which runs each once
+    assert suite.results["left_out"][left_out:] == []
+    limit = next(row for row in rows if row.name.startswith("limit"))
+    limit.run()
+    benchmark.group = f"{case.loss}, {case.part}"
+    benchmark.extra_info["rows"] = [row.name for row in rows]
+    benchmark.pedantic(rows[0].run, setup=limit.run, rounds=21, warmup_rounds=2)  # the limit before each: caches as in a loop

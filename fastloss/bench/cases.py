@@ -1,0 +1,141 @@
+"""The one table of cases: which losses are timed, in which pass, on which arrays.
+
+A case is a cell of loss x pass x dtype x size x layout x option. `quick` and `full` are selections of the cells; any other
+is named on the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
+
+PASSES = ("value", "grad", "value_and_grad")
+DTYPES = ("float32", "float64", "float16", "bfloat16", "uint8 targets")
+LAYOUTS = ("contiguous", "channels-last", "every second")
+OPTIONS = ("", "weight", "weight per channel", "mask", "pos_weight", "pos_weight per channel")
+SIZES = {
+    "1Ki": (1024,),
+    "16Ki": (16 * 1024,),
+    "mnist": (128, 1, 28, 28),
+    "small": (64, 3, 64, 64),
+    "large": (64, 3, 256, 256),
+    "huge": (256, 3, 256, 256),
+}
+CURVE = {f"10^{k}": (10**k,) for k in range(3, 10)}
+LATENTS = 256  # numbers in the latent code of an image
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loss: the names of the arrays it is given, and how many of the first and last have gradients."""
+
+    short: str
+    arrays: tuple[str, ...] = ("logits", "targets")
+    slopes: tuple[int, ...] = (0,)  # which arguments have gradients
+    reduction: str | None = None  # where it is not a choice
+    axes: int = 1  # that its arrays need at least
+
+
+SUBJECTS = {
+    "binary_cross_entropy_with_logits": Subject("BCE"),
+    "mse_loss": Subject("MSE"),
+    "l1_loss": Subject("L1"),
+    "smooth_l1_loss": Subject("smooth L1"),
+    "huber_loss": Subject("Huber"),
+    "log_cosh_loss": Subject("log-cosh"),
+    "mse_with_logits_loss": Subject("sigmoid + MSE"),
+    "binary_cross_entropy": Subject("BCE on probabilities", ("probabilities", "targets")),
+    "sigmoid_focal_loss": Subject("focal"),
+    "gaussian_kl_loss": Subject("Gaussian KL", ("mu", "logvar"), (0, 1)),
+    "dice_with_logits_loss": Subject("Dice", axes=2, reduction="mean"),
+    "dice_bce_with_logits_loss": Subject("Dice + BCE", axes=2, reduction="mean"),
+    "vae_loss": Subject("VAE", ("logits", "targets", "latent_mu", "latent_logvar"), (0, 2, 3), reduction="batchmean"),
+}
+BCE, MSE = "binary_cross_entropy_with_logits", "mse_loss"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the table."""
+
+    loss: str = BCE
+    part: str = "value_and_grad"
+    dtype: str = "float32"
+    size: str = "large"
+    layout: str = "contiguous"
+    option: str = ""
+
+    @property
+    def subject(self) -> Subject:
+        """What is known of the loss."""
+        return SUBJECTS[self.loss]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the batch."""
+        return (SIZES | CURVE)[self.size]
+
+    @property
+    def elements(self) -> int:
+        """How many elements a batch has."""
+        return prod(self.shape)
+
+    @property
+    def is_half(self) -> bool:
+        """Whether arrays are stored in 16 bits."""
+        return self.dtype in ("float16", "bfloat16")
+
+    @property
+    def reduction(self) -> str:
+        """The mean; in 16 bits the sum, because the gradients of a large batch's mean are too small for them."""
+        return self.subject.reduction or ("sum" if self.is_half else "mean")
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether the loss takes such arrays."""
+        axes, named = len(self.shape), "per channel" in self.option or self.layout == "channels-last"
+        needed = 4 if named else self.subject.axes
+        targets = "targets" in self.subject.arrays or self.dtype != "uint8 targets"
+        weighted = self.loss == BCE or "pos_weight" not in self.option
+        return axes >= needed and targets and weighted and not (self.option and len(self.subject.arrays) != 2)
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        return ", ".join(filter(None, (self.loss, self.part, self.dtype, shape, self.layout, self.option)))
+
+
+def select(**axes: tuple[str, ...] | None) -> list[Case]:
+    """Return the cells of the product of what is given for each axis; what is not given stays at the default case's."""
+    given = {name: values for name, values in axes.items() if values}
+    cells = (replace(Case(), **dict(zip(given, values, strict=True))) for values in product(*given.values()))
+    return [case for case in cells if case.is_possible]
+
+
+def unique(cases: list[Case]) -> list[Case]:
+    """Return the cases without repetitions, in their order."""
+    return list(dict.fromkeys(cases))
+
+
+HEADLINES = [*select(loss=(BCE, MSE)), *select(size=("1Ki", "mnist"))]
+
+
+def quick() -> list[Case]:
+    """Return the cases of about a minute: the headlines, every loss, some sizes."""
+    return unique([*HEADLINES, *select(loss=tuple(SUBJECTS)), *select(size=tuple(CURVE)[:5])])
+
+
+def table() -> list[Case]:
+    """Return the cases of record."""
+    return unique([
+        *select(loss=tuple(SUBJECTS), part=PASSES),
+        *select(loss=(BCE, MSE), part=PASSES, dtype=DTYPES),
+        *select(loss=(BCE, MSE), part=PASSES, size=tuple(SIZES)),
+        *select(loss=(BCE, MSE), layout=LAYOUTS),
+        *select(option=OPTIONS),
+    ])  # fmt: skip
+
+
+def full() -> list[Case]:
+    """Return the cases of record, and all sizes."""
+    return [*table(), *select(size=tuple(CURVE))]

@@ -1,0 +1,84 @@
+"""What fastloss is to reach, row by row, so that what is missed is said as openly as what is met."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastloss.bench.cases import BCE, MSE, Case
+from fastloss.bench.ours import PLAIN
+from fastloss.bench.results import PEERS, Measured, Results, Timing
+
+LIMIT, FASTEST = "the limit", "the fastest peer"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A ratio of two rows of a case: at most so many times as long as a row, or at least so many times as fast."""
+
+    case: Case
+    against: str
+    most: float | None = None
+    least: float | None = None
+    row: str = ""
+
+    def ratio(self, measured: Measured) -> float | None:
+        """Return what was measured, as a slowdown for `most` and as a speed-up for `least`."""
+        ours = measured.rows.get(self.row) if self.row else measured.ours
+        other = self.other(measured)
+        if ours is None or other is None:
+            return None
+        return ours.median / other.median if self.most else other.median / ours.median
+
+    def other(self, measured: Measured) -> Timing | None:
+        """Return the row that ours is compared with."""
+        if self.against == LIMIT:
+            return measured.limit
+        if self.against == FASTEST:
+            rows = [row for name, row in measured.rows.items() if name in PEERS]
+            return min(rows, key=lambda row: row.median, default=None)
+        return measured.rows.get(self.against)
+
+    @property
+    def asked(self) -> str:
+        """The bound, as text."""
+        return f"<= {self.most:g} x" if self.most else f">= {self.least:g} x faster"
+
+    def met(self, ratio: float) -> bool:
+        """Whether the bound is kept."""
+        return ratio <= self.most if self.most else ratio >= (self.least or 0)
+
+
+def _limit(most: float, *losses: str, part: str = "value_and_grad") -> list[Goal]:
+    return [Goal(Case(loss, part), LIMIT, most=most) for loss in losses]
+
+
+GOALS = [
+    *_limit(1.5, BCE),
+    *_limit(1.6, BCE, part="value"),
+    *_limit(1.2, MSE, "l1_loss", "smooth_l1_loss", "huber_loss"),
+    *_limit(1.2, MSE, part="value"),
+    *_limit(1.7, "log_cosh_loss", "mse_with_logits_loss"),
+    *_limit(4, "binary_cross_entropy", "sigmoid_focal_loss"),
+    *_limit(2, "dice_bce_with_logits_loss"),
+    Goal(Case(), "NumPy, stable", least=30),
+    Goal(Case(), "scikit-learn", least=25),
+    Goal(Case(), "torch eager", least=15),
+    Goal(Case(), "torch.compile", least=5),
+    Goal(Case(), "JAX", least=8),
+    Goal(Case(size="mnist"), FASTEST, least=4),
+    Goal(Case(size="1Ki"), FASTEST, least=2),
+    Goal(Case(), "fastloss, out=", most=1, row="fastloss, in place"),
+    *(Goal(Case(loss, dtype=dtype), PLAIN, most=1) for loss in (BCE, MSE) for dtype in ("float16", "bfloat16", "uint8 targets")),
+    *(Goal(Case(option=option), PLAIN, most=1.5) for option in ("weight", "weight per channel", "mask", "pos_weight")),
+    Goal(Case(layout="channels-last"), PLAIN, most=1.05),
+]
+
+
+def verdicts(results: Results) -> list[tuple[Goal, float]]:
+    """Return the goals that were measured, with what was."""
+    found = []
+    for goal in GOALS:
+        measured = results.measured.get(goal.case)
+        if measured and (ratio := goal.ratio(measured)) is not None:
+            found.append((goal, ratio))
+    return found

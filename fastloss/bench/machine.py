@@ -1,0 +1,56 @@
+"""What a reader has to know of the machine: hardware, versions, threads; and not its name."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import psutil
+from cpuinfo import get_cpu_info
+
+PACKAGES = ("fastloss", "numpy", "numba", "llvmlite", "numexpr", "scikit-learn", "torch", "jax", "optax")
+
+
+def description(threads: int) -> dict[str, Any]:
+    """Return the machine and what runs on it."""
+    cpu = get_cpu_info()
+    return {
+        "cpu": cpu.get("brand_raw", platform.processor() or "unknown"),
+        "cache_mib": round(cpu.get("l3_cache_size", 0) / 2**20),
+        "simd": next((name for name in ("avx512f", "avx2", "asimd") if name in cpu.get("flags", ())), "unknown"),
+        "cores": psutil.cpu_count(logical=False),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": threads,
+        "versions": {"python": platform.python_version()} | dict(installed(PACKAGES)),
+    }
+
+
+def installed(packages: Iterable[str]) -> Iterable[tuple[str, str]]:
+    """Yield the packages that are here, with their versions."""
+    for name in packages:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            continue
+
+
+def cpus() -> int:
+    """Return how many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_to(threads: int) -> None:
+    """Keep the process to as many CPUs as threads are asked for, so that libraries that ask nobody use no more either."""
+    if hasattr(os, "sched_setaffinity") and threads < cpus():
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+
+def sentence(machine: dict[str, Any]) -> str:
+    """Return the description in a line."""
+    used = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    cache = f", {machine['cache_mib']} MiB of third-level cache" if machine["cache_mib"] else ""
+    return f"{machine['cpu']} ({machine['simd']}), {machine['cores']} cores{cache}, {machine['threads']} threads; {used}"

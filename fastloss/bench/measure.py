@@ -1,0 +1,103 @@
+"""Time the rows of a case in turn, and what memory each needs.
+
+In every round each row runs once, in an order drawn anew, so that a machine that drifts does so for all, and no row always
+runs behind the one that leaves the caches best or worst. Before each there is a pause: the threads of OpenMP spin for some
+milliseconds behind their own call, and would take the cores from whoever comes next. The last digits need no warm-up, but
+compilers do: every row has run before, when its result was checked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from fastloss.bench.row import Row
+
+PAUSE = 5e-3  # seconds; libgomp spins for about 3 where it was looked at
+SHORT = 2e-3  # seconds of repeated calls that a round of a short row takes
+SLOW = 20e-3  # a row that takes longer runs in every third round
+LEAST, MOST = 9, 41  # rounds
+
+
+def calls_of(row: Row) -> tuple[int, float]:
+    """Return how many calls make a round, and about how long that takes."""
+    once = min(timed(row, 1) for _ in range(3))
+    calls = 1 if row.before else max(1, int(SHORT / once))
+    return calls, once * calls
+
+
+def timed(row: Row, calls: int) -> float:
+    """Return the seconds of a call, from several."""
+    if row.before:
+        row.before()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        row.run()
+    seconds = time.perf_counter() - begin
+    if row.restore:
+        row.restore()
+    return seconds / calls
+
+
+def measure(rows: list[Row], budget: float) -> dict[str, list[float]]:
+    """Return the seconds of a call of every row in every round that it ran in, within about `budget` seconds."""
+    rng = np.random.default_rng(0)
+    calls = {row.name: calls_of(row) for row in rows}
+    every = {name: 3 if seconds > SLOW else 1 for name, (_, seconds) in calls.items()}
+    a_round = sum((seconds + PAUSE) / every[name] for name, (_, seconds) in calls.items())
+    rounds = int(np.clip(budget / a_round, LEAST, MOST))
+    times: dict[str, list[float]] = {row.name: [] for row in rows}
+    with no_garbage_collection():
+        for k in range(rounds):
+            for j in rng.permutation(len(rows)):
+                row = rows[j]
+                if k % every[row.name] == 0:
+                    time.sleep(PAUSE)
+                    times[row.name].append(timed(row, calls[row.name][0]))
+    return times
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Keep Python from searching for garbage in the middle of a call."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def extra_memory(row: Row) -> int | None:
+    """Return by how many bytes a call raises the memory of the process at its peak; None where the system does not say.
+
+    What the process has resident, not what libraries count: so it holds for NumPy, PyTorch and XLA alike. It is exact to some
+    hundred KiB, and so of no use for small arrays.
+    """
+    if not PEAK.exists():
+        return None
+    row.run()  # whatever a library keeps for good, it has now
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system, or the call would be given it unseen
+    PEAK.write_text("5")  # proc(5): the peak begins anew
+    before = resident("VmRSS")
+    row.run()
+    peak = resident("VmHWM")
+    if row.restore:
+        row.restore()
+    return max(0, peak - before)
+
+
+def resident(field: str) -> int:
+    """Return a number of bytes from the process's status."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024

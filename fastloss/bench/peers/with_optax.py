@@ -1,0 +1,26 @@
+"""Optax: the losses that it has, compiled as JAX's are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from fastloss.bench.batch import Batch
+from fastloss.bench.peers import with_jax
+from fastloss.bench.row import Row
+
+LOSSES: dict[str, Callable[..., Any]] = {
+    "binary_cross_entropy_with_logits": optax.sigmoid_binary_cross_entropy,
+    "mse_loss": optax.squared_error,
+    "huber_loss": optax.huber_loss,
+    "log_cosh_loss": optax.log_cosh,
+    "sigmoid_focal_loss": lambda z, t: optax.sigmoid_focal_loss(z, t, alpha=0.25, gamma=2.0),
+}
+
+
+def rows(batch: Batch, _threads: int) -> list[Row]:
+    """Return the row of a case."""
+    case = batch.case
+    return [with_jax.row(batch, "optax", LOSSES[case.loss])] if case.loss in LOSSES and not case.option else []

@@ -1,0 +1,106 @@
+"""A results file, read: cases, rows, medians, and ratios between rows of one case, which were timed in turn."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastloss.bench.cases import Case
+from fastloss.bench.suite import FORMAT
+
+OURS = ("fastloss, out=", "fastloss")  # the row that stands for us: with `out`, or of the value alone
+LIMITS = ("limit: triad", "limit: dot product", "limit: dot product, then triad")
+PEERS = ("NumPy, stable", "NumPy, naive", "numexpr", "scikit-learn", "torch eager", "torch.compile", "JAX", "optax")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The rounds of a row."""
+
+    name: str
+    seconds: tuple[float, ...]
+    errors: dict[str, float]
+    extra_bytes: int | None
+
+    @property
+    def median(self) -> float:
+        """The median, in seconds."""
+        return float(np.median(self.seconds))
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The first and third quartile, in seconds."""
+        low, high = np.quantile(self.seconds, (0.25, 0.75))
+        return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A case with its rows."""
+
+    case: Case
+    rows: dict[str, Timing]
+
+    def first(self, *names: str) -> Timing | None:
+        """Return the first row there is of some names."""
+        return next((self.rows[name] for name in names if name in self.rows), None)
+
+    @property
+    def ours(self) -> Timing:
+        """The row that stands for fastloss."""
+        return next(self.rows[name] for name in OURS if name in self.rows)
+
+    @property
+    def limit(self) -> Timing:
+        """The row that stands for the memory."""
+        return next(self.rows[name] for name in LIMITS if name in self.rows)
+
+    def ratio(self, name: str, against: str) -> float | None:
+        """Return how many times as long one row takes as another."""
+        row, other = self.rows.get(name), self.rows.get(against)
+        return row.median / other.median if row and other else None
+
+
+class Results:
+    """The content of a results file."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self.content = content
+        self.machine, self.date = content["machine"], content["date"][:10]
+        self.measured = {m.case: m for m in map(read_case, content["cases"])}
+
+    @property
+    def threads(self) -> list[dict[str, Any]]:
+        """What was measured on 1 to all threads."""
+        found: list[dict[str, Any]] = self.content["threads"]
+        return found
+
+    @property
+    def start(self) -> dict[str, Timing]:
+        """What a process pays before its first result."""
+        return {row["name"]: Timing(row["name"], tuple(row["seconds"]), {}, None) for row in self.content.get("start", [])}
+
+
+def read_case(entry: dict[str, Any]) -> Measured:
+    """Return a case of the file."""
+    case = Case(**{name: entry[name] for name in ("loss", "part", "dtype", "size", "layout", "option")})
+    rows = [Timing(row["name"], tuple(row["seconds"]), row["errors"], row["extra_bytes"]) for row in entry["rows"]]
+    return Measured(case, {row.name: row for row in rows})
+
+
+def load(path: Path) -> Results:
+    """Return the results in a file. Raises `ValueError` if it is not one."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise ValueError(f"{path} is not a results file: it is not JSON") from None
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{path} is not a results file of this version: its format is {found!r}; accepted: {FORMAT}")
+    return Results(content)

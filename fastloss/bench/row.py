@@ -1,0 +1,89 @@
+"""`Row`: one way to compute a case, and the check that it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastloss import reference
+from fastloss.bench.batch import SCALE, Array, Batch
+
+Result = tuple[Any, Iterable[Array]]  # the value and the gradients; None and () where the case's pass has none
+
+CHECKED = 1 << 24  # elements whose gradient is looked at; the value is of all
+# A row whose error is larger computes something else, and its time would mean nothing. Not an opinion on digits, which the
+# tests measure: a textbook formula in bfloat16 passes.
+SAME = 1e-2
+
+
+@dataclass(frozen=True)
+class Row:
+    """A call that computes a case, and how its result is read; what is there to compare times with has none."""
+
+    name: str
+    run: Callable[[], Any]
+    read: Callable[[Any], Result] | None = None
+    restore: Callable[[], Any] | None = None  # what calls destroyed; untimed
+    before: Callable[[], Any] | None = None  # what runs directly before a call; untimed
+
+
+class WrongError(Exception):
+    """A row computes something else than the case."""
+
+
+class Expected:
+    """What a case's value and gradients are: `fastloss.reference` in float64, a part of the batch at a time."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch, case = batch, batch.case
+        whole = len(case.subject.slopes) == 3 or "dice" in case.loss  # these are not sums over elements
+        self.step = len(batch.arrays[0]) if whole else max(1, CHECKED * len(batch.arrays[0]) // batch.arrays[0].size)
+        self.value: Any = 0.0
+        for first in reversed(range(0, len(batch.arrays[0]), self.step)):  # the first part's gradients are kept
+            value, self.grads = self.of_whole() if whole else self.of_part(slice(first, first + self.step))
+            self.value += value
+
+    def widened(self, part: slice) -> list[Array]:
+        """Return a part of the arrays in float64."""
+        arrays = [x[part].astype(np.float64) for x in self.batch.arrays]
+        return [x * SCALE if original.dtype == np.uint8 else x for x, original in zip(arrays, self.batch.arrays, strict=True)]
+
+    def of_whole(self) -> Result:
+        """Return value and gradients of a loss that is not a sum."""
+        value, grads = getattr(reference, self.batch.case.loss)(*self.widened(slice(None)))
+        return value, grads if isinstance(grads, tuple) else (grads,)
+
+    def of_part(self, part: slice) -> Result:
+        """Return what a part of the batch adds to the value, and its gradients."""
+        case, extra = self.batch.case, self.batch.extra
+        named = {name: x[part] if x.shape == case.shape else x for name, x in extra.items()}
+        parameters = {"pos_weight": named["pos_weight"]} if "pos_weight" in named else {}
+        value, *slopes = getattr(reference, case.loss)(*self.widened(part), **parameters)
+        factor: Any = np.float64(named.get("weight", 1.0)) * named.get("mask", 1.0)
+        if case.reduction == "mean":
+            factor = factor / (extra["mask"].sum() if "mask" in extra else case.elements)
+        return (value * factor).sum(), [slope * factor for slope in slopes]
+
+    def errors(self, row: Row) -> dict[str, float]:
+        """Run a row; return the errors of its value and gradients, relative to their sizes. Raises `WrongError` where one is large."""
+        assert row.read is not None
+        value, grads = row.read(row.run())
+        errors = {} if value is None else {"value": distance(np.float64(value), self.value)}
+        if case_grads := [np.asarray(g)[: self.step] for g in grads]:
+            errors["gradient"] = float(np.max([distance(got, want) for got, want in zip(case_grads, self.grads, strict=True)]))
+        if row.restore:
+            row.restore()
+        wrong = [error for error in errors.values() if not error <= SAME]  # NaN too
+        if wrong or not errors:
+            raise WrongError(f"its result is off by {wrong[0]:.1e}" if wrong else "it has no result")
+        return errors
+
+
+def distance(got: npt.ArrayLike, want: npt.ArrayLike) -> float:
+    """Return |got - want| / |want|, in the Euclidean norm."""
+    difference = np.subtract(got, want, dtype=np.float64)
+    return float(np.linalg.norm(difference.ravel()) / np.linalg.norm(np.ravel(want)))

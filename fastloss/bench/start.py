@@ -1,0 +1,60 @@
+"""What a process pays before its first result, measured from outside: imports, and first calls, ours and the peers'."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ARRAYS = "import numpy as np; z = np.linspace(-3, 3, 1000, dtype=np.float32); t = (z > 0).astype(np.float32); "
+FIRST = ARRAYS + "import fastloss as fl; fl.binary_cross_entropy_with_logits.value_and_grad(z, t); "
+COUNT = FIRST + "from fastloss.cpu import jit; print(jit.statistics['compiled'], jit.statistics['loaded'])"
+TORCH = ARRAYS + (
+    "import torch; F = torch.nn.functional; z, t = torch.from_numpy(z).requires_grad_(), torch.from_numpy(t); "
+    "loss = {}; loss(z, t).backward()"
+)
+PROGRAMS = {
+    "torch": {
+        "torch eager, first call": TORCH.format("F.binary_cross_entropy_with_logits"),
+        "torch.compile, first call": TORCH.format("torch.compile(lambda z, t: F.binary_cross_entropy_with_logits(z, t))"),
+    },
+    "optax": {
+        "optax and JAX, first call": ARRAYS + "import jax, optax; "
+        "f = lambda z, t: optax.sigmoid_binary_cross_entropy(z, t).mean(); jax.block_until_ready(jax.jit(jax.value_and_grad(f))(z, t))"
+    },
+}
+
+
+def run(code: str, **environment: str) -> tuple[float, str]:
+    """Return the seconds that a Python process takes, and what it prints."""
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, check=True, capture_output=True, text=True)
+    return time.perf_counter() - begin, done.stdout
+
+
+def measure(peers: Sequence[str], rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Return the seconds of every program in every round, in turn; and how many kernels the two first calls compiled."""
+    times: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryDirectory() as warm:
+        compiled = int(run(COUNT, FASTLOSS_CACHE_DIR=warm)[1].split()[0])
+        again = int(run(COUNT, FASTLOSS_CACHE_DIR=warm)[1].split()[0])
+        programs = {
+            "import numpy": ("import numpy", warm),
+            "import fastloss": ("import fastloss", warm),
+            "fastloss, first call, from the disk cache": (FIRST, warm),
+            "fastloss, first call, nothing cached": (FIRST, empty),
+        }
+        for peer in peers:
+            programs |= {name: (code, empty) for name, code in PROGRAMS.get(peer, {}).items()}
+        for _ in range(rounds):
+            for name, (code, folder) in programs.items():
+                for file in Path(empty).iterdir():
+                    file.unlink() if file.is_file() else None
+                with tempfile.TemporaryDirectory() as inductor:
+                    seconds, _ = run(code, FASTLOSS_CACHE_DIR=folder, TORCHINDUCTOR_CACHE_DIR=inductor)
+                times.setdefault(name, []).append(seconds)
+    return times, {"first process": compiled, "second process": again}

@@ -1,0 +1,344 @@
+"""The benchmarks' machinery: what is timed is checked, rounds are interleaved, and what is printed follows from the rounds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fastloss.bench import cases, command, compare, goals, limit, measure, naive, ours, peers, pictures, report
+from fastloss.bench.batch import Batch
+from fastloss.bench.cases import BCE, Case
+from fastloss.bench.results import Results, load
+from fastloss.bench.row import Expected, Row, WrongError
+from fastloss.bench.suite import FORMAT, Suite
+from tests.ulp import ROW
+
+SMALL = Case(size="1Ki")
+MACHINE = {
+    "cpu": "a CPU", "cache_mib": 32, "simd": "avx2", "cores": 2, "memory_gib": 8, "system": "Linux", "threads": 2,
+    "versions": {"python": "3", "fastloss": "0"},
+}  # fmt: skip
+
+
+def content(case=None, **seconds):
+    """A results file of one case, with made-up rounds: for what reads it."""
+    case = case or Case()
+    rows = [
+        {"name": name, "seconds": times, "errors": {"gradient": 1e-8}, "extra_bytes": 1 << 20}
+        for name, times in ({"fastloss, out=": [2.0, 2.1, 2.2], "limit: triad": [1.0, 1.0, 1.1], "torch eager": [40.0]} | seconds).items()
+    ]
+    entry = {**{name: getattr(case, name) for name in ("loss", "part", "dtype", "size", "layout", "option")}, "rows": rows}
+    return {"format": FORMAT, "date": "2026-01-01T00:00:00", "machine": MACHINE, "cases": [entry], "threads": [], "left_out": []}
+
+
+# --- the table of cases
+
+
+def test_every_loss_is_timed_in_every_pass():
+    import fastloss as fl
+
+    losses = {name for name in fl.__all__ if name.endswith(("_loss", "binary_cross_entropy", "_logits")) and name != "elementwise_loss"}
+    assert losses == set(cases.SUBJECTS)
+    assert {(case.loss, case.part) for case in cases.table()} >= {(loss, part) for loss in losses for part in cases.PASSES}
+
+
+def test_every_axis_is_varied_and_no_case_is_there_twice():
+    table = cases.full()
+    assert len(set(table)) == len(table)
+    assert {case.dtype for case in table} == set(cases.DTYPES)
+    assert {case.size for case in table} == set(cases.SIZES) | set(cases.CURVE)
+    assert {case.layout for case in table} == set(cases.LAYOUTS)
+    assert {case.option for case in table} == set(cases.OPTIONS)
+
+
+def test_what_a_loss_does_not_take_is_not_selected():
+    assert cases.select(loss=("dice_with_logits_loss",), size=("1Ki",)) == []
+    assert cases.select(loss=("gaussian_kl_loss",), dtype=("uint8 targets",)) == []
+    assert cases.select(loss=("mse_loss",), option=("pos_weight",)) == []
+
+
+# --- rows: each computes its case
+
+
+def tiny(case):
+    """The same case with few elements."""
+    return replace(case, size="mnist" if len(case.shape) > 1 else "1Ki")
+
+
+@pytest.mark.parametrize("case", dict.fromkeys(map(tiny, cases.table())), ids=str)
+def test_our_rows_and_numpys_compute_the_case(case):
+    batch = Batch(case)
+    expected = Expected(batch)
+    for row in ours.rows(batch) + ours.numpy_rows(batch):
+        if row.name != ours.PLAIN:
+            errors = expected.errors(row)
+            assert set(errors) == {"value": {"value"}, "grad": {"gradient"}}.get(case.part, {"value", "gradient"})
+            assert max(errors.values()) <= ROW[case.dtype]
+
+
+def test_expectation_of_a_part_at_a_time_is_that_of_the_whole(monkeypatch):
+    batch = Batch(Case(size="mnist", option="mask"))
+    whole = Expected(batch)
+    monkeypatch.setattr("fastloss.bench.row.CHECKED", 10_000)
+    parts = Expected(batch)
+    assert parts.step < len(batch.arrays[0])
+    assert np.isclose(parts.value, whole.value, rtol=1e-12)
+    assert np.array_equal(parts.grads[0], whole.grads[0][: parts.step])
+
+
+def test_a_row_that_computes_something_else_is_refused():
+    expected = Expected(Batch(SMALL))
+    for value, factor in ((expected.value * 1.02, 1.0), (expected.value, 1.02), (np.nan, 1.0), (expected.value, np.nan)):
+        with pytest.raises(WrongError, match="off by"):
+            expected.errors(Row("wrong", lambda v=value, f=factor: (v, [f * expected.grads[0]]), lambda result: result))
+
+
+def test_overwritten_arrays_are_restored():
+    batch = Batch(SMALL)
+    row = next(row for row in ours.rows(batch) if row.name == "fastloss, in place")
+    first = Expected(batch).errors(row)
+    assert Expected(batch).errors(row) == first
+
+
+def test_peers_that_are_here_compute_the_cases():
+    here, absent = peers.load()
+    assert "scikit-learn" in here
+    assert len(here) + len(absent) == len(peers.PEERS)
+    suite = Suite(1, ["scikit-learn"], pytest.fail)
+    for loss in ("binary_cross_entropy_with_logits", "mse_loss", "l1_loss", "huber_loss"):
+        for part in cases.PASSES:
+            batch = Batch(Case(loss, part, size="1Ki"))
+            assert "scikit-learn" in [row.name for row, _ in suite.checked(batch, suite.rows(batch))]
+
+
+def test_an_absent_peer_is_said_and_left_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn._loss.loss", None)
+    monkeypatch.delitem(sys.modules, "fastloss.bench.peers.with_sklearn", raising=False)
+    here, absent = peers.load()
+    assert "scikit-learn" not in here
+    assert any(line.startswith("scikit-learn is left out") and "pip install scikit-learn" in line for line in absent)
+
+
+def test_a_peer_that_fails_is_said_and_the_others_are_measured(monkeypatch):
+    monkeypatch.setattr(peers, "rows", lambda *_: [Row("broken", lambda: 1 / 0, lambda result: result)])
+    said = []
+    suite = Suite(1, ["broken"], said.append)
+    batch = Batch(SMALL)
+    assert "broken" not in [row.name for row, _ in suite.checked(batch, suite.rows(batch))]
+    assert said == [f"broken is left out of {SMALL}: ZeroDivisionError: division by zero"]
+
+
+def test_our_own_row_that_fails_is_an_error():
+    suite, batch = Suite(1, [], pytest.fail), Batch(SMALL)
+    with pytest.raises(WrongError, match="off by"):
+        suite.checked(batch, [Row("fastloss, out=", lambda: (0.0, []), lambda result: result)])
+
+
+@pytest.mark.parametrize(("dtype", "target"), [("f4", "f4"), ("f8", "f8"), ("f2", "f2"), ("f4", "u1")])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_limits_move_what_they_say(dtype, target, threads):
+    dtype, target = np.dtype(dtype), np.dtype(target)
+    bound = limit.Limit(dtype.itemsize, target.itemsize, threads)
+    limit.check(bound, dtype, target)
+    bound._triad = bound._dot
+    with pytest.raises(RuntimeError, match="triad"):
+        limit.check(bound, dtype, target)
+
+
+def test_naive_formulas_are_there_for_every_loss_that_is_a_sum():
+    assert set(naive.FORMULAS) == {name for name in cases.SUBJECTS if "dice" not in name and "vae" not in name}
+
+
+# --- measuring
+
+
+def counted(name, log, work=lambda: None, **more):
+    def run():
+        log.append(name)
+        work()
+
+    return Row(name, run, **more)
+
+
+def test_rounds_are_interleaved_and_drawn_anew(monkeypatch):
+    monkeypatch.setattr(measure, "SHORT", 0.0)  # one call a round
+    log = []
+    times = measure.measure([counted(name, log) for name in "abc"], 0.0)
+    rounds = ["".join(log[k : k + 3]) for k in range(9, len(log), 3)]  # after three calls each to see how long they take
+    assert all(sorted(round_) == ["a", "b", "c"] for round_ in rounds)
+    assert len(set(rounds)) > 1
+    assert {name: len(seconds) for name, seconds in times.items()} == dict.fromkeys("abc", measure.LEAST)
+
+
+def test_slow_rows_run_in_every_third_round(monkeypatch):
+    monkeypatch.setattr(measure, "SLOW", 1e-3)
+    monkeypatch.setattr(measure, "SHORT", 1e-4)
+    import time
+
+    times = measure.measure([counted("slow", [], lambda: time.sleep(2e-3)), counted("fast", [])], 0.0)
+    assert len(times["fast"]) == measure.LEAST == 3 * len(times["slow"])
+
+
+def test_what_runs_before_and_after_a_call_is_not_timed():
+    import time
+
+    def pause():
+        time.sleep(0.05)
+
+    row = Row("row", lambda: None, before=pause, restore=pause)
+    assert measure.timed(row, 1) < 0.05
+
+
+@pytest.mark.skipif(not measure.PEAK.exists(), reason="the system does not say")
+def test_extra_memory_is_what_a_call_needs_at_its_peak():
+    size = 64 << 20
+    assert abs(measure.extra_memory(Row("one array", lambda: np.ones(size, np.uint8))) - size) < size // 16
+    assert abs(measure.extra_memory(Row("freed again", lambda: np.ones(size, np.uint8).sum())) - size) < size // 16
+    assert measure.extra_memory(Row("nothing", lambda: None)) < size // 16
+
+
+# --- results: comparing, goals, tables, pictures
+
+
+def verdict(old, new):
+    (change,) = compare.compare(Results(content(**old)), Results(content(**new)))
+    return change.verdict
+
+
+def test_compare_says_what_got_slower_beyond_the_noise():
+    steady, slower, faster = ({"fastloss, out=": [x, 1.01 * x, 0.99 * x]} for x in (2.0, 3.0, 1.5))
+    assert [verdict(steady, other) for other in (steady, slower, faster)] == ["same", "slower", "faster"]
+
+
+def test_compare_does_not_mind_a_slower_machine_or_noisy_rounds():
+    drifted = {"fastloss, out=": [4.0, 4.2, 4.4], "limit: triad": [2.0, 2.0, 2.2]}
+    noisy = {"fastloss, out=": [2.0, 3.0, 4.0]}
+    assert verdict({}, drifted) == "same"
+    assert verdict({}, noisy) == "same"
+
+
+def test_goals_are_met_or_missed_by_the_ratios():
+    results = Results(content())
+    found = {(goal.case, goal.against): (ratio, goal.met(ratio)) for goal, ratio in goals.verdicts(results)}
+    assert found[Case(), goals.LIMIT] == (2.1, False)
+    assert found[Case(), "torch eager"] == (40.0 / 2.1, True)
+    assert (Case("mse_loss"), goals.LIMIT) not in found
+
+
+def test_tables_hold_the_medians():
+    (table, *_) = report.tables(Results(content()))
+    ours_ = next(row for row in table.rows if row[0] == "fastloss, out=")
+    assert ours_[1:4] == ["2.1 s", "2.05 s - 2.15 s", "2.10"]
+    eager = next(row for row in table.rows if row[0] == "torch eager")
+    assert eager[4] == "19.0 x"
+    assert table.markdown().count("\n|") == 2 + len(table.rows)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.5e-6, "0.5 µs"), (12.34e-6, "12.3 µs"), (4e-3, "4 ms"), (2.5, "2.5 s"), (-0.002, "-2 ms")]
+)
+def test_durations_have_a_unit_that_suits_them(seconds, text):
+    assert report.duration(seconds) == text
+
+
+@pytest.mark.parametrize("selection", report.MARKS)
+def test_a_page_is_written_between_its_marks(tmp_path, selection):
+    page = tmp_path / "README.md"
+    begin = report.MARKS[selection]
+    page.write_text(f"before\n{begin}\nold\n{report.END}\nafter\n")
+    for _ in range(2):
+        report.write_page(page, Results(content()), tmp_path / "results.json", [tmp_path / "pictures" / "limit.png"])
+    text = page.read_text()
+    assert text.startswith(f"before\n{begin}\n")
+    assert text.endswith(f"\n{report.END}\nafter\n")
+    assert "old" not in text
+    assert "](pictures/limit.png)" in text
+    assert text.count("2.1 s") == 2  # in the case's own table and in that of every case
+
+
+def test_pictures_are_drawn_of_what_there_is(tmp_path):
+    drawn = pictures.draw(Results(content()), tmp_path)
+    assert [path.name for path in drawn] == ["limit.png", "memory.png"]
+    assert all(path.stat().st_size > 10_000 for path in drawn)
+
+
+# --- the command
+
+
+def bench(*arguments):
+    return subprocess.run([sys.executable, "-m", "fastloss", "bench", *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_the_command_measures_shows_and_compares(tmp_path):
+    file = tmp_path / "results.json"
+    done = bench("--loss", BCE, "--size", "1Ki", "--size", "16Ki", "--json", file, "--png", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "fastloss, in place" in done.stdout
+    rounds = json.loads(file.read_text())["cases"]
+    assert [case["size"] for case in rounds] == ["1Ki", "16Ki"]
+    assert all(len(row["seconds"]) >= measure.LEAST // 3 for case in rounds for row in case["rows"])
+    shown = bench("--show", file, "--png", tmp_path)
+    assert shown.stdout.split() == done.stdout[done.stdout.index("BCE value+grad") :].split()
+    same = bench("--compare", file, file)
+    assert (same.returncode, same.stdout.splitlines()[-1]) == (0, "6 rows compared: nothing changed beyond the noise")
+
+
+def test_the_command_says_that_something_got_slower(tmp_path):
+    for name, times in (("old", [2.0, 2.0, 2.0]), ("new", [3.0, 3.0, 3.0])):
+        (tmp_path / name).write_text(json.dumps(content(**{"fastloss, out=": times})))
+    done = bench("--compare", tmp_path / "old", tmp_path / "new")
+    assert done.returncode == 1
+    assert "slower" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--loss", "dice_with_logits_loss", "--size", "1Ki"), "no loss takes such arrays"),
+        (("--loss", "nothing"), "invalid choice: 'nothing'"),
+        (("--threads", "0"), "'0' is not a whole number from 1 to"),
+        (("--json", "/nowhere/results.json"), "the folder /nowhere does not exist"),
+        (("--png", "/nowhere"), "the folder /nowhere for the pictures does not exist"),
+        (("--write", "/nowhere/README.md", "--json", "x.json"), "/nowhere/README.md has no place for the tables"),
+        (("--show", "/nowhere.json"), "/nowhere.json cannot be read: No such file or directory"),
+        (("--show", __file__), "is not a results file: it is not JSON"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_measured(arguments, said):
+    done = bench(*arguments)
+    assert done.returncode == 2
+    assert said in " ".join((done.stdout + done.stderr).split())
+
+
+def test_results_of_another_format_are_refused(tmp_path):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(content() | {"format": 0}))
+    with pytest.raises(ValueError, match="its format is 0; accepted: 1"):
+        load(file)
+
+
+def test_a_page_without_marks_is_refused(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("nothing")
+    with pytest.raises(ValueError, match="has no place for the tables"):
+        report.check_page(page)
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, capsys):
+    from fastloss.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["fastloss", "bench"])
+    monkeypatch.setitem(sys.modules, "fastloss.bench.command", None)
+    monkeypatch.delattr("fastloss.bench.command")
+    assert main() == 1
+    assert "pip install 'fastloss[bench]'" in capsys.readouterr().err
+
+
+def test_threads_beyond_the_cpus_are_refused():
+    with pytest.raises(Exception, match="whole number from 1 to"):
+        command.thread_count("100000")
