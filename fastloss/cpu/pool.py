@@ -8,6 +8,7 @@ leaves its own partial sum, and they are added in their own order.
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import os
 import threading
@@ -15,6 +16,10 @@ import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
+
+# To wait for the last range. From Python 3.11 to 3.13 sleep(0) takes 75 us on Linux, for which the kernel rounds it up, and
+# sched_yield 0.7: BCE value+gradient of 100,352 elements went from 98 us to 82.
+give_way: Callable[[], object] = os.sched_yield if hasattr(os, "sched_yield") else functools.partial(time.sleep, 0)
 
 Job = tuple[Callable[..., None], tuple[int, ...], Any]
 
@@ -45,7 +50,7 @@ class Pool:
             self._jobs.put((kernel, args, keep))
         kernel(*args)
         while work[1] < ranges:  # at most the length of one range: others are finishing theirs
-            time.sleep(0)
+            give_way()
 
     def _start(self, count: int) -> None:
         with self._starting, contextlib.suppress(RuntimeError):  # no more threads to be had: fewer help
