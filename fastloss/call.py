@@ -24,6 +24,7 @@ Bounds = Mapping[str, tuple[float, float]]
 # the least number that a parameter may be which may not be 0, and the largest that one may be which has to be finite
 ABOVE_0, LARGEST = math.nextafter(0.0, 1.0), sys.float_info.max
 
+INPUT_AND_TARGET: tuple[str, ...] = ("input", "target")
 SEARCHED = 1 << 20  # elements looked at together when the first bad one is sought
 
 
@@ -40,17 +41,20 @@ class Definition(NamedTuple):
 class Call:
     """One call's arrays and options, sorted into what is read, what is a number, and how the result is reduced."""
 
-    __slots__ = ("arrays", "kept", "loss", "names", "numbers", "out", "parameters", "reduction", "shape", "upstream", "validate")
+    __slots__ = (
+        "arrays", "kept", "loss", "must_count", "names", "numbers", "out", "parameters", "reduction", "shape", "upstream", "validate"
+    )  # fmt: skip
 
     def __init__(self, loss: Definition, input: Any, target: Any, weight: Any, reduction: Any, options: Mapping[str, Any]) -> None:
         self.loss, self.reduction = loss, reduction
         x = input if type(input) is np.ndarray else as_array("input", input)
         t = target if type(target) is np.ndarray else as_array("target", target)
-        self.names, self.arrays = ["input", "target"], [x, t]
+        self.names, self.arrays = INPUT_AND_TARGET, [x, t]
         self.shape = x.shape
         self.kept = kept_axes(reduction, x.shape)
         self.upstream: Any = 1.0
         self.out, self.validate = options.get("out"), False
+        self.must_count = False  # whether a mean has to look at the elements to know how many they are
         self.parameters: tuple[str, ...] = ()
         self.numbers: dict[str, float] = {}
         if weight is not None:
@@ -62,7 +66,7 @@ class Call:
         """Add an array that is read."""
         if isinstance(value, str):  # PyTorch's regression losses have `reduction` in the place of `weight`
             raise TypeError(f"{name} is {value!r}; accepted: an array or a number (a reduction is given by name, reduction={value!r})")
-        self.names.append(name)
+        self.names += (name,)
         self.arrays.append(as_array(name, value))
 
     def take(self, options: Mapping[str, Any]) -> None:
@@ -78,6 +82,7 @@ class Call:
         if (upstream := options.get("grad_output")) is not None:
             self.take_upstream(upstream)
         self.validate = bool(options.get("validate") and self.loss.unit)
+        self.must_count = self.excludes and self.reduction in ("mean", "sample_mean")
 
     def take_parameters(self, values: Mapping[str, Any]) -> None:
         """Take the formula's parameters, numbers or arrays, as far as they are given and not their defaults."""
@@ -119,9 +124,11 @@ class Call:
 
     def make_outputs(self, wanted: tuple[str, ...]) -> list[Array]:
         """Return the arrays to write: the caller's buffers first, new ones beside them."""
-        buffers = self.buffers()
-        like = [self.arrays[self.names.index(belongs_to(name))] for name in wanted[len(buffers) :]]
-        return [*buffers, *(np.empty_like(x) for x in like)]
+        outputs = [*self.buffers()]
+        while len(outputs) < len(wanted):
+            like = self.arrays[self.names.index(belongs_to(wanted[len(outputs)]))]
+            outputs.append(np.empty_like(like))
+        return outputs
 
     def buffers(self) -> tuple[Array, ...]:
         """Return what the caller gave to be written."""
@@ -135,15 +142,12 @@ class Call:
         if validate and borrowed:
             self.check_elements()  # first, so that nothing is written to the caller's buffer
             validate = False
-        counted: Any = 1
-        if self.must_count and not wanted:
-            summed = (*summed, "count")  # only gradients have to know it beforehand
-        else:
-            counted = self.count()
+        counting = self.must_count and not wanted  # only gradients have to know it beforehand
+        counted = 1 if counting else self.count()
         scale = self.scale(counted) if wanted else 1.0
         outputs = self.make_outputs(wanted)
-        sums = self.run(summed, wanted, outputs, scale, validate, borrowed)
-        if summed[1:]:
+        sums = self.run((*summed, "count") if counting else summed, wanted, outputs, scale, validate, borrowed)
+        if counting:
             counted = sums[1]
         return (self.reduce(sums[0], counted) if summed else None), outputs
 
@@ -160,7 +164,7 @@ class Call:
         checked = self.loss.unit if validate else ()
         numbers = self.numbers
         launch = find_launch(
-            (self.loss.formula, self.shape, self.kept, summed, checked, wanted, self.parameters, (*numbers,), (*self.names,), layouts)
+            self.loss.formula, self.shape, self.kept, summed, checked, wanted, self.parameters, tuple(numbers), self.names, layouts
         )
         sums, bad = launch.run(arrays, numbers.values(), scale, borrowed)
         if bad:
@@ -171,7 +175,7 @@ class Call:
         """Make a pass that computes no loss and reads only what it needs; return the sums."""
         scan = copy.copy(self)
         kept = [k for k, name in enumerate(self.names) if name in needed]
-        scan.names, scan.arrays = [self.names[k] for k in kept], [self.arrays[k] for k in kept]
+        scan.names, scan.arrays = tuple(self.names[k] for k in kept), [self.arrays[k] for k in kept]
         scan.numbers = {name: x for name, x in self.numbers.items() if name in needed}
         scan.parameters = ()
         return scan.run(summed, (), [], validate=validate)
@@ -180,18 +184,13 @@ class Call:
         """Return a call of another formula on the same arrays and options, with its parameters given as arrays."""
         other = copy.copy(self)
         other.loss, other.parameters = loss, tuple(arrays)
-        other.names, other.arrays = [*self.names, *arrays], [*self.arrays, *map(np.asarray, arrays.values())]
+        other.names, other.arrays = (*self.names, *arrays), [*self.arrays, *map(np.asarray, arrays.values())]
         return other
 
     @property
     def excludes(self) -> bool:
         """Whether a mask or an ignored target value takes elements out."""
         return "mask" in self.names or "ignore_index" in self.numbers
-
-    @property
-    def must_count(self) -> bool:
-        """Whether a mean has to look at the elements to know how many they are."""
-        return self.reduction in ("mean", "sample_mean") and self.excludes
 
     def count(self) -> Any:
         """Return how many elements the reduction divides by, one number or one a sample."""
@@ -255,8 +254,8 @@ class Call:
 
 
 @functools.lru_cache(maxsize=1024)
-def find_launch(request: tuple[Any, ...]) -> Any:
-    """Return what runs a request, given as a tuple of its fields: its plan with the compiled kernel."""
+def find_launch(*request: Any) -> Any:
+    """Return what runs a request, given by its fields: its plan with the compiled kernel."""
     plan = make_plan(Request(*request))
     from fastloss.cpu.launch import Launch, Nothing  # brings llvmlite, and Numba where a kernel is compiled
 
@@ -307,7 +306,7 @@ def as_buffers(out: Any, count: int) -> tuple[Array, ...]:
 
 def check_buffer(name: str, out: Any) -> None:
     """Refuse what cannot be written to."""
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+    if type(out) is not np.ndarray and (not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray)):
         raise TypeError(f"{name} must be a numpy.ndarray, not {type(out).__name__}")
     if not out.flags.writeable:
         raise ValueError(f"{name} is read-only")

@@ -16,6 +16,7 @@ from fastloss.formula import Formula
 
 Array = npt.NDArray[Any]
 Axis = tuple[int, tuple[int, ...]]  # length, and each array's stride
+Near = tuple[int, int, int, int]  # an operand, an output, and between which distances of their addresses they overlap
 
 REDUCTIONS = ("mean", "sum", "none", "batchmean", "sample_mean", "sample_sum")
 INPUT_TYPES = ("float16", "bfloat16", "float32", "float64")
@@ -87,7 +88,7 @@ class Plan:
     turn_strides: tuple[int, ...]
     axes: tuple[Axis, ...]  # outside the rows, innermost first: length and strides
     starts: tuple[int, ...]  # bytes from an array's address to the first element visited; not 0 where an axis is walked backwards
-    near: tuple[tuple[tuple[int, int], ...], ...]  # for each output and operand: distances at which their memory meets
+    near: tuple[Near, ...]  # for each output and operand: distances at which their memory meets
 
     @property
     def ranges_per_group(self) -> int:
@@ -246,9 +247,10 @@ def extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> t
     return sum(r for r in reaches if r < 0), sum(r for r in reaches if r > 0) + itemsize
 
 
-def near(extents: list[tuple[int, int]], reads: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+def near(extents: list[tuple[int, int]], reads: int) -> tuple[Near, ...]:
     """Return, for each output and each array that is read, between which distances of their addresses they overlap."""
-    return tuple(tuple((begin - last, end - first) for first, last in extents[:reads]) for begin, end in extents[reads:])
+    outputs = enumerate(extents[reads:], reads)
+    return tuple((k, j, begin - last, end - first) for j, (begin, end) in outputs for k, (first, last) in enumerate(extents[:reads]))
 
 
 def check(request: Request) -> None:
@@ -302,11 +304,9 @@ def is_float(dtype: np.dtype[Any]) -> bool:
 
 def check_overlap(plan: Plan, arrays: list[Array], addresses: list[int]) -> None:
     """Refuse an output that shares memory with an array that is read, unless it is its own operand, element for element."""
-    reads = len(plan.spec.operands)
-    for output, of_output in enumerate(plan.near, reads):
-        for k, (least, most) in enumerate(of_output):
-            if least < addresses[k] - addresses[output] < most:
-                refuse_overlap(plan, k, output, arrays, addresses[k] == addresses[output])
+    for operand, output, least, most in plan.near:
+        if least < addresses[operand] - addresses[output] < most:
+            refuse_overlap(plan, operand, output, arrays, addresses[operand] == addresses[output])
 
 
 def refuse_overlap(plan: Plan, k: int, output: int, arrays: list[Array], same_start: bool) -> None:
