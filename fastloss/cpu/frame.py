@@ -2,8 +2,8 @@
 
 The frame of a call:
     the next range to take, how many are finished, how to store (see below), 1 if each group has a scale of its own, the
-    address of the scales; the arrays' addresses; the options that are numbers (at least one, which may be unused); one
-    scale; for each range its partial sums, those that were asked for and the number of bad elements.
+    address of the scales; the arrays' addresses; the options that are numbers; one scale; for each range its partial sums,
+    those that were asked for and the number of bad elements.
 
 The layout of a plan:
     how many ranges, how many a group, elements a range, elements a group, elements a row, elements a run, axes outside the
@@ -22,6 +22,7 @@ from fastloss.plan import Plan, Spec
 THROUGH, PAST, PAST_BY_LINES, PAST_BY_LATER_LINES = range(4)
 LINE, UNIT = 64, 16  # bytes: of a cache line, and of the smallest store past the caches
 
+HOW = 2  # the field of the frame that says how to store; before it only counters, which begin at 0
 COUNTERS = 5  # fields of the frame before the addresses
 LAYOUT_COUNTERS = 7  # fields of the layout before the strides
 
@@ -38,7 +39,7 @@ class Frame(NamedTuple):
 def frame_of(spec: Spec) -> Frame:
     """Return where the parts of a spec's frames stand."""
     numbers = COUNTERS + len(spec.arrays)
-    scale = numbers + max(1, len(spec.numbers))
+    scale = numbers + len(spec.numbers)
     return Frame(COUNTERS, numbers, scale, scale + 1)
 
 

@@ -26,7 +26,7 @@ import llvmlite.binding as llvm
 from fastloss.plan import Spec
 
 SYMBOL = "fastloss_kernel"
-PROTOTYPE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2)  # calling it releases the GIL
+PROTOTYPE = ctypes.CFUNCTYPE(None)  # takes ctypes arrays, which pass unchecked (0.2 us a call, 0.4 with addresses); frees the GIL
 
 statistics = {"compiled": 0, "loaded": 0}  # kernels of this process, by where they came from
 _lock = threading.Lock()

@@ -479,7 +479,7 @@ def build(key: str) -> Any:
     lanes, arrays, partial_count = lanes_of(spec), len(spec.arrays), partials_of(spec)
     block = BLOCK * lanes
     addresses_at, numbers_at, scale_at, partials_at = frame_of(spec)
-    numbers = scale_at - numbers_at
+    numbers = max(1, scale_at - numbers_at)  # Numba has no empty tuples of one type; what is read instead is not used
     strides_at, turns_at, starts_at, axes_at = (LAYOUT_COUNTERS + k * arrays for k in range(4))
 
     @cfunc(types.void(types.CPointer(types.int64), types.CPointer(types.int64)), error_model="numpy")
