@@ -44,9 +44,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--threads", type=thread_count, default=machine.cpus(), help="for all libraries (default: the CPUs, %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there, with hardware, versions, threads and date")
     parser.add_argument("--png", type=Path, metavar="FOLDER", default=Path(), help="where the pictures go (default: here)")
-    parser.add_argument(
-        "--write", type=Path, nargs="+", metavar="PAGE", default=[], help="write tables and pictures between a page's marks"
-    )
+    parser.add_argument("--write", type=Path, nargs="+", metavar="PAGE", default=(), help="write tables between these files' marks")
     parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing: tables and pictures of a results file")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="measure nothing: what got slower or faster")
     return run(parser.parse_args(arguments))

@@ -16,7 +16,7 @@ from fastloss.bench.results import LIMITS, Measured, Results
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; lines have markers of their own besides
 OURS, LIMIT, OTHERS = "#0072b2", "#000000", "#bbbbbb"
-COLOURS = ["#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#999999", "#7f5a2b"]
+COLOURS = ["#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6d00", "#999999", "#5d3a9b"]
 MARKERS = "sD^vPX<>"
 LOG_ROOM = 2.2  # of a logarithmic axis, right of the longest bar, for its label
 
@@ -110,7 +110,7 @@ def memory(results: Results) -> Any:
         axes.text(extra[name] + 0.05, y, f"{extra[name]:.1f}", va="center")
     axes.set(xlabel="extra memory at its peak, in multiples of the logits (a fresh gradient is 1)")
     axes.set_xlim(0, max(extra.values()) * 1.1 + 0.2)
-    axes.set_title(subtitle(results, Case()))
+    axes.set_title(f"BCE, value and gradient\n{subtitle(results, Case())}")
     tidy(axes, "x")
     return figure
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
-# To wait for the last range. From Python 3.11 to 3.13 sleep(0) takes 75 us on Linux, for which the kernel rounds it up, and
+# To wait for the last range. In Python 3.11 sleep(0) takes 75 us on Linux, which rounds it up to its timers' slack, and
 # sched_yield 0.7: BCE value+gradient of 100,352 elements went from 98 us to 82.
 give_way: Callable[[], object] = os.sched_yield if hasattr(os, "sched_yield") else functools.partial(time.sleep, 0)
 
