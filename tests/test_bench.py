@@ -169,7 +169,9 @@ def test_rounds_are_interleaved_and_drawn_anew(monkeypatch):
     monkeypatch.setattr(measure, "SHORT", 0.0)  # one call a round
     log = []
     times = measure.measure([counted(name, log) for name in "abc"], 0.0)
-    rounds = ["".join(log[k : k + 3]) for k in range(9, len(log), 3)]  # after three calls each to see how long they take
+    log = log[9:]  # after three calls each to see how long they take
+    assert log[::2] == log[1::2]  # one call untimed, one timed
+    rounds = ["".join(log[k : k + 6 : 2]) for k in range(0, len(log), 6)]
     assert all(sorted(round_) == ["a", "b", "c"] for round_ in rounds)
     assert len(set(rounds)) > 1
     assert {name: len(seconds) for name, seconds in times.items()} == dict.fromkeys("abc", measure.LEAST)

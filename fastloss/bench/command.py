@@ -112,16 +112,16 @@ def measure(console: Console, arguments: argparse.Namespace) -> Results:
     machine.keep_to(arguments.threads)
     here, absent = peers.load()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, auto_refresh=False) as progress:  # nothing is drawn while something is timed
         suite = Suite(arguments.threads, here, partial(console.print, style="yellow", markup=False))
         for line in absent:
             suite.leave_out(line)
         steps = plan(suite, arguments)
         task = progress.add_task("", total=len(steps))
         for description, step in steps:
-            progress.update(task, description=description)
+            progress.update(task, description=description, refresh=True)
             step()
-            progress.advance(task)
+            progress.update(task, advance=1, refresh=True)
     return Results(suite.results)
 
 

@@ -1,9 +1,10 @@
 """Time the rows of a case in turn, and what memory each needs.
 
 In every round each row runs once, in an order drawn anew, so that a machine that drifts does so for all, and no row always
-runs behind the one that leaves the caches best or worst. Before each there is a pause: the threads of OpenMP spin for some
-milliseconds behind their own call, and would take the cores from whoever comes next. The last digits need no warm-up, but
-compilers do: every row has run before, when its result was checked.
+runs behind the one that leaves the caches best or worst. Before a row runs, the process has to be quiet: the threads of OpenMP
+spin for up to 8 ms behind their own call, and would take the cores from whoever comes next. A short row is then called once
+untimed, because memory and cores that were idle need a millisecond to be at their speed again, and are at it in a training
+loop.
 """
 
 from __future__ import annotations
@@ -19,10 +20,20 @@ import numpy as np
 
 from fastloss.bench.row import Row
 
-PAUSE = 5e-3  # seconds; libgomp spins for about 3 where it was looked at
+QUIET = 2e-3  # seconds in which a process has to use next to no time of a core
+PATIENCE = 50  # such spans; something that never rests is measured as well as can be
 SHORT = 2e-3  # seconds of repeated calls that a round of a short row takes
-SLOW = 20e-3  # a row that takes longer runs in every third round
+SLOW = 20e-3  # seconds; a row that takes longer runs in every third round
 LEAST, MOST = 9, 41  # rounds
+
+
+def settle() -> None:
+    """Wait until no thread of the process is busy."""
+    for _ in range(PATIENCE):
+        used = time.process_time()
+        time.sleep(QUIET)
+        if time.process_time() - used < QUIET / 5:
+            return
 
 
 def calls_of(row: Row) -> tuple[int, float]:
@@ -49,17 +60,20 @@ def measure(rows: list[Row], budget: float) -> dict[str, list[float]]:
     """Return the seconds of a call of every row in every round that it ran in, within about `budget` seconds."""
     rng = np.random.default_rng(0)
     calls = {row.name: calls_of(row) for row in rows}
-    every = {name: 3 if seconds > SLOW else 1 for name, (_, seconds) in calls.items()}
-    a_round = sum((seconds + PAUSE) / every[name] for name, (_, seconds) in calls.items())
+    slow = {name for name, (_, seconds) in calls.items() if seconds > SLOW}
+    a_round = sum(seconds / 3 if name in slow else 2 * QUIET + 2 * seconds for name, (_, seconds) in calls.items())
     rounds = int(np.clip(budget / a_round, LEAST, MOST))
     times: dict[str, list[float]] = {row.name: [] for row in rows}
     with no_garbage_collection():
         for k in range(rounds):
             for j in rng.permutation(len(rows)):
                 row = rows[j]
-                if k % every[row.name] == 0:
-                    time.sleep(PAUSE)
-                    times[row.name].append(timed(row, calls[row.name][0]))
+                if row.name in slow and k % 3:
+                    continue
+                settle()
+                if row.name not in slow:
+                    timed(row, 1)
+                times[row.name].append(timed(row, calls[row.name][0]))
     return times
 
 

@@ -88,6 +88,12 @@ class Vector(Symbol):
         args = [self.value, *(self.match(x).value for x in others)]
         return self.like(call(self.builder, f"llvm.{name}.{mangle(self.type)}", self.type, *args))
 
+    def halves(self) -> tuple[Vector, Vector]:
+        """Return the lower and the upper half of the lanes."""
+        half = self.type.count // 2
+        low, high = (self.like(self.builder.shuffle_vector(self.value, self.value, indices(first, half))) for first in (0, half))
+        return low, high
+
     def match(self, other: Any) -> Vector:
         """Return the other operand as a vector of this type; numbers are spread over the lanes."""
         return other if isinstance(other, Vector) else self.splat(other)
