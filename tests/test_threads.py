@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 import fastloss as fl
+from fastloss.cpu import pool
 
 LOSS = fl.binary_cross_entropy_with_logits
 
@@ -26,6 +28,36 @@ def threads():
 def large(rng):
     shape = (5, 3, 171, 257)
     return rng.normal(0, 3, shape).astype(np.float32), rng.random(shape).astype(np.float32)
+
+
+def in_a_thread(work):
+    """Return what a function returns on a thread of its own, whose CPUs are nobody else's."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system does not place threads")
+def test_a_worker_leaves_the_callers_cpu_and_comes_back():
+    cpus = sorted(os.sched_getaffinity(0))
+
+    def left():
+        place, seen = pool.Place(), []
+        for cpu in (cpus[0], cpus[-1], cpus[0]):
+            place.leave(cpu)
+            seen.append(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cpus[0]})  # someone else's wish, which stands
+        place.leave(cpus[0])
+        return [*seen, os.sched_getaffinity(0)]
+
+    assert in_a_thread(left) == [set(cpus) - {cpu} or {cpu} for cpu in (cpus[0], cpus[-1], cpus[0])] + [{cpus[0]}]
+
+
+def test_a_worker_that_may_not_move_works_all_the_same(monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse, raising=False)
+    in_a_thread(lambda: pool.Place().leave(next(iter(os.sched_getaffinity(0)))))
 
 
 def run_python(code, **environment):

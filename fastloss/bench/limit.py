@@ -7,6 +7,8 @@ do not fill a step on every thread, are left out.
 from __future__ import annotations
 
 import ctypes
+import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from string import Template
 from typing import Any
@@ -14,6 +16,8 @@ from typing import Any
 import llvmlite.binding as llvm
 import numpy as np
 import numpy.typing as npt
+
+from fastloss.bench.machine import allowed_cpus
 
 Array = npt.NDArray[Any]
 
@@ -85,7 +89,7 @@ class Limit:
     def __init__(self, width: int, target_width: int, threads: int) -> None:
         self.width, self.target_width, self.threads = width, target_width, threads
         self.lanes = 2 * _LINE // width
-        self.pool = ThreadPoolExecutor(threads)
+        self.pool = ThreadPoolExecutor(threads, initializer=take_a_cpu, initargs=(iter(allowed_cpus()),))
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         machine = llvm.Target.from_default_triple().create_target_machine(
@@ -143,6 +147,12 @@ class Limit:
         sums = aligned(self.lanes * self.threads, a.dtype if self.width > 2 else np.dtype(np.int16))
         self._run(self._dot, [sums.ctypes.data + 2 * _LINE * k for k in range(self.threads)], a, b)
         return sums.sum()
+
+
+def take_a_cpu(cpus: Iterator[int]) -> None:
+    """Keep the calling thread to the next CPU: a limit is what the memory allows, wherever the system would put threads."""
+    if (cpu := next(cpus, None)) is not None:
+        os.sched_setaffinity(0, {cpu})
 
 
 def aligned(size: int, dtype: Any) -> Array:

@@ -38,15 +38,20 @@ def installed(packages: Iterable[str]) -> Iterable[tuple[str, str]]:
             continue
 
 
+def allowed_cpus() -> list[int]:
+    """Return which CPUs this process may use; none where the system does not say."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
 def cpus() -> int:
     """Return how many CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(allowed_cpus()) or os.cpu_count() or 1
 
 
 def keep_to(threads: int) -> None:
     """Keep the process to as many CPUs as threads are asked for, so that libraries that ask nobody use no more either."""
-    if hasattr(os, "sched_setaffinity") and threads < cpus():
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    if threads < cpus() and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, allowed_cpus()[:threads])
 
 
 def sentence(machine: dict[str, Any]) -> str:
