@@ -10,10 +10,12 @@ from fastloss.bench.suite import Suite
 
 @pytest.fixture(scope="session")
 def suite():
-    here, absent = peers.load()
-    for line in absent:
-        print(line)
-    return Suite(machine.cpus(), here, print)
+    return Suite(machine.cpus(), peers.load()[0], print)
+
+
+def pytest_report_header(config):
+    """Say which peers are not compared with."""
+    return peers.load()[1]
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

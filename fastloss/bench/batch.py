@@ -19,7 +19,7 @@ SCALE = 1 / 255
 
 def to_dtype(name: str) -> Any:
     """Return the dtype of a case's inputs."""
-    return {"bfloat16": ml_dtypes.bfloat16, "uint8 targets": np.float32}.get(name) or np.dtype(name)
+    return np.dtype({"bfloat16": ml_dtypes.bfloat16, "uint8 targets": np.float32}.get(name, name))
 
 
 class Batch:

@@ -15,6 +15,7 @@ from fastloss.bench.batch import SCALE, Array, Batch
 Result = tuple[Any, Iterable[Array]]  # the value and the gradients; None and () where the case's pass has none
 
 CHECKED = 1 << 24  # elements whose gradient is looked at; the value is of all
+AT_ONCE = 1 << 20  # elements computed together: more, and NumPy's temporaries leave the caches
 # A row whose error is larger computes something else, and its time would mean nothing. Not an opinion on digits, which the
 # tests measure: a textbook formula in bfloat16 passes.
 SAME = 1e-2
@@ -41,11 +42,24 @@ class Expected:
     def __init__(self, batch: Batch) -> None:
         self.batch, case = batch, batch.case
         whole = len(case.subject.slopes) == 3 or "dice" in case.loss  # these are not sums over elements
-        self.step = len(batch.arrays[0]) if whole else max(1, CHECKED * len(batch.arrays[0]) // batch.arrays[0].size)
-        self.value: Any = 0.0
-        for first in reversed(range(0, len(batch.arrays[0]), self.step)):  # the first part's gradients are kept
-            value, self.grads = self.of_whole() if whole else self.of_part(slice(first, first + self.step))
-            self.value += value
+        if whole:
+            self.value, self.grads = self.of_whole()
+        else:
+            self.value, self.grads = self.of_parts(len(case.subject.slopes))
+        self.looked_at = len(self.grads[0])
+
+    def of_parts(self, slopes: int) -> tuple[Any, list[Array]]:
+        """Return the value, and the gradients of as many entries of the first axis as are looked at."""
+        length, size = len(self.batch.arrays[0]), self.batch.arrays[0].size
+        value, kept = 0.0, [[] for _ in range(slopes)]
+        step = max(1, AT_ONCE * length // size)
+        for first in range(0, length, step):
+            added, grads = self.of_part(slice(first, first + step))
+            value += added
+            if first * size < CHECKED * length:
+                for parts, grad in zip(kept, grads, strict=True):
+                    parts.append(grad)
+        return value, [np.concatenate(parts) for parts in kept]
 
     def widened(self, part: slice) -> list[Array]:
         """Return a part of the arrays in float64."""
@@ -73,7 +87,7 @@ class Expected:
         assert row.read is not None
         value, grads = row.read(row.run())
         errors = {} if value is None else {"value": distance(np.float64(value), self.value)}
-        if case_grads := [np.asarray(g)[: self.step] for g in grads]:
+        if case_grads := [np.asarray(g)[: self.looked_at] for g in grads]:
             errors["gradient"] = float(np.max([distance(got, want) for got, want in zip(case_grads, self.grads, strict=True)]))
         if row.restore:
             row.restore()

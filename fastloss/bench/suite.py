@@ -75,14 +75,14 @@ class Suite:
         return kept
 
     def run(self, case: Case, budget: float, names: Sequence[str] | None = None) -> None:
-        """Measure a case, or of its rows those of some names: times in turn, and the memory of each."""
+        """Measure a case, times in turn and the memory of each row; or the times alone of rows of some names."""
         batch = Batch(case)
         chosen = (row for row in self.rows(batch) if (names is None or row.name in names) and self.fits(row.name, batch))
         rows = self.checked(batch, chosen)
         times = measure.measure([row for row, _ in rows], budget)
         entry: dict[str, Any] = asdict(case) | {"shape": case.shape, "rows": []}
         for row, errors in rows:
-            extra = measure.extra_memory(row) if row.read and batch.arrays[0].nbytes >= LARGE else None
+            extra = measure.extra_memory(row) if row.read and not names and batch.arrays[0].nbytes >= LARGE else None
             entry["rows"].append({"name": row.name, "seconds": times[row.name], "errors": errors, "extra_bytes": extra})
             if extra is not None and case == Case():
                 self.memory[row.name] = extra / batch.arrays[0].nbytes
