@@ -129,7 +129,7 @@ def limit_rows(batch: Batch, threads: int) -> list[Row]:
     Of the four streams of the Gaussian divergence it moves three.
     """
     case = batch.case
-    a, b = (x.reshape(-1) if x.flags.c_contiguous else np.zeros(x.size, x.dtype) for x in batch.arrays[:2])
+    a, b = (x.reshape(-1) if x.flags.c_contiguous else np.ones(x.size, x.dtype) for x in batch.arrays[:2])
     bound = limits.Limit(a.itemsize, b.itemsize, threads if case.elements > ALONE else 1)
     limits.check(bound, a.dtype, b.dtype)
     if case.part == "value":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from fastloss import reference
 from fastloss.bench.batch import SCALE, Array, Batch
 
-Result = tuple[Any, Iterable[Array]]  # the value and the gradients; None and () where the case's pass has none
+Result = tuple[Any, Sequence[Array]]  # the value and the gradients; None and () where the case's pass has none
 
 CHECKED = 1 << 24  # elements whose gradient is looked at; the value is of all
 AT_ONCE = 1 << 20  # elements computed together: more, and NumPy's temporaries leave the caches
@@ -51,7 +51,8 @@ class Expected:
     def of_parts(self, slopes: int) -> tuple[Any, list[Array]]:
         """Return the value, and the gradients of as many entries of the first axis as are looked at."""
         length, size = len(self.batch.arrays[0]), self.batch.arrays[0].size
-        value, kept = 0.0, [[] for _ in range(slopes)]
+        value: Any = 0.0
+        kept: list[list[Array]] = [[] for _ in range(slopes)]
         step = max(1, AT_ONCE * length // size)
         for first in range(0, length, step):
             added, grads = self.of_part(slice(first, first + step))

@@ -183,12 +183,28 @@ def log1p_of_product(x: Vector) -> Vector:
     return log_near_one(f, k.to_float())
 
 
+def log1p_of_fraction(x: Vector) -> Vector:
+    """Return log1p for 0 <= x <= 1: as `log1p_of_product`, where the exponent of 1 + x is 0 or 1 and two masked additions do.
+
+    A polynomial of nine terms on all of [0, 1] is shorter, but makes BCE's value 2.2 ulp off instead of 1.8.
+    """
+    high, low = FORMATS[x.bits].ln2
+    beyond = x > 2.0**0.5 - 1.0
+    f = where(beyond, fma(x, 0.5, -0.5), x)
+    if x.bits == 32:
+        rest = log_rest_32(f)
+        near = where(beyond, rest + low, rest) + f
+    else:
+        half_square, rest = f * f * 0.5, log_rest(f)
+        near = f - (half_square - where(beyond, rest + low, rest))
+    return where(beyond, near + high, near)
+
+
 def log1p(x: Vector) -> Vector:
     """Return log(1 + x) for every x."""
     fmt = FORMATS[x.bits]
     if x.bounds == (0.0, 1.0):
-        # a polynomial of nine terms is shorter here, but makes BCE's value 2.2 ulp off instead of 1.8
-        return log1p_of_product(x)
+        return log1p_of_fraction(x)
     huge, shift = x > fmt.large, fmt.bias // 2
     result = log1p_of_product(where(huge, x * 2.0**-shift, x))
     result = where(huge, result + shift / LOG2_E, result)
@@ -238,10 +254,14 @@ def log_near_one(f: Vector, k: Vector) -> Vector:
     fmt = FORMATS[f.bits]
     high, low = fmt.ln2
     if f.bits == 32:
-        rest = f * f * fma(f, estrin(f, fmt.log_terms), -0.5)
-        return fma(k, high, fma(k, low, rest) + f)
+        return fma(k, high, fma(k, low, log_rest_32(f)) + f)
     half_square, rest = f * f * 0.5, log_rest(f)
     return fma(k, high, f - (half_square - fma(k, low, rest)))
+
+
+def log_rest_32(f: Vector) -> Vector:
+    """Return log(1 + f) - f, for float32."""
+    return f * f * fma(f, estrin(f, FORMATS[32].log_terms), -0.5)
 
 
 def log_rest(f: Vector) -> Vector:
