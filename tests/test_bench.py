@@ -20,7 +20,7 @@ from tests.ulp import ROW, SUM, assert_close
 
 SMALL = Case(size="1Ki")
 MACHINE = {
-    "cpu": "a CPU", "cache_mib": 32, "simd": "avx2", "cores": 2, "memory_gib": 8, "system": "Linux", "threads": 2,
+    "cpu": "a CPU", "architecture": "x", "cache_mib": 32, "simd": "avx2", "cores": 2, "memory_gib": 8, "system": "Linux", "threads": 2,
     "versions": {"python": "3", "fastloss": "0"},
 }  # fmt: skip
 

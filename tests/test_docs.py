@@ -11,6 +11,8 @@ import pytest
 
 import fastloss as fl
 from docs import losses
+from fastloss.bench import report
+from fastloss.bench.results import load
 
 PAGE = (losses.ROOT / "docs" / "losses.md").read_text()
 README = (losses.ROOT / "README.md").read_text()
@@ -26,6 +28,16 @@ def test_a_table_that_is_not_is_found(monkeypatch):
     file, table = losses.TABLES["losses"]
     monkeypatch.setitem(losses.TABLES, "losses", (file, lambda: table().replace("beta", "gamma")))
     assert losses.outdated() == ["README.md: the table 'losses' is out of date; run python -m docs.losses"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/speed.md"])
+def test_speeds_are_those_of_the_results_they_name(page):
+    path = losses.ROOT / page
+    (source,) = set(re.findall(r"raw rounds in `(.*)`", path.read_text()))
+    pictures = [path.parent / picture for picture in re.findall(r"!\[.*\]\((.*results/.*\.png)\)", path.read_text())]
+    assert path.read_text() == report.filled(path, load(losses.ROOT / source), source, pictures)
+    assert pictures
+    assert all(picture.is_file() for picture in pictures)
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -84,8 +84,6 @@ def measured(console: Console, arguments: argparse.Namespace) -> int:
     """Measure, or read what was measured; print the tables, and write files."""
     check_folders(arguments)
     results = load(arguments.show) if arguments.show else measure(console, arguments)
-    if arguments.json and not arguments.show:
-        arguments.json.write_text(json.dumps(results.content) + "\n")
     report.show(console, results)
     drawn = pictures.draw(results, arguments.png)
     for path in drawn:
@@ -122,7 +120,16 @@ def measure(console: Console, arguments: argparse.Namespace) -> Results:
             progress.update(task, description=description, refresh=True)
             step()
             progress.update(task, advance=1, refresh=True)
+            if arguments.json:
+                save(arguments.json, suite.results)
     return Results(suite.results)
+
+
+def save(file: Path, content: dict[str, Any]) -> None:
+    """Write what was measured so far, whole or not at all: a long run that is broken off has lost nothing."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(json.dumps(content, separators=(",", ":")) + "\n")
+    part.replace(file)
 
 
 Step = tuple[str, Callable[[], Any]]

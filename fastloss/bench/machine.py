@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 from cpuinfo import get_cpu_info
+from llvmlite.binding import get_host_cpu_name
 
 PACKAGES = ("fastloss", "numpy", "numba", "llvmlite", "numexpr", "scikit-learn", "torch", "jax", "optax")
 
@@ -19,6 +20,7 @@ def description(threads: int) -> dict[str, Any]:
     cpu = get_cpu_info()
     return {
         "cpu": cpu.get("brand_raw", platform.processor() or "unknown"),
+        "architecture": get_host_cpu_name(),
         "cache_mib": round(cpu.get("l3_cache_size", 0) / 2**20),
         "simd": next((name for name in ("avx512f", "avx2", "asimd") if name in cpu.get("flags", ())), "unknown"),
         "cores": psutil.cpu_count(logical=False),
@@ -58,4 +60,5 @@ def sentence(machine: dict[str, Any]) -> str:
     """Return the description in a line."""
     used = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     cache = f", {machine['cache_mib']} MiB of third-level cache" if machine["cache_mib"] else ""
-    return f"{machine['cpu']} ({machine['simd']}), {machine['cores']} cores{cache}, {machine['threads']} threads; {used}"
+    cpu = f"{machine['cpu']} ({machine['architecture']}, {machine['simd']}), {machine['cores']} cores{cache}"
+    return f"{cpu}, {machine['threads']} threads; {used}"

@@ -76,7 +76,7 @@ def measure(rows: list[Row], budget: float) -> dict[str, list[float]]:
                 if row.name not in slow:
                     timed(row, 1)
                 times[row.name].append(timed(row, calls[row.name][0]))
-    return times
+    return {name: [float(f"{s:.4g}") for s in seconds] for name, seconds in times.items()}  # more digits say nothing
 
 
 @contextmanager

@@ -189,12 +189,17 @@ def check_page(page: Path) -> tuple[str, str, str]:
     raise ValueError(f"{page} has no place for the tables; it needs, once each, a line {' or '.join(MARKS.values())}, and a line {END}")
 
 
-def write_page(page: Path, results: Results, source: Path, pictures: list[Path]) -> None:
-    """Replace what stands between a page's two marks."""
+def filled(page: Path, results: Results, source: Path | str, pictures: list[Path]) -> str:
+    """Return a page's text with the tables and pictures between its marks."""
     before, after, selection = check_page(page)
     here = page.resolve().parent
     head = f"{machine.sentence(results.machine)}; {results.date}; raw rounds in `{source}`."
     images = [f"![{ABOUT[path.stem]}]({os.path.relpath(path.resolve(), here)})" for path in pictures]
     chosen = tables(results) if selection == "all" else short(results)
-    body = "\n\n".join([head, *images, *(table.markdown() for table in chosen)])
-    page.write_text(f"{before}\n{body}\n{after}")
+    absent = [f"- {line}" for line in results.content["left_out"]] if selection == "all" else []
+    return "\n\n".join([before, head, *images, *(table.markdown() for table in chosen), "\n".join([*absent, after])])
+
+
+def write_page(page: Path, results: Results, source: Path | str, pictures: list[Path]) -> None:
+    """Replace what stands between a page's two marks."""
+    page.write_text(filled(page, results, source, pictures))
