@@ -339,6 +339,15 @@ def test_a_constant_batch_sums_without_bias():
         assert_close(fl.mse_loss(z, np.zeros_like(z)), np.float32(z[0] * z[0]), SUM[z.dtype])
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_largest_logarithms_sum_without_overflow(name, dtype):
+    """At z = t = 0 every factor of the product that collects logarithms is at its largest, 2."""
+    z = np.zeros(100_000, dtype)
+    loss = LOSSES[name].loss
+    want = loss(z, z, reduction="none").mean(dtype=np.float64)
+    assert_close(loss(z, z, reduction="mean"), want, SUM[z.dtype])
+
+
 def test_any_byte_but_0_is_true(rng):
     t = np.array([0, 1, 2, 255], np.uint8)
     z = np.zeros(4, np.float32)

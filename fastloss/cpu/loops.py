@@ -27,13 +27,15 @@ from fastloss.cpu.simd import Vector
 from fastloss.ops import fma, where
 from fastloss.plan import Operand, Spec
 
-# Four registers of AVX-512, or two of AVX2, which has half as many: with fewer, a step's chain of dependent instructions
-# leaves the units idle (BCE value+gradient in the cache: 0.90 ns an element with four registers, 1.05 with two); with more,
-# values spill.
-VECTOR_BYTES = 256 if vmath.HAS_AVX512 else 64
+# A step is four registers of AVX-512 or eight of AVX2: with fewer, its chain of dependent instructions leaves the units idle
+# (BCE value+gradient in the cache, ns an element, at 128, 256 and 512 bytes: AVX-512 0.50, 0.47, 0.51; AVX2, 64 to
+# 256 bytes 0.71, 0.55, 0.50).
+VECTOR_BYTES = 256
 REGISTER_BYTES = 64 if vmath.HAS_AVX512 else 32
 PREFETCH = 2048  # bytes, from a load to the lines it asks for
-BLOCK = 16  # steps summed in float32: a constant batch is summed within 2e-7; products stay finite up to 100
+# Steps whose elements are summed in float32: a lane adds up 64 of them, a constant batch within 2e-7; it multiplies as many
+# factors up to 2, whose product has to stay below 2**127.
+BLOCK = 64 * REGISTER_BYTES // VECTOR_BYTES
 
 I1, I64, DOUBLE = ir.IntType(1), ir.IntType(64), ir.DoubleType()
 SPECS: dict[str, Spec] = {}  # by key: Numba hands its intrinsics literal strings, not objects
