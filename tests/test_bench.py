@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -132,6 +133,19 @@ def test_a_peer_that_fails_is_said_and_the_others_are_measured(monkeypatch):
     batch = Batch(SMALL)
     assert "broken" not in [row.name for row, _ in suite.checked(batch, suite.rows(batch))]
     assert said == [f"broken is left out of {SMALL}: ZeroDivisionError: division by zero"]
+
+
+def test_what_does_not_fit_into_memory_is_said_and_left_out(monkeypatch):
+    said = []
+    suite = Suite(1, ["torch"], said.append)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=3 * 4096, total=1 << 30))
+    suite.run(SMALL, 0.0)
+    (entry,) = suite.results["cases"]
+    assert {row["name"].partition(",")[0] for row in entry["rows"]} == {"fastloss", "limit: triad"}
+    assert {line.partition(" is left out")[0] for line in said} == {"NumPy, stable", "NumPy, naive", "torch"}
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0, total=1 << 30))
+    suite.run(replace(SMALL, loss="mse_loss"), 0.0)
+    assert len(suite.results["cases"]) == 1
 
 
 def test_our_own_row_that_fails_is_an_error():

@@ -34,11 +34,8 @@ class Batch:
         self.extra = self.option()
 
     def buffers(self) -> tuple[Array, ...]:
-        """Return new arrays for the gradients, of the same layout; written to, so that their pages are there."""
-        buffers = tuple(np.empty_like(self.arrays[k]) for k in self.case.subject.slopes)
-        for buffer in buffers:
-            buffer[...] = 0
-        return buffers
+        """Return new arrays for the gradients, of the same layout; what is checked first brings their pages."""
+        return tuple(np.empty_like(self.arrays[k]) for k in self.case.subject.slopes)
 
     def logits(self) -> Array:
         """Return logits as they are at a training's start: most probabilities neither 0 nor 1."""

@@ -138,8 +138,9 @@ def threads(results: Results) -> Table:
 
 def start(results: Results) -> Table:
     """Return what a process pays before its first result."""
-    table = Table("A process's start, wall time of the whole process", ["", "time", "more than import numpy"])
-    rows = results.start
+    rows, compiled = results.start, results.content.get("kernels_compiled", {})
+    counts = ", ".join(f"{count} in the {process}" for process, count in compiled.items())
+    table = Table(f"Wall time of whole processes; kernels compiled: {counts}", ["", "time", "more than import numpy"])
     for name, row in rows.items():
         table.rows.append([name, duration(row.median), f"{duration(row.median - rows['import numpy'].median)}"])
     return table

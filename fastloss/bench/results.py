@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from fastloss.bench.cases import Case
+from fastloss.bench.ours import OURS
 from fastloss.bench.suite import FORMAT
 
-OURS = ("fastloss, out=", "fastloss")  # the row that stands for us: with `out`, or of the value alone
 LIMITS = ("limit: triad", "limit: dot product", "limit: dot product, then triad")
 PEERS = ("NumPy, stable", "NumPy, naive", "numexpr", "scikit-learn", "torch eager", "torch.compile", "JAX", "optax")
 

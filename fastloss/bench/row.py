@@ -85,8 +85,10 @@ class Expected:
 
     def errors(self, row: Row) -> dict[str, float]:
         """Run a row; return the errors of its value and gradients, relative to their sizes. Raises `WrongError` where one is large."""
-        assert row.read is not None
-        value, grads = row.read(row.run())
+        result = row.run()
+        if row.read is None:
+            return {}
+        value, grads = row.read(result)
         errors = {} if value is None else {"value": distance(np.float64(value), self.value)}
         if case_grads := [np.asarray(g)[: self.looked_at] for g in grads]:
             errors["gradient"] = float(np.max([distance(got, want) for got, want in zip(case_grads, self.grads, strict=True)]))

@@ -14,11 +14,13 @@ import fastloss as fl
 from fastloss.bench import machine, measure, ours, peers, start
 from fastloss.bench.batch import Batch
 from fastloss.bench.cases import BCE, MSE, Case
+from fastloss.bench.ours import OURS
 from fastloss.bench.row import Expected, Row, WrongError
 
 FORMAT = 1  # of the results file
 LARGE = 16 << 20  # bytes of logits from which memory is measured
-UNKNOWN_MEMORY = 6.0  # multiples of the logits: what a row may need whose memory was not measured
+FRUGAL = ("fastloss", "limit")  # rows that need no more than a gradient
+GREEDY = 8  # multiples of the logits that others may need, buffers included
 Say = Callable[[str], Any]
 
 
@@ -30,7 +32,6 @@ class Suite:
     peers: list[str]
     say: Say  # is told, in a line, what is left out
     results: dict[str, Any] = field(default_factory=dict)
-    memory: dict[str, float] = field(default_factory=dict)  # by row, in multiples of the logits, once it was measured
 
     def __post_init__(self) -> None:
         fl.set_num_threads(self.threads)
@@ -55,18 +56,20 @@ class Suite:
         yield from ours.limit_rows(batch, self.threads)
         yield from ours.numpy_rows(batch)
         for peer in self.peers:
+            if not self.fits(peer, batch):
+                continue
             try:
                 yield from peers.rows(peer, batch, self.threads)
             except Exception as error:  # whatever another library raises, the others are measured
                 self.leave_out(f"{peer} is left out of {batch.case}: {first_line(error)}")
 
     def checked(self, batch: Batch, rows: Iterable[Row]) -> list[tuple[Row, dict[str, float]]]:
-        """Return the rows that compute what they should, with their errors."""
+        """Return the rows that compute what they should, with their errors; each has run once then."""
         expected = Expected(batch)
         kept = []
         for row in rows:
             try:
-                kept.append((row, expected.errors(row) if row.read else {}))
+                kept.append((row, expected.errors(row)))
             except Exception as error:
                 if row.name.startswith("fastloss"):
                     raise
@@ -79,19 +82,19 @@ class Suite:
         batch = Batch(case)
         chosen = (row for row in self.rows(batch) if (names is None or row.name in names) and self.fits(row.name, batch))
         rows = self.checked(batch, chosen)
+        if not any(row.name in OURS for row, _ in rows):
+            return
         times = measure.measure([row for row, _ in rows], budget)
         entry: dict[str, Any] = asdict(case) | {"shape": case.shape, "rows": []}
         for row, errors in rows:
             extra = measure.extra_memory(row) if row.read and not names and batch.arrays[0].nbytes >= LARGE else None
             entry["rows"].append({"name": row.name, "seconds": times[row.name], "errors": errors, "extra_bytes": extra})
-            if extra is not None and case == Case():
-                self.memory[row.name] = extra / batch.arrays[0].nbytes
         self.results["cases"].append(entry)
 
     def fits(self, name: str, batch: Batch) -> bool:
-        """Whether memory is left for a row, by what it took on another batch."""
+        """Whether there is memory for a row, or for all of a peer's."""
         free = 0.9 * psutil.virtual_memory().available / 2**30
-        needed = (2 + self.memory.get(name, UNKNOWN_MEMORY)) * batch.arrays[0].nbytes / 2**30
+        needed = (1 if name.startswith(FRUGAL) else GREEDY) * batch.arrays[0].nbytes / 2**30
         if needed > free:
             self.leave_out(f"{name} is left out of {batch.case}: it may need {needed:.1f} GiB of memory, and {free:.1f} are free")
         return bool(needed <= free)
