@@ -17,9 +17,6 @@ from fastloss.bench.batch import SCALE, Array, Batch
 from fastloss.bench.cases import CURVE
 from fastloss.bench.row import Result, Row
 
-ALONE = 1 << 17  # elements up to which waking a second thread costs the limit more than it saves
-
-
 OURS = ("fastloss, out=", "fastloss")  # the row that stands for us: with `out`, or of the value alone
 PLAIN = "fastloss, plain"  # float32, contiguous, without an option
 ALONE = 1 << 17  # elements up to which waking a second thread costs the limit more than it saves

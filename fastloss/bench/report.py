@@ -14,6 +14,7 @@ from tabulate import tabulate
 from fastloss.bench import goals, machine
 from fastloss.bench.cases import SIZES, Case
 from fastloss.bench.compare import Change
+from fastloss.bench.ours import PLAIN
 from fastloss.bench.results import PEERS, Measured, Results
 
 MISSED = "missed"
@@ -103,7 +104,7 @@ def overview(cases: Mapping[Case, Measured]) -> Table:
     """Return a line a case: ours, against the limit, and how much faster than each peer."""
     peers = [name for name in PEERS if any(name in m.rows for m in cases.values())]
     headings = ["", "fastloss", "x the limit", *peers]
-    table = Table("Every case: fastloss with out=, and how many times as long the others take", headings)
+    table = Table("Time of fastloss with out=, and how many times as long the others take", headings)
     for case, measured in cases.items():
         if case.size in SIZES:
             ratios = [measured.ratio(name, measured.ours.name) for name in peers]
@@ -113,13 +114,15 @@ def overview(cases: Mapping[Case, Measured]) -> Table:
 
 
 def ways(results: Results) -> Table:
-    """Return what buffers save: a fresh gradient and in place, against `out`."""
-    table = Table("Ways to call, over the time with out=", ["", "fresh gradient", "in place", "plain: float32, contiguous, no option"])
+    """Return what buffers save, and what dtypes, layouts and options cost."""
+    headings = ["", "with out=", "fresh gradient, x that", "in place, x that", "x float32, contiguous, without option"]
+    table = Table("Buffers, dtypes, layouts and options", headings)
     for case, measured in results.measured.items():
-        names = ("fastloss, fresh gradient", "fastloss, in place", "fastloss, plain")
-        ratios = [measured.ratio(name, measured.ours.name) for name in names]
-        if case.size == "large" and any(ratios[1:]):
-            table.rows.append([title(case), *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
+        ours = measured.ours.name
+        ratios = [measured.ratio(name, ours) for name in ("fastloss, fresh gradient", "fastloss, in place")]
+        ratios.append(measured.ratio(ours, PLAIN))
+        if case.size == Case().size and any(ratios[1:]):
+            table.rows.append([title(case), duration(measured.ours.median), *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
     return table
 
 

@@ -109,17 +109,19 @@ def exp_reduced(r: Vector, r_low: Vector, fmt: Format) -> tuple[Vector, Vector, 
 
 
 def exp(x: Vector, low: Any = 0.0) -> Vector:
-    """Return e**(x + low) = 2**n e**r; 2**n is applied in two factors, so that subnormal results round once."""
+    """Return e**(x + low) = 2**n e**r; without AVX-512 2**n is applied in two factors, so that subnormal results round once."""
     if x.bounds[1] <= 0.0:
         return exp_of_negative(x, low)[0]
     fmt = FORMATS[x.bits]
     least, most = fmt.exp_range
-    half = (fmt.bias + 1) // 2
     x = where(x < least, least, where(x > most, most, x))
-    _, whole, r, r_low = reduced(x, low, 0, fmt)
+    n, whole, r, r_low = reduced(x, low, 0, fmt)
+    e_r, _, _ = exp_reduced(r, r_low, fmt)
+    if HAS_AVX512:
+        return e_r.times_power_of_two(n).within(0.0, inf)
+    half = (fmt.bias + 1) // 2
     negative = x < 0.0
     first = power_of_two(whole + where(negative, whole.splat(half), whole.splat(-half)), fmt)
-    e_r, _, _ = exp_reduced(r, r_low, fmt)
     return (e_r * first * where(negative, e_r.splat(2.0**-half), 2.0**half)).within(0.0, inf)
 
 
