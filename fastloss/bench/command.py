@@ -29,8 +29,8 @@ AXES = {
     "layout": cases.LAYOUTS,
     "option": cases.OPTIONS[1:],
 }
-DESCRIPTION = """Time the losses, in turn, against NumPy, the peers that are installed, and what the memory allows: a quick run of about
-a minute, every case of record with --full, or the cells that are named."""
+DESCRIPTION = """Time the losses, in turn, against NumPy, the peers that are installed, and what the memory allows: a quick run of a
+minute or two, every case of record with --full, or the cells that are named."""
 
 
 def main(arguments: list[str]) -> int:
