@@ -1,8 +1,9 @@
 """Say what of two results files got slower or faster beyond the noise.
 
-A machine drifts between two runs, so a row is compared by its ratio to the limit of its own case and run, which was timed in
-turn with it. The noise is that of the medians, by resampling the rounds, and on top what two runs of the same code differ by,
-because their arrays lie elsewhere in memory.
+A machine drifts between two runs, and so a row is compared by its ratio to the limit of its own case and run too, which was timed
+in turn with it; the limit has noise of its own, and so by its time too: what changed has changed in both. The noise is that of the
+medians, by resampling the rounds, and on top what two runs of the same code differ by, because their arrays lie elsewhere in
+memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ BETWEEN_RUNS = 1.1  # what medians of two runs of the same code differ by, beyon
 
 @dataclass(frozen=True)
 class Change:
-    """How a row's time over the limit's changed, with the interval that it lies in."""
+    """How a row's time changed, and the interval that this and its change over the limit's lie in."""
 
     what: str
     ratio: float
@@ -48,14 +49,10 @@ def compare(before: Results, after: Results) -> list[Change]:
 def change(what: str, old: Measured, new: Measured, name: str) -> Change:
     """Return the change of a row."""
     rng = np.random.default_rng(0)
-    samples = over_limit(new, name, rng) / over_limit(old, name, rng)
-    low, middle, high = np.quantile(samples, (SURE[0], 0.5, SURE[1]))
-    return Change(what, float(middle), float(low), float(high))
-
-
-def over_limit(measured: Measured, name: str, rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """Return samples of the ratio of a row's median to the limit's."""
-    return resampled(measured.rows[name], rng) / resampled(measured.limit, rng)
+    times = resampled(new.rows[name], rng) / resampled(old.rows[name], rng)
+    over_limit = times / (resampled(new.limit, rng) / resampled(old.limit, rng))
+    low, high = np.quantile([times, over_limit], SURE, axis=1)
+    return Change(what, float(np.median(times)), float(low.min()), float(high.max()))
 
 
 def resampled(row: Timing, rng: np.random.Generator) -> npt.NDArray[np.float64]:

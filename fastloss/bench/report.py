@@ -161,7 +161,7 @@ def aims(results: Results) -> Table:
 
 def changes(found: list[Change]) -> Table:
     """Return what changed beyond the noise."""
-    table = Table("Changed beyond the noise, as time over the limit", ["", "new / old", "99 % interval", ""])
+    table = Table("Changed beyond the noise", ["", "new / old", "interval, also over the limit", ""])
     for change in sorted(found, key=lambda c: -c.ratio):
         if change.verdict != "same":
             table.rows.append([change.what, f"{change.ratio:.2f}", f"{change.low:.2f} - {change.high:.2f}", change.verdict])
