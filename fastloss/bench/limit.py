@@ -21,6 +21,12 @@ from fastloss.bench.machine import allowed_cpus
 
 Array = npt.NDArray[Any]
 
+LOADS = Template("""%pa = getelementptr $a, ptr %a, i64 %i
+  %pb = getelementptr $b, ptr %b, i64 %i
+  %x = load <$lanes x $a>, ptr %pa, align 1
+  %raw = load <$lanes x $b>, ptr %pb, align 1
+  %y = $widen""")
+
 TRIAD = Template("""
 define void @$name(ptr %out, ptr %a, ptr %b, i64 %n) {
   br label %check
@@ -31,12 +37,8 @@ check:
   br i1 %more, label %loop, label %done
 loop:
   $prefetch
-  %pa = getelementptr $a, ptr %a, i64 %i
-  %pb = getelementptr $b, ptr %b, i64 %i
+  $loads
   %po = getelementptr $a, ptr %out, i64 %i
-  %x = load <$lanes x $a>, ptr %pa, align 1
-  %raw = load <$lanes x $b>, ptr %pb, align 1
-  %y = $widen
   %z = $add <$lanes x $a> %x, %y
   store <$lanes x $a> %z, ptr %po, align 64, !nontemporal !0
   br label %check
@@ -58,11 +60,7 @@ check:
   %more = icmp sle i64 %next, %n
   br i1 %more, label %loop, label %done
 loop:
-  %pa = getelementptr $a, ptr %a, i64 %i
-  %pb = getelementptr $b, ptr %b, i64 %i
-  %x = load <$lanes x $a>, ptr %pa, align 1
-  %raw = load <$lanes x $b>, ptr %pb, align 1
-  %y = $widen
+  $loads
   %xy = $mul <$lanes x $a> %x, %y
   %t = $add <$lanes x $a> %s, %xy
   br label %check
@@ -109,7 +107,8 @@ class Limit:
         operations = {"add": "fadd", "mul": "fmul"} if of_float else {"add": "add", "mul": "mul"}
         same = f"bitcast <{self.lanes} x {b}> %raw to <{self.lanes} x {a}>"
         widen = same if a == b else f"{'uitofp' if of_float else 'zext'} <{self.lanes} x {b}> %raw to <{self.lanes} x {a}>"
-        words = {"a": a, "b": b, "lanes": self.lanes, "widen": widen, **operations}
+        words = {"a": a, "b": b, "lanes": self.lanes, **operations}
+        words["loads"] = LOADS.substitute(words, widen=widen)
         ahead = Template(AHEAD).substitute(words, distance=_PREFETCH // self.width)
         triads = [TRIAD.substitute(words, name=name, prefetch=text) for name, text in (("triad", ""), ("prefetched", ahead))]
         return [*triads, DOT.substitute(words)]

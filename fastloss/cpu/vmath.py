@@ -6,6 +6,7 @@ NaN goes through; infinities and poles have their limits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any
@@ -193,13 +194,7 @@ def log1p_of_fraction(x: Vector) -> Vector:
     high, low = FORMATS[x.bits].ln2
     beyond = x > 2.0**0.5 - 1.0
     f = where(beyond, fma(x, 0.5, -0.5), x)
-    if x.bits == 32:
-        rest = log_rest_32(f)
-        near = where(beyond, rest + low, rest) + f
-    else:
-        half_square, rest = f * f * 0.5, log_rest(f)
-        near = f - (half_square - where(beyond, rest + low, rest))
-    return where(beyond, near + high, near)
+    return log_with(f, lambda rest: where(beyond, rest + low, rest), lambda near: where(beyond, near + high, near))
 
 
 def log1p(x: Vector) -> Vector:
@@ -252,18 +247,17 @@ def exponent(u: Vector, fmt: Format) -> Vector:
 
 
 def log_near_one(f: Vector, k: Vector) -> Vector:
-    """Return k log 2 + log(1 + f), the small parts added first."""
-    fmt = FORMATS[f.bits]
-    high, low = fmt.ln2
+    """Return k log 2 + log(1 + f)."""
+    high, low = FORMATS[f.bits].ln2
+    return log_with(f, lambda rest: fma(k, low, rest), lambda near: fma(k, high, near))
+
+
+def log_with(f: Vector, add_low: Callable[[Vector], Vector], add_high: Callable[[Vector], Vector]) -> Vector:
+    """Return log(1 + f) with the two parts of a multiple of log 2 added, the small one to what is small."""
     if f.bits == 32:
-        return fma(k, high, fma(k, low, log_rest_32(f)) + f)
+        return add_high(add_low(f * f * fma(f, estrin(f, FORMATS[32].log_terms), -0.5)) + f)
     half_square, rest = f * f * 0.5, log_rest(f)
-    return fma(k, high, f - (half_square - fma(k, low, rest)))
-
-
-def log_rest_32(f: Vector) -> Vector:
-    """Return log(1 + f) - f, for float32."""
-    return f * f * fma(f, estrin(f, FORMATS[32].log_terms), -0.5)
+    return add_high(f - (half_square - add_low(rest)))
 
 
 def log_rest(f: Vector) -> Vector:
