@@ -37,6 +37,12 @@ class Batch:
         """Return new arrays for the gradients, of the same layout; what is checked first brings their pages."""
         return tuple(np.empty_like(self.arrays[k]) for k in self.case.subject.slopes)
 
+    def divisor(self) -> Any:
+        """Return by what the reduction divides the sum."""
+        if self.case.reduction == "sum":
+            return 1
+        return self.extra["mask"].sum() if "mask" in self.extra else self.case.elements
+
     def logits(self) -> Array:
         """Return logits as they are at a training's start: most probabilities neither 0 nor 1."""
         return self.place(3 * self.normal(), self.dtype)

@@ -28,10 +28,10 @@ LATENTS = 256  # numbers in the latent code of an image
 
 @dataclass(frozen=True)
 class Subject:
-    """A loss: the names of the arrays it is given, and how many of the first and last have gradients."""
+    """A loss, and what it is given."""
 
     short: str
-    arrays: tuple[str, ...] = ("logits", "targets")
+    arrays: tuple[str, ...] = ("logits", "targets")  # of a batch, by name
     slopes: tuple[int, ...] = (0,)  # which arguments have gradients
     reduction: str | None = None  # where it is not a choice
     axes: int = 1  # that its arrays need at least

@@ -15,7 +15,7 @@ from fastloss.bench import limit as limits
 from fastloss.bench import naive
 from fastloss.bench.batch import SCALE, Array, Batch
 from fastloss.bench.cases import CURVE
-from fastloss.bench.row import Result, Row
+from fastloss.bench.row import Result, Row, as_tuple, split, weighted
 
 OURS = ("fastloss, out=", "fastloss")  # the row that stands for us: with `out`, or of the value alone
 PLAIN = "fastloss, plain"  # float32, contiguous, without an option
@@ -59,8 +59,8 @@ def call(
 
 def read_result(part: str, result: Any) -> Result:
     """Return value and gradients of what a call of fastloss returned."""
-    value, grads = result if part == "value_and_grad" else (result, ()) if part == "value" else (None, result)
-    return getattr(value, "total", value), grads if isinstance(grads, tuple) else (grads,)
+    value, grads = split(part, result)
+    return getattr(value, "total", value), as_tuple(grads)
 
 
 def in_place(batch: Batch) -> Row:
@@ -103,16 +103,11 @@ def in_float(batch: Batch) -> list[Array]:
 def stable(batch: Batch) -> Result:
     """Compute value and gradients by the reference, in the dtype of the arrays, whichever of them the case asks for."""
     case = batch.case
-    function = getattr(reference, case.loss)
     if case.subject.reduction:
-        value, grads = function(*in_float(batch))
-        return value, grads if isinstance(grads, tuple) else (grads,)
-    extra = dict(batch.extra)
-    parameters = {"pos_weight": extra.pop("pos_weight")} if "pos_weight" in extra else {}
-    value, *slopes = function(*in_float(batch), **parameters)
-    for factor in extra.values():
-        value, slopes = value * factor, [slope * factor for slope in slopes]
-    count = (extra["mask"].sum() if "mask" in extra else value.size) if case.reduction == "mean" else 1
+        value, grads = getattr(reference, case.loss)(*in_float(batch))
+        return value, as_tuple(grads)
+    value, slopes = weighted(case.loss, in_float(batch), batch.extra)
+    count = batch.divisor()
     return value.sum(dtype=np.float64) / count, [(slope / value.dtype.type(count)).astype(batch.dtype, copy=False) for slope in slopes]
 
 
@@ -121,7 +116,7 @@ def written_down(batch: Batch) -> Result:
     case = batch.case
     with np.errstate(all="ignore"):
         value, *slopes = naive.FORMULAS[case.loss](*in_float(batch))
-        count = case.elements if case.reduction == "mean" else 1
+        count = batch.divisor()
         return (
             None if case.part == "grad" else value().sum() / count,
             [] if case.part == "value" else [(slope() / count).astype(batch.dtype, copy=False) for slope in slopes],

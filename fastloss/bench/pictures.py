@@ -99,8 +99,7 @@ def memory(results: Results) -> Any:
     measured = results.measured.get(Case())
     if measured is None:
         return None
-    size = measured.case.elements * 4
-    extra = {name: row.extra_bytes / size for name, row in measured.rows.items() if row.extra_bytes is not None}
+    extra = {name: multiple for name in measured.rows if (multiple := measured.memory(name)) is not None}
     if not extra:
         return None
     names = sorted(extra, key=lambda name: -extra[name])

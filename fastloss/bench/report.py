@@ -81,14 +81,13 @@ def details(measured: Measured) -> Table:
     headings = ["", "time", "quartiles", "x the limit", "fastloss is faster by", "memory, x logits", "error"]
     table = Table(title(measured.case), headings)
     ours, limit = measured.ours.median, measured.limit.median
-    size = measured.case.elements * 4
     for name, row in sorted(measured.rows.items(), key=lambda item: item[1].median):
         low, high = row.quartiles
-        memory = "" if row.extra_bytes is None else f"{row.extra_bytes / size:.1f}"
+        memory = measured.memory(name)
         error = row.errors.get("gradient", row.errors.get("value"))
         faster = f"{row.median / ours:.1f} x" if name in PEERS else ""
         times = [duration(row.median), f"{duration(low)} - {duration(high)}", f"{row.median / limit:.2f}"]
-        table.rows.append([name, *times, faster, memory, "" if error is None else f"{error:.0e}"])
+        table.rows.append([name, *times, faster, "" if memory is None else f"{memory:.1f}", "" if error is None else f"{error:.0e}"])
     return table
 
 
@@ -129,13 +128,11 @@ def ways(results: Results) -> Table:
 def threads(results: Results) -> Table:
     """Return times by the number of threads."""
     table = Table("Threads", ["", "threads", "time", "x faster than 1 thread"])
-    for entry in results.threads:
-        first: dict[str, float] = {}
-        for row in entry["rows"]:
-            seconds = sorted(row["seconds"])[len(row["seconds"]) // 2]
-            first.setdefault(row["name"], seconds)
-            name = f"{Case(entry['loss']).subject.short}: {row['name']}"
-            table.rows.append([name, str(row["threads"]), duration(seconds), f"{first[row['name']] / seconds:.2f}"])
+    first: dict[str, float] = {}
+    for case, count, row in results.threads:
+        name = f"{case.subject.short}: {row.name}"
+        alone = first.setdefault(name, row.median)
+        table.rows.append([name, str(count), duration(row.median), f"{alone / row.median:.2f}"])
     return table
 
 

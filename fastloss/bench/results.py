@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,11 @@ class Measured:
         """The row that stands for the memory."""
         return next(self.rows[name] for name in LIMITS if name in self.rows)
 
+    def memory(self, name: str) -> float | None:
+        """Return the extra memory of a row in multiples of the logits, where it was measured."""
+        extra = self.rows[name].extra_bytes
+        return None if extra is None else extra / (self.case.elements * 4)
+
     def ratio(self, name: str, against: str) -> float | None:
         """Return how many times as long one row takes as another."""
         row, other = self.rows.get(name), self.rows.get(against)
@@ -74,22 +79,30 @@ class Results:
         self.measured = {m.case: m for m in map(read_case, content["cases"])}
 
     @property
-    def threads(self) -> list[dict[str, Any]]:
-        """What was measured on 1 to all threads."""
-        found: list[dict[str, Any]] = self.content["threads"]
-        return found
+    def threads(self) -> list[tuple[Case, int, Timing]]:
+        """What was measured on 1 to all threads: the case, how many, and the rounds."""
+        entries = [(to_case(entry), row) for entry in self.content["threads"] for row in entry["rows"]]
+        return [(case, row["threads"], to_timing(row)) for case, row in entries]
 
     @property
     def start(self) -> dict[str, Timing]:
         """What a process pays before its first result."""
-        return {row["name"]: Timing(row["name"], tuple(row["seconds"]), {}, None) for row in self.content.get("start", [])}
+        return {row["name"]: to_timing(row) for row in self.content.get("start", [])}
 
 
 def read_case(entry: dict[str, Any]) -> Measured:
     """Return a case of the file."""
-    case = Case(**{name: entry[name] for name in ("loss", "part", "dtype", "size", "layout", "option")})
-    rows = [Timing(row["name"], tuple(row["seconds"]), row["errors"], row["extra_bytes"]) for row in entry["rows"]]
-    return Measured(case, {row.name: row for row in rows})
+    return Measured(to_case(entry), {row["name"]: to_timing(row) for row in entry["rows"]})
+
+
+def to_case(entry: dict[str, Any]) -> Case:
+    """Return the cell of the table that an entry names."""
+    return Case(**{axis.name: entry[axis.name] for axis in fields(Case)})
+
+
+def to_timing(row: dict[str, Any]) -> Timing:
+    """Return the rounds of a row, with what else was noted of it."""
+    return Timing(row["name"], tuple(row["seconds"]), row.get("errors", {}), row.get("extra_bytes"))
 
 
 def load(path: Path) -> Results:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,18 +70,14 @@ class Expected:
     def of_whole(self) -> Result:
         """Return value and gradients of a loss that is not a sum."""
         value, grads = getattr(reference, self.batch.case.loss)(*self.widened(slice(None)))
-        return value, grads if isinstance(grads, tuple) else (grads,)
+        return value, as_tuple(grads)
 
     def of_part(self, part: slice) -> Result:
         """Return what a part of the batch adds to the value, and its gradients."""
-        case, extra = self.batch.case, self.batch.extra
-        named = {name: x[part] if x.shape == case.shape else x for name, x in extra.items()}
-        parameters = {"pos_weight": named["pos_weight"]} if "pos_weight" in named else {}
-        value, *slopes = getattr(reference, case.loss)(*self.widened(part), **parameters)
-        factor: Any = np.float64(named.get("weight", 1.0)) * named.get("mask", 1.0)
-        if case.reduction == "mean":
-            factor = factor / (extra["mask"].sum() if "mask" in extra else case.elements)
-        return (value * factor).sum(), [slope * factor for slope in slopes]
+        case, divisor = self.batch.case, self.batch.divisor()
+        extra = {name: x[part] if x.shape == case.shape else x for name, x in self.batch.extra.items()}
+        value, slopes = weighted(case.loss, self.widened(part), extra)
+        return value.sum() / divisor, [slope / divisor for slope in slopes]
 
     def errors(self, row: Row) -> dict[str, float]:
         """Run a row; return the errors of its value and gradients, relative to their sizes. Raises `WrongError` where one is large."""
@@ -98,6 +94,26 @@ class Expected:
         if wrong or not errors:
             raise WrongError(f"its result is off by {wrong[0]:.1e}" if wrong else "it has no result")
         return errors
+
+
+def weighted(loss: str, arrays: Sequence[Array], extra: Mapping[str, Array]) -> tuple[Array, list[Array]]:
+    """Return value and slopes of every element by the reference, with a case's option."""
+    factors = dict(extra)
+    parameters = {"pos_weight": factors.pop("pos_weight")} if "pos_weight" in factors else {}
+    value, *slopes = getattr(reference, loss)(*arrays, **parameters)
+    for factor in factors.values():
+        value, slopes = value * factor, [slope * factor for slope in slopes]
+    return value, slopes
+
+
+def split(part: str, result: Any) -> tuple[Any, Any]:
+    """Return value and gradients of what a call of a pass returned: both, the value, or the gradients."""
+    return result if part == "value_and_grad" else (result, ()) if part == "value" else (None, result)
+
+
+def as_tuple(grads: Any) -> tuple[Array, ...]:
+    """Return gradients as a tuple, also where there is one, by itself."""
+    return grads if isinstance(grads, tuple) else (grads,)
 
 
 def distance(got: npt.ArrayLike, want: npt.ArrayLike) -> float:

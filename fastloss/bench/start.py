@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from tempfile import TemporaryDirectory
 
 ARRAYS = "import numpy as np; z = np.linspace(-3, 3, 1000, dtype=np.float32); t = (z > 0).astype(np.float32); "
 FIRST = ARRAYS + "import fastloss as fl; fl.binary_cross_entropy_with_logits.value_and_grad(z, t); "
@@ -17,6 +16,7 @@ TORCH = ARRAYS + (
     "import torch; F = torch.nn.functional; z, t = torch.from_numpy(z).requires_grad_(), torch.from_numpy(t); "
     "loss = {}; loss(z, t).backward()"
 )
+CACHED = "fastloss, first call, from the disk cache"
 PROGRAMS = {
     "torch": {
         "torch eager, first call": TORCH.format("F.binary_cross_entropy_with_logits"),
@@ -38,23 +38,20 @@ def run(code: str, **environment: str) -> tuple[float, str]:
 
 def measure(peers: Sequence[str], rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Return the seconds of every program in every round, in turn; and how many kernels the two first calls compiled."""
-    times: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryDirectory() as warm:
-        compiled = int(run(COUNT, FASTLOSS_CACHE_DIR=warm)[1].split()[0])
-        again = int(run(COUNT, FASTLOSS_CACHE_DIR=warm)[1].split()[0])
-        programs = {
-            "import numpy": ("import numpy", warm),
-            "import fastloss": ("import fastloss", warm),
-            "fastloss, first call, from the disk cache": (FIRST, warm),
-            "fastloss, first call, nothing cached": (FIRST, empty),
-        }
-        for peer in peers:
-            programs |= {name: (code, empty) for name, code in PROGRAMS.get(peer, {}).items()}
+    programs = {
+        "import numpy": "import numpy",
+        "import fastloss": "import fastloss",
+        CACHED: FIRST,
+        "fastloss, first call, nothing cached": FIRST,
+    }
+    for peer in peers:
+        programs |= PROGRAMS.get(peer, {})
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    with TemporaryDirectory() as warm:
+        compiled, again = (int(run(COUNT, FASTLOSS_CACHE_DIR=warm)[1].split()[0]) for _ in range(2))
         for _ in range(rounds):
-            for name, (code, folder) in programs.items():
-                for file in Path(empty).iterdir():
-                    file.unlink() if file.is_file() else None
-                with tempfile.TemporaryDirectory() as inductor:
-                    seconds, _ = run(code, FASTLOSS_CACHE_DIR=folder, TORCHINDUCTOR_CACHE_DIR=inductor)
-                times.setdefault(name, []).append(seconds)
+            for name, code in programs.items():
+                with TemporaryDirectory() as empty:
+                    folders = {"FASTLOSS_CACHE_DIR": warm if name == CACHED else empty, "TORCHINDUCTOR_CACHE_DIR": empty}
+                    times[name].append(run(code, **folders)[0])
     return times, {"first process": compiled, "second process": again}

@@ -31,7 +31,7 @@ class Suite:
     threads: int
     peers: list[str]
     say: Say  # is told, in a line, what is left out
-    results: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         fl.set_num_threads(self.threads)

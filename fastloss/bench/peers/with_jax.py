@@ -12,7 +12,7 @@ import numpy as np
 
 from fastloss.bench.batch import SCALE, Batch
 from fastloss.bench.peers.formulas import FORMULAS, reduced
-from fastloss.bench.row import Result, Row
+from fastloss.bench.row import Result, Row, split
 
 XP = SimpleNamespace(
     abs=jnp.abs, exp=jnp.exp, log=jnp.log, log1p=jnp.log1p, sigmoid=jax.nn.sigmoid, softplus=jax.nn.softplus, where=jnp.where,
@@ -40,7 +40,7 @@ def row(batch: Batch, name: str, formula: Callable[..., Any]) -> Row:
     arrays = [jnp.asarray(x) for x in batch.arrays]
 
     def read(result: Any) -> Result:
-        value, grads = result if case.part == "value_and_grad" else (result, ()) if case.part == "value" else (None, result)
+        value, grads = split(case.part, result)
         return value, [np.asarray(g) for g in grads]
 
     return Row(name, lambda: jax.block_until_ready(compiled(*arrays)), read)
