@@ -18,7 +18,8 @@ import numpy as np
 
 from fastloss.ops import VOCABULARY, FormulaError, Symbol
 
-QUANTITIES = ("value", "slope", "curvature")
+# what a formula may return, in this order: the last three are the derivatives by the target, by both, and twice by the target
+QUANTITIES = ("value", "slope", "curvature", "target_slope", "cross_curvature", "target_curvature")
 OPTIONS = {"mask": None, "ignore_index": None, "target_scale": None, "grad_output": None, "out": None, "validate": False}
 RESERVED = {"self", "input", "target", "weight", "reduction", *OPTIONS, *QUANTITIES}
 
@@ -64,10 +65,10 @@ def _reference(arg: Any) -> Reference:
 class Formula:
     """A function of one element's input `z` and target `t`, and of the loss's parameters, each a number or an element."""
 
-    def __init__(self, function: Callable[..., Any], names: tuple[str, ...] = QUANTITIES, least: int | None = None) -> None:
+    def __init__(self, function: Callable[..., Any], names: tuple[str, ...] = QUANTITIES, counts: tuple[int, ...] = ()) -> None:
         if not inspect.isfunction(function):
             raise FormulaError(f"a formula is a function (def or lambda), not {function!r}")
-        self.function, self._all_names, self._least = function, names, len(names) if least is None else least
+        self.function, self._all_names, self._counts = function, names, counts or (len(names),)
         self.defaults = _defaults(function)
         # what a call leaves at its default is a constant, which may ask for less (a power of 2 is a product), or None, of which
         # a formula may ask whether it was given: so it is read in every way it may be called
@@ -109,8 +110,8 @@ class Formula:
         z, t, *rest = (_Trace(steps, f"%{name}") for name in ("input", "target", *parameters))
         try:
             result = self.function(z, t, **dict(zip(parameters, rest, strict=True)))
-            if not isinstance(result, tuple) or not self._least <= len(result) <= len(self._all_names):
-                accepted = (", ".join(self._all_names[:n]) for n in range(self._least, len(self._all_names) + 1))
+            if not isinstance(result, tuple) or len(result) not in self._counts:
+                accepted = (", ".join(self._all_names[:n]) for n in self._counts)
                 raise FormulaError(f"a formula returns {' or '.join(f'({names})' for names in accepted)}")
             if any(isinstance(quantity, _Trace) and quantity.is_condition for quantity in result):
                 raise FormulaError(_MIXED[False])

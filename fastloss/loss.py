@@ -1,13 +1,15 @@
 """`Loss`, what every loss can do, and `elementwise_loss`, which makes one out of a formula.
 
-A `Loss` is called for the value; its methods give slopes and curvatures. What a call does with its arrays and options is
-in `call.py`.
+A `Loss` is called for the value; its methods give slopes and curvatures. What a call does with NumPy's arrays and options is
+in `call.py`; arrays of a framework go through that framework's door (`fastloss.torch`).
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, overload
 
@@ -18,7 +20,59 @@ from fastloss.formula import OPTIONS, Formula
 from fastloss.plan import Array, is_float
 
 
-class Loss:
+def find_door(array: Any) -> Any:
+    """Return what takes a framework's arrays; None if the array is not of one. What nobody has imported has made no array."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        from fastloss.torch import autograd
+
+        return autograd
+    return None
+
+
+class AnyLoss:
+    """What losses of every kind have: a name, and one way for a call's arrays, whoever made them, to the passes over memory."""
+
+    __name__: str
+    __qualname__: str
+    _reduction = "mean"  # the default
+    overwrites = True  # whether one gradient may take the place of the input
+
+    def __reduce__(self) -> str:
+        return self.__qualname__  # pickled by name, as functions are
+
+    def _register(self, *formulas: Formula) -> None:
+        """Make the loss known under a key that is another one for another formula of the same name."""
+        module = getattr(self, "__module__", "")
+        own = module.partition(".")[0] == "fastloss"
+        traces = "".join(formula.trace(tuple(formula.defaults)) for formula in formulas)
+        digest = hashlib.sha256(traces.encode()).hexdigest()[:16]
+        self.key = self.__qualname__ if own else f"{module}.{self.__qualname__} {digest}"
+        LOSSES[self.key] = self
+
+    def _run(
+        self, summed: tuple[str, ...], wanted: tuple[str, ...], first: Any, second: Any, weight: Any, reduction: str | None,
+        options: dict[str, Any]
+    ) -> tuple[Any, list[Any]]:  # fmt: skip
+        """Return the reduced value, if it is summed, and the arrays that are wanted."""
+        reduction = self._reduction if reduction is None else reduction
+        if type(first) is not np.ndarray and (door := find_door(first)) is not None:
+            outcome: tuple[Any, list[Any]] = door.run(self, summed, wanted, first, second, weight, reduction, options)
+            return outcome
+        return self._compute(summed, wanted, first, second, weight, reduction, options)
+
+    def _compute(
+        self, summed: tuple[str, ...], wanted: tuple[str, ...], first: Any, second: Any, weight: Any, reduction: str,
+        options: dict[str, Any]
+    ) -> tuple[Any, list[Any]]:  # fmt: skip
+        """Do the same for NumPy's arrays."""
+        raise NotImplementedError
+
+
+LOSSES: dict[str, AnyLoss] = {}  # by key: how a compiled graph names them
+
+
+class Loss(AnyLoss):
     """A loss function: call it for the value; `grad`, `value_and_grad` and `curvature` take the same arguments.
 
     Args:
@@ -48,23 +102,18 @@ class Loss:
     A mean of no elements, all masked or the input empty, is NaN with a RuntimeWarning.
     """
 
-    __name__: str
-    __qualname__: str
-
     def __init__(self, function: Callable[..., Any], unit: tuple[str, ...], bounds: Bounds, reduction: str) -> None:
-        formula = Formula(function, least=2)
+        formula = Formula(function, counts=(2, 3, 6))
         if unknown := bounds.keys() - formula.defaults.keys():
             raise ValueError(f"bounds are given for {', '.join(sorted(unknown))}, which {function.__name__} does not have")
         self._definition = Definition(formula, bounds, unit, (*formula.defaults, "weight", "reduction", *OPTIONS))
         self._reduction = reduction
         functools.update_wrapper(self, function, updated=())
         self.__signature__ = signature(("input", "target"), reduction, {**formula.defaults, **OPTIONS})
+        self._register(formula)
 
     def __repr__(self) -> str:
         return f"<loss {self.__name__}{self.__signature__}>"
-
-    def __reduce__(self) -> str:
-        return self.__qualname__  # pickled by name, as functions are
 
     def __call__(self, input: Any, target: Any, weight: Any = None, reduction: str | None = None, **options: Any) -> Any:
         """Return the loss: a float64 number, one a sample, or with reduction "none" an array of the input's dtype."""
@@ -95,17 +144,19 @@ class Loss:
 
     def curvature(self, input: Any, target: Any, weight: Any = None, reduction: str | None = None, **options: Any) -> Array:
         """Return the second derivative with respect to each element of the input: the diagonal of the Hessian."""
-        if "curvature" not in self._definition.formula.names:
-            raise NotImplementedError(f"{self.__name__} has no curvature: its formula returns (value, slope)")
+        self.require("curvature")
         return self._run((), ("curvature",), input, target, weight, reduction, options)[1][0]
 
-    def _run(
-        self, summed: tuple[str, ...], wanted: tuple[str, ...], input: Any, target: Any, weight: Any, reduction: str | None,
+    def require(self, quantity: str) -> None:
+        """Refuse what the formula does not return."""
+        if quantity not in (names := self._definition.formula.names):
+            raise NotImplementedError(f"{self.__name__} has no {quantity}: its formula returns ({', '.join(names)})")
+
+    def _compute(
+        self, summed: tuple[str, ...], wanted: tuple[str, ...], first: Any, second: Any, weight: Any, reduction: str,
         options: dict[str, Any]
     ) -> tuple[Any, list[Array]]:  # fmt: skip
-        """Return the reduced value, if it is summed, and the arrays that are wanted."""
-        reduction = self._reduction if reduction is None else reduction
-        return Call(self._definition, input, target, weight, reduction, options).compute(summed, wanted)
+        return Call(self._definition, first, second, weight, reduction, options).compute(summed, wanted)
 
 
 def refuse_grad_output(options: Mapping[str, Any]) -> None:
@@ -168,7 +219,9 @@ def elementwise_loss(
             return v, d / v
 
     The first two arguments are an element of the input and of the target; the slope is the derivative by the first, the
-    curvature, if it is given, the second. Further arguments are the loss's parameters, each with a number as its default, or
+    curvature, if it is given, the second. A formula whose targets are to have gradients too returns six: (value, slope,
+    curvature, target_slope, cross_curvature, target_curvature), with the derivatives by the target, by both, and twice by
+    the target. Further arguments are the loss's parameters, each with a number as its default, or
     None for one that may be absent, which the formula may ask; a call gives numbers, or arrays that broadcast against the
     input, and what it leaves at its default is a constant of the kernel. The names of options (see `Loss`) are taken. A
     formula may not branch on an element, and computes with operators and the functions of `fastloss.ops` alone; helpers

@@ -214,7 +214,7 @@ def test_what_cannot_be_compiled_fails_at_once_and_names_the_line(function, line
         (lambda z, t: (where((z > 0) & t, z, t), 1.0), "take conditions such as z > 0, not numbers"),
         (lambda z, t, scale: (z * scale, 1.0), "the parameter scale has no default; accepted: a number, or None"),
         (lambda z, t, kind="l2": (z - t, 1.0), "the parameter kind has the default 'l2'; accepted: a number, or None"),
-        (lambda z, t, mask=1.0: (z * mask, 1.0), "the parameter mask is given by name, and may not be called curvature,"),
+        (lambda z, t, mask=1.0: (z * mask, 1.0), "the parameter mask is given by name, and may not be called cross_curvature, curvature,"),
         (lambda z, t, *rest: (z - t, 1.0), "names each of its parameters, without * or **"),
         (lambda z, t, **rest: (z - t, 1.0), "names each of its parameters, without * or **"),
         (lambda z, t, a=None, b=None: (z * (1 if a is None else a) + (z.real if a is None and b is not None else 0), 1.0), "'real'"),

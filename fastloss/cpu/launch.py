@@ -67,7 +67,7 @@ class Launch:
         if self.is_small:
             self.kernel(frame, self.layout)
         else:
-            POOL.run(self.kernel, frame, self.layout, self.ranges, (arrays, scale))
+            POOL.run(self.kernel, frame, self.layout, self.ranges, [arrays, scale])
         if self.by_group:
             shape = (self.plan.groups, -1, self.partials)
             partials = np.frombuffer(memoryview(frame), np.float64, self.partials * self.ranges, self.partials_at).reshape(shape)

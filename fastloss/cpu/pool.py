@@ -43,11 +43,12 @@ class Pool:
         self._workers = 0
         self._starting = threading.Lock()
 
-    def run(self, kernel: Callable[..., None], frame: Any, layout: Any, ranges: int, keep: Any) -> None:
+    def run(self, kernel: Callable[..., None], frame: Any, layout: Any, ranges: int, keep: list[Any]) -> None:
         """Call `kernel(frame, layout)` on the caller's thread and on helpers; return when every range is finished.
 
         `frame[1]` counts finished ranges. `keep` is what the frame points to; jobs hold it, so that memory outlives a caller
-        who is interrupted.
+        who is interrupted. It is emptied at the end: a worker may not be the last to let go of an array, because what frees
+        PyTorch's gives up the GIL in the middle, and a thread that asks for it back while Python exits ends the process.
         """
         helpers = min(self.threads, ranges) - 1
         if helpers > self._workers:
@@ -58,6 +59,7 @@ class Pool:
         kernel(frame, layout)
         while frame[1] < ranges:  # at most the length of one range: others are finishing theirs
             give_way()
+        keep.clear()
 
     def _start(self, count: int) -> None:
         with self._starting, contextlib.suppress(RuntimeError):  # no more threads to be had: fewer help

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastloss.call import LARGEST, Call, Definition, as_array, as_buffers, bounded, check_apart, refuse_unknown, to_float
 from fastloss.formula import Formula
-from fastloss.loss import refuse_grad_output, signature
+from fastloss.loss import AnyLoss, find_door, refuse_grad_output, signature
 from fastloss.losses.logistic import binary_cross_entropy_with_logits, mse_with_logits_loss
 from fastloss.ops import exp, minimum, polynomial, where
 from fastloss.plan import Array, check_dtype, check_output
@@ -23,26 +23,23 @@ _EXP_TERMS = tuple(1.0 / factorial(k) for k in range(2, 24))
 _EXP_35 = math.exp(35.0)  # an eighth of a unit in the last place off, in float32 and in float64
 
 
-class LatentLoss:
+class LatentLoss(AnyLoss):
     """A loss of two arrays, mu and logvar, with gradients to both: called and asked for gradients as a `Loss` is.
 
     Where a `Loss` returns or takes one gradient, this does a pair: `grad`, `curvature`, and `out`.
     """
 
-    __name__: str
-    __qualname__: str
+    overwrites = False
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        formula = Formula(function, ("value", "slope", "target_slope", "curvature", "target_curvature"))
+        formula = Formula(function)
         self._definition = Definition(formula, {}, (), ("weight", "reduction", *_OPTIONS), buffers=2)
         functools.update_wrapper(self, function, updated=())
         self.__signature__ = signature(("mu", "logvar"), "mean", dict.fromkeys(_OPTIONS))
+        self._register(formula)
 
     def __repr__(self) -> str:
         return f"<loss {self.__name__}>"
-
-    def __reduce__(self) -> str:
-        return self.__qualname__
 
     def __call__(self, mu: Any, logvar: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Any:
         """Return the loss: a float64 number, one a sample, or with reduction "none" an array of mu's dtype."""
@@ -73,11 +70,11 @@ class LatentLoss:
         curvatures = self._run((), ("curvature", "target_curvature"), mu, logvar, weight, reduction, options)[1]
         return curvatures[0], curvatures[1]
 
-    def _run(
-        self, summed: tuple[str, ...], wanted: tuple[str, ...], mu: Any, logvar: Any, weight: Any, reduction: str, options: dict[str, Any]
-    ) -> tuple[Any, list[Array]]:
-        """Return the reduced value, if it is summed, and the arrays that are wanted."""
-        mu, logvar = as_array("mu", mu), as_array("logvar", logvar)
+    def _compute(
+        self, summed: tuple[str, ...], wanted: tuple[str, ...], first: Any, second: Any, weight: Any, reduction: str,
+        options: dict[str, Any]
+    ) -> tuple[Any, list[Array]]:  # fmt: skip
+        mu, logvar = as_array("mu", first), as_array("logvar", second)
         check_latents(mu, logvar)
         call = Call(self._definition, mu, logvar, weight, reduction, options)
         check_apart(call.buffers(), {"mu": mu, "logvar": logvar}, ("mu", "logvar"))
@@ -132,7 +129,7 @@ def gaussian_kl_loss(mu: Any, logvar: Any) -> Any:
     half_expm1 = where(near, 0.5 * (logvar + excess), half_exp - 0.5)
     # beyond 1000 exp is inf, and inf - inf would be NaN
     half_excess = where(near, 0.5 * excess, half_expm1 - 0.5 * minimum(logvar, 1000.0))
-    return (0.5 * mu) * mu + half_excess, mu, half_expm1, 1.0, half_exp
+    return (0.5 * mu) * mu + half_excess, mu, 1.0, half_expm1, 0.0, half_exp
 
 
 class VAEValue(NamedTuple):

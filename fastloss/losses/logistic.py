@@ -82,19 +82,21 @@ def binary_cross_entropy_with_logits(z: Any, t: Any, pos_weight: Any = None, lab
 
     Source: Good, "Rational Decisions", 1952; on images in [0, 1], Kingma and Welling, "Auto-Encoding Variational Bayes", 2013.
     """
-    t = _smooth(t, label_smoothing)
+    t, kept = _smooth(t, label_smoothing), 1.0 if label_smoothing is None else 1.0 - label_smoothing
     e, s = tail(z)
     if pos_weight is None:
         wrong = where(z > 0.0, 1.0 - t, t)
         value = add_log1p(times(abs(z), wrong), e)
-        slope, curvature = wrong - s, variance(s)
+        slope, curvature, target_slope, cross = wrong - s, variance(s), -z, -1.0
     else:
         positive, negative = pos_weight * t, 1.0 - t
         mass = positive + negative
         wrong = where(z > 0.0, negative, positive)
         value = times(abs(z), wrong) + mass * log1p(e)
         slope, curvature = wrong - mass * s, mass * variance(s)
-    return value, where(z > 0.0, slope, -slope), curvature
+        target_slope = where(z > 0.0, -z, times(-z, pos_weight)) + (pos_weight - 1.0) * log1p(e)
+        cross = where(z > 0.0, s - 1.0 - pos_weight * s, pos_weight * (s - 1.0) - s)
+    return value, where(z > 0.0, slope, -slope), curvature, kept * target_slope, kept * cross, 0.0
 
 
 @elementwise_loss(unit=("input", "target"))
@@ -128,7 +130,8 @@ def binary_cross_entropy(z: Any, t: Any) -> Any:
     least, least_rest = maximum(z, 1e-12), maximum(rest, 1e-12)
     curvature = t / (least * least) + (1.0 - t) / (least_rest * least_rest)
     spread = z * rest
-    return value, where(spread < 0.0, nan, z - t) / maximum(spread, 1e-12), curvature
+    spread = where(spread < 0.0, nan, maximum(spread, 1e-12))
+    return value, (z - t) / spread, curvature, minimum(-log(z), 100.0) - minimum(-log1p(-z), 100.0), -1.0 / spread, 0.0
 
 
 @elementwise_loss(unit=("target",), bounds={"alpha": (-inf, 1.0), "gamma": (0.0, inf)}, reduction="none")
@@ -168,9 +171,20 @@ def sigmoid_focal_loss(z: Any, t: Any, alpha: Any = 0.25, gamma: Any = 2.0) -> A
     missed = probability_missed(s, wrong)
     rate = where(spread == 0.0, 0.0, spread / missed) * (1.0 - 2.0 * t)
     pull = where(rate == 0.0, 0.0, rate * cross_entropy)  # at infinite logits the cross-entropy is inf, and the rate 0
-    discount = where(alpha >= 0.0, alpha * t + (1.0 - alpha) * (1.0 - t), 1.0) * pow(missed, gamma)
+    share, power = where(alpha >= 0.0, alpha * t + (1.0 - alpha) * (1.0 - t), 1.0), pow(missed, gamma)
+    discount = share * power
     bend = 2.0 * rate * error + opposite * pull + (gamma - 1.0) * rate * pull
-    return discount * cross_entropy, discount * (error + gamma * pull), discount * (spread + gamma * bend)
+    # by the target: m changes by 1 - 2 p, the cross-entropy by -z, the share of the class by 2 alpha - 1
+    turn, tilt = where(missed == 0.0, 0.0, opposite / missed), where(alpha >= 0.0, 2.0 * alpha - 1.0, 0.0)
+    lift = gamma * turn * cross_entropy - z
+    target_slope = power * (tilt * cross_entropy + share * lift)
+    turned = turn * error - (2.0 * where(spread == 0.0, 0.0, spread / missed) + turn * rate) * cross_entropy
+    cross = gamma * rate * target_slope + power * (tilt * error + share * (gamma * turned - 1.0))
+    target_bend = tilt * (lift - z) - share * gamma * turn * (turn * cross_entropy + z)
+    return (
+        discount * cross_entropy, discount * (error + gamma * pull), discount * (spread + gamma * bend),
+        target_slope, cross, gamma * turn * target_slope + power * target_bend,
+    )  # fmt: skip
 
 
 @elementwise_loss
@@ -201,7 +215,8 @@ def mse_with_logits_loss(z: Any, t: Any) -> Any:
     miss = where(z > 0.0, 1.0 - t, t) - s
     spread = variance(s)
     slope = 2.0 * miss * spread
-    return miss * miss, where(z > 0.0, slope, -slope), 2.0 * spread * (spread - miss * (1.0 - 2.0 * s))
+    curvature = 2.0 * spread * (spread - miss * (1.0 - 2.0 * s))
+    return miss * miss, where(z > 0.0, slope, -slope), curvature, where(z > 0.0, -2.0 * miss, 2.0 * miss), -2.0 * spread, 2.0
 
 
 @TargetLoss

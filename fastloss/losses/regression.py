@@ -20,6 +20,11 @@ def _sign(d: Any) -> Any:
     return where(d > 0.0, 1.0, where(d < 0.0, -1.0, d))
 
 
+def _of_difference(value: Any, slope: Any, curvature: Any) -> Any:
+    """Return all quantities of a loss of d = z - t: what it gains with the input, it loses with the target."""
+    return value, slope, curvature, -slope, -curvature, curvature
+
+
 def _lost(z: Any, t: Any, d: Any) -> Any:
     """Return what d = z - t was rounded by: (z - t) - d, exactly (Knuth's two-sum)."""
     t_read = z - d
@@ -48,7 +53,7 @@ def mse_loss(z: Any, t: Any) -> Any:
     Source: Legendre, "Nouvelles méthodes pour la détermination des orbites des comètes", 1805.
     """
     d = z - t
-    return d * d, 2.0 * d, 2.0
+    return _of_difference(d * d, 2.0 * d, 2.0)
 
 
 @elementwise_loss
@@ -73,7 +78,7 @@ def l1_loss(z: Any, t: Any) -> Any:
     Source: Laplace, "Mémoire sur la probabilité des causes par les évènements", 1774.
     """
     d = z - t
-    return abs(d), _sign(d), 0.0
+    return _of_difference(abs(d), _sign(d), 0.0)
 
 
 @elementwise_loss(bounds={"beta": (0.0, inf)})
@@ -105,7 +110,7 @@ def smooth_l1_loss(z: Any, t: Any, beta: Any = 1.0) -> Any:
     size, ratio = abs(d), d / beta
     near = size < beta
     value = where(near, 0.5 * d * ratio, size - 0.5 * beta)
-    return value, where(near, ratio, _sign(d)), where(near, 1.0 / beta, 0.0)
+    return _of_difference(value, where(near, ratio, _sign(d)), where(near, 1.0 / beta, 0.0))
 
 
 @elementwise_loss(bounds={"delta": (ABOVE_0, inf)})
@@ -136,7 +141,7 @@ def huber_loss(z: Any, t: Any, delta: Any = 1.0) -> Any:
     size = abs(d)
     near = size <= delta
     value = where(near, 0.5 * d * d, delta * (size - 0.5 * delta))
-    return value, where(near, d, delta * _sign(d)), where(near, 1.0, 0.0)
+    return _of_difference(value, where(near, d, delta * _sign(d)), where(near, 1.0, 0.0))
 
 
 @elementwise_loss
@@ -174,4 +179,4 @@ def log_cosh_loss(z: Any, t: Any) -> Any:
     slope = tanh(d)
     # the curvature falls as exp(-2 |d|), where an error of d counts 2 |d| times: what the subtraction lost is put back
     curvature = 4.0 * variance(sigmoid(minus_2d))
-    return value, slope, where(curvature == 0.0, 0.0, fma(-2.0 * slope * lost, curvature, curvature))
+    return _of_difference(value, slope, where(curvature == 0.0, 0.0, fma(-2.0 * slope * lost, curvature, curvature)))

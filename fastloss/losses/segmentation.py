@@ -25,7 +25,7 @@ from fastloss.call import (
     warn_of_nothing,
 )
 from fastloss.formula import OPTIONS, Formula
-from fastloss.loss import refuse_grad_output, signature
+from fastloss.loss import AnyLoss, refuse_grad_output, signature
 from fastloss.losses.logistic import probability_missed, tail, times, variance
 from fastloss.ops import abs, add_log1p, where
 from fastloss.plan import REDUCTIONS, Array
@@ -42,17 +42,23 @@ def _sums(z: Any, t: Any) -> Any:
 
 
 def _slopes(z: Any, t: Any, score: Any = None, rate: Any = None, entropy_rate: Any = None) -> Any:
-    """Return rate p (1 - p) (score - 2 t), and the slope of the cross-entropy times its rate; what is not given is left out."""
+    """Return rate p (1 - p) (score - 2 t), and the slope of the cross-entropy times its rate; what is not given is left out.
+
+    And by the target: rate (score - 2 p), and -z times the rate of the cross-entropy.
+    """
     _, s = tail(z)
     slope: Any = 0.0
+    target_slope: Any = 0.0
     if score is not None and rate is not None:
         slope = rate * variance(s) * (score - 2.0 * t)
+        target_slope = rate * (score - 2.0 * where(z > 0.0, 1.0 - s, s))
     if entropy_rate is not None:
         slope = slope + entropy_rate * where(z > 0.0, (1.0 - t) - s, s - t)
-    return (slope,)
+        target_slope = target_slope - entropy_rate * z
+    return slope, target_slope
 
 
-_SUMS, _SLOPES = Formula(_sums, ("overlap", "missed", "entropy")), Formula(_slopes, ("slope",))
+_SUMS, _SLOPES = Formula(_sums, ("overlap", "missed", "entropy")), Formula(_slopes, ("slope", "target_slope"))
 
 
 class _Dice(NamedTuple):
@@ -63,7 +69,7 @@ class _Dice(NamedTuple):
     size: Array  # sum of p + t, and smooth
 
 
-class DiceLoss:
+class DiceLoss(AnyLoss):
     """A Dice loss, alone or with cross-entropy: called for the value; `grad` and `value_and_grad` take the same arguments."""
 
     def __init__(self, name: str, doc: str, with_entropy: bool) -> None:
@@ -74,28 +80,33 @@ class DiceLoss:
         options = (*self._settings, "weight", "reduction", *OPTIONS)
         self.first, self.second = (Definition(formula, {}, ("target",), options) for formula in (_SUMS, _SLOPES))
         self.__signature__ = signature(("input", "target"), "mean", {**self._settings, **OPTIONS})
+        self._register(_SUMS, _SLOPES)
 
     def __repr__(self) -> str:
         return f"<loss {self.__name__}{self.__signature__}>"
-
-    def __reduce__(self) -> str:
-        return self.__qualname__
 
     def __call__(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Any:
         """Return the loss: a float64 number, or an array of them, one a sample or one a group."""
         refuse_grad_output(options)
         if options.get("out") is not None:
             raise ValueError("out takes the gradient, and the value alone has none: use grad or value_and_grad")
-        return _Passes(self, input, target, weight, reduction, options).value()
+        return self._run(("value",), (), input, target, weight, reduction, options)[0]
 
     def grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Array:
         """Return the gradient with respect to the input, in the input's dtype."""
-        return _Passes(self, input, target, weight, reduction, options).slope()
+        return self._run((), ("slope",), input, target, weight, reduction, options)[1][0]
 
     def value_and_grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> tuple[Any, Array]:
         """Return the loss and its gradient with respect to the input, from two passes over memory."""
-        passes = _Passes(self, input, target, weight, reduction, options)
-        return passes.value(), passes.slope()
+        value, outputs = self._run(("value",), ("slope",), input, target, weight, reduction, options)
+        return value, outputs[0]
+
+    def _compute(
+        self, summed: tuple[str, ...], wanted: tuple[str, ...], first: Any, second: Any, weight: Any, reduction: str,
+        options: dict[str, Any]
+    ) -> tuple[Any, list[Array]]:  # fmt: skip
+        passes = _Passes(self, first, second, weight, reduction, dict(options))
+        return passes.value() if summed else None, passes.slopes(wanted) if wanted else []
 
     def settings(self, options: dict[str, Any]) -> dict[str, Any]:
         """Take this loss's own options out of the others."""
@@ -197,14 +208,14 @@ class _Passes:
             return self.over_groups(counts)
         return self.shape[0] if self.reduction == "batchmean" else 1
 
-    def slope(self) -> Array:
-        """Make the second pass, and return the gradient."""
+    def slopes(self, wanted: tuple[str, ...]) -> list[Array]:
+        """Make the second pass, and return the gradients that are wanted."""
         with np.errstate(all="ignore"):
             call = self.call.derive(self.loss.second, self.slope_parameters())
         call.kept = 0
-        outputs = call.make_outputs(("slope",))
-        call.run((), ("slope",), outputs, borrowed=call.out is not None)
-        return outputs[0]
+        outputs = call.make_outputs(wanted)
+        call.run((), wanted, outputs, borrowed=call.out is not None)
+        return outputs
 
     def slope_parameters(self) -> dict[str, Array]:
         """Return what the formula of the slope needs to know of the sums, to broadcast with the input."""
