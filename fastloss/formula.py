@@ -76,10 +76,10 @@ class Formula:
         for given in itertools.product((False, True), repeat=len(self.defaults)):
             parameters = tuple(itertools.compress(self.defaults, given))
             self._traces[parameters] = self._read(parameters)
-        counts = {len(quantities) for _, quantities in self._traces.values()}
-        if len(counts) > 1:
+        found = {len(quantities) for _, quantities in self._traces.values()}
+        if len(found) > 1:
             raise FormulaError(f"{function.__name__}: with and without its parameters, a formula returns the same number of quantities")
-        self.names = names[: counts.pop()]
+        self.names = names[: found.pop()]
 
     def quantities(self, z: Any, t: Any, parameters: dict[str, Any]) -> dict[str, Any]:
         """Return what the formula returns for one element, by name; elements are given as symbols.

@@ -15,7 +15,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from fastloss.call import Bounds, Call, Definition, as_array
+from fastloss.call import Bounds, Call, Definition, as_array, kept_axes
 from fastloss.formula import OPTIONS, Formula
 from fastloss.plan import Array, is_float
 
@@ -36,13 +36,18 @@ class AnyLoss:
     __name__: str
     __qualname__: str
     _reduction = "mean"  # the default
+    operands: tuple[str, str] = ("input", "target")
+    defaults: Mapping[str, Any] = {}  # of settings that are not a formula's
     overwrites = True  # whether one gradient may take the place of the input
+    options: tuple[str, ...]  # the names that are accepted beside those of the operands
+    key: str  # the loss's own, in LOSSES
 
     def __reduce__(self) -> str:
         return self.__qualname__  # pickled by name, as functions are
 
-    def _register(self, *formulas: Formula) -> None:
-        """Make the loss known under a key that is another one for another formula of the same name."""
+    def _register(self, options: tuple[str, ...], *formulas: Formula) -> None:
+        """Make the loss known, under a key that is another one for another formula of the same name."""
+        self.options = options
         module = getattr(self, "__module__", "")
         own = module.partition(".")[0] == "fastloss"
         traces = "".join(formula.trace(tuple(formula.defaults)) for formula in formulas)
@@ -50,21 +55,32 @@ class AnyLoss:
         self.key = self.__qualname__ if own else f"{module}.{self.__qualname__} {digest}"
         LOSSES[self.key] = self
 
+    def writes_value(self, reduction: str) -> bool:
+        """Whether the value is an array like the first operand, and so not summed but wanted."""
+        return reduction == "none"
+
+    def value_shape(self, shape: tuple[int, ...], reduction: str, options: Mapping[str, Any]) -> tuple[int, ...]:
+        """Return the shape of the value, of operands of a shape."""
+        return shape if reduction == "none" else shape[: kept_axes(reduction, shape)]
+
+    def require(self, quantity: str) -> None:
+        """Refuse what the loss's formula does not return."""
+
     def _run(
         self, summed: tuple[str, ...], wanted: tuple[str, ...], first: Any, second: Any, weight: Any, reduction: str | None,
         options: dict[str, Any]
-    ) -> tuple[Any, list[Any]]:  # fmt: skip
-        """Return the reduced value, if it is summed, and the arrays that are wanted."""
+    ) -> tuple[Any, list[Array]]:  # fmt: skip
+        """Return the reduced value, if it is summed, and the arrays that are wanted; of tensors, tensors."""
         reduction = self._reduction if reduction is None else reduction
         if type(first) is not np.ndarray and (door := find_door(first)) is not None:
-            outcome: tuple[Any, list[Any]] = door.run(self, summed, wanted, first, second, weight, reduction, options)
+            outcome: tuple[Any, list[Array]] = door.run(self, summed, wanted, first, second, weight, reduction, options)
             return outcome
         return self._compute(summed, wanted, first, second, weight, reduction, options)
 
     def _compute(
         self, summed: tuple[str, ...], wanted: tuple[str, ...], first: Any, second: Any, weight: Any, reduction: str,
         options: dict[str, Any]
-    ) -> tuple[Any, list[Any]]:  # fmt: skip
+    ) -> tuple[Any, list[Array]]:  # fmt: skip
         """Do the same for NumPy's arrays."""
         raise NotImplementedError
 
@@ -110,7 +126,7 @@ class Loss(AnyLoss):
         self._reduction = reduction
         functools.update_wrapper(self, function, updated=())
         self.__signature__ = signature(("input", "target"), reduction, {**formula.defaults, **OPTIONS})
-        self._register(formula)
+        self._register(self._definition.options, formula)
 
     def __repr__(self) -> str:
         return f"<loss {self.__name__}{self.__signature__}>"
@@ -182,10 +198,12 @@ class TargetLoss:
 
     def __call__(self, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Any:
         """Return the value, as a loss does; with reduction "none" in the target's dtype, or float32 for integers."""
-        t = as_array("target", target)
-        unread = np.broadcast_to(np.zeros((), t.dtype if is_float(t.dtype) else np.float32), t.shape)
         if "grad_output" in options:
             raise TypeError(f"{self._loss.__name__} has no gradient, and so no grad_output")
+        if (door := find_door(target)) is not None:
+            return self._loss(door.unread_like(target), target, weight, reduction, **options)
+        t = as_array("target", target)
+        unread = np.broadcast_to(np.zeros((), t.dtype if is_float(t.dtype) else np.float32), t.shape)
         return self._loss(unread, t, weight, reduction, **options)
 
 

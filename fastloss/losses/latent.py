@@ -29,6 +29,7 @@ class LatentLoss(AnyLoss):
     Where a `Loss` returns or takes one gradient, this does a pair: `grad`, `curvature`, and `out`.
     """
 
+    operands = ("mu", "logvar")
     overwrites = False
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -36,7 +37,7 @@ class LatentLoss(AnyLoss):
         self._definition = Definition(formula, {}, (), ("weight", "reduction", *_OPTIONS), buffers=2)
         functools.update_wrapper(self, function, updated=())
         self.__signature__ = signature(("mu", "logvar"), "mean", dict.fromkeys(_OPTIONS))
-        self._register(formula)
+        self._register(self._definition.options, formula)
 
     def __repr__(self) -> str:
         return f"<loss {self.__name__}>"
@@ -204,7 +205,7 @@ class VAELoss:
     ) -> VAEValue:
         """Return the objective and its two parts."""
         refuse_grad_output(options)
-        refuse_unknown(options, _VAE_OPTIONS)
+        refuse_unknown(options, _VAE_OPTIONS if find_door(reconstruction_logits) is None else (*_VAE_OPTIONS, "inplace_grad"))
         loss, beta = _part(reconstruction), bounded("beta", beta, (0.0, LARGEST))
         _check_batch(reconstruction_logits, mu, logvar)
         divergence = gaussian_kl_loss(mu, logvar, reduction="batchmean")
@@ -229,6 +230,11 @@ class VAELoss:
         **options: Any,
     ) -> tuple[VAEValue, VAEGradient]:
         """Return the objective with its two parts, and the three gradients."""
+        if (door := find_door(reconstruction_logits)) is not None:
+            operands = {"reconstruction_logits": reconstruction_logits, "images": images, "mu": mu, "logvar": logvar}
+            options |= {"reconstruction": reconstruction, "beta": beta, "grad_output": grad_output, "out": out}
+            result: tuple[VAEValue, VAEGradient] = door.through_arrays(self.value_and_grad, operands, options)
+            return result
         refuse_unknown(options, (*_VAE_OPTIONS, "grad_output", "out"))
         loss, beta = _part(reconstruction), bounded("beta", beta, (0.0, LARGEST))
         upstream = to_float("grad_output", grad_output)
@@ -260,16 +266,16 @@ def _part(reconstruction: str) -> Any:
 def _together(reconstruction: Any, beta: float, divergence: Any) -> VAEValue:
     """Return the objective; with beta = 0 the divergence does not count, not even if it is infinite."""
     with np.errstate(all="ignore"):
-        return VAEValue(np.float64(reconstruction + (beta * divergence if beta else 0.0)), reconstruction, divergence)
+        return VAEValue(reconstruction + (beta * divergence if beta else 0.0), reconstruction, divergence)
 
 
 def _check_batch(reconstruction_logits: Any, mu: Any, logvar: Any) -> None:
     """Refuse latents of another batch than the images'."""
-    mu, logvar = as_array("mu", mu), as_array("logvar", logvar)
-    check_latents(mu, logvar)
-    batch, codes = np.shape(reconstruction_logits)[:1], mu.shape[:1]
-    if not codes or batch != codes:
-        found = f"reconstruction_logits has shape {np.shape(reconstruction_logits)} and mu {mu.shape}"
+    if find_door(mu) is None:
+        check_latents(as_array("mu", mu), as_array("logvar", logvar))
+    images, codes = tuple(np.shape(reconstruction_logits)), tuple(np.shape(mu))
+    if not codes or images[:1] != codes[:1]:
+        found = f"reconstruction_logits has shape {images} and mu {codes}"
         raise ValueError(f"{found}; their first axes, the batch, must be equal")
 
 

@@ -6,6 +6,7 @@ became of the sums as parameters that broadcast.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from typing import Any, NamedTuple
 
@@ -75,12 +76,12 @@ class DiceLoss(AnyLoss):
     def __init__(self, name: str, doc: str, with_entropy: bool) -> None:
         self.__name__ = self.__qualname__ = name
         self.__doc__ = doc
-        self._settings = _SETTINGS | _WEIGHTS if with_entropy else _SETTINGS
+        self.defaults = {**_SETTINGS, **(_WEIGHTS if with_entropy else {})}
         self.with_entropy = with_entropy
-        options = (*self._settings, "weight", "reduction", *OPTIONS)
+        options = (*self.defaults, "weight", "reduction", *OPTIONS)
         self.first, self.second = (Definition(formula, {}, ("target",), options) for formula in (_SUMS, _SLOPES))
-        self.__signature__ = signature(("input", "target"), "mean", {**self._settings, **OPTIONS})
-        self._register(_SUMS, _SLOPES)
+        self.__signature__ = signature(("input", "target"), "mean", {**self.defaults, **OPTIONS})
+        self._register(options, _SUMS, _SLOPES)
 
     def __repr__(self) -> str:
         return f"<loss {self.__name__}{self.__signature__}>"
@@ -108,15 +109,32 @@ class DiceLoss(AnyLoss):
         passes = _Passes(self, first, second, weight, reduction, dict(options))
         return passes.value() if summed else None, passes.slopes(wanted) if wanted else []
 
+    def writes_value(self, reduction: str) -> bool:
+        """No: without a reduction the value is one number a group."""
+        return False
+
+    def value_shape(self, shape: tuple[int, ...], reduction: str, options: Mapping[str, Any]) -> tuple[int, ...]:
+        """Return the shape of the value; without a reduction (N, C), (N,), (C,) or ()."""
+        own = {**self.defaults, **options}
+        if reduction != "none":
+            return shape[:1] if reduction.startswith("sample") else ()
+        kept = shape[: leading_axes(own)]
+        return kept if own["per_sample"] else kept[1:]
+
     def settings(self, options: dict[str, Any]) -> dict[str, Any]:
         """Take this loss's own options out of the others."""
-        own = self._settings | {name: options.pop(name) for name in self._settings.keys() & options.keys()}
+        own = {**self.defaults} | {name: options.pop(name) for name in self.defaults.keys() & options.keys()}
         for name, value in own.items():
             if name.startswith("per_"):
                 check_flag(name, value)
             else:
                 own[name] = bounded(name, value, (0.0, LARGEST))
         return own
+
+
+def leading_axes(settings: Mapping[str, Any]) -> int:
+    """Return how many leading axes have sums of their own in the first pass."""
+    return 2 if settings["per_channel"] else 1 if settings["per_sample"] else 0
 
 
 class _Passes:
@@ -134,7 +152,7 @@ class _Passes:
 
     def leading_axes(self) -> int:
         """Return how many leading axes the first pass keeps apart."""
-        needed = 2 if self.set["per_channel"] else 1 if self.set["per_sample"] else 0
+        needed = leading_axes(self.set)
         if len(self.shape) < needed:
             axes, instead = ("two leading axes, samples and channels", "per_channel") if needed == 2 else ("a first axis", "per_sample")
             raise ValueError(f"input has shape {self.shape}; it needs {axes}; or pass {instead}=False")
@@ -152,17 +170,12 @@ class _Passes:
         if is_number(grad_output):
             return to_float("grad_output", grad_output)
         array = as_array("grad_output", grad_output)
-        check_upstream(array, self.result_shape(), self.reduction)
+        check_upstream(array, self.shape_of_value(), self.reduction)
         return array.astype(np.float64)
 
-    def group_shape(self) -> tuple[int, ...]:
-        """Return the shape of the Dice losses: (N, C), (N,), (C,) or ()."""
-        kept = self.shape[: self.call.kept]
-        return kept if self.set["per_sample"] else kept[1:]
-
-    def result_shape(self) -> tuple[int, ...]:
+    def shape_of_value(self) -> tuple[int, ...]:
         """Return the shape of the value."""
-        return self.group_shape() if self.reduction == "none" else self.shape[:1] if self.reduction.startswith("sample") else ()
+        return self.loss.value_shape(self.shape, self.reduction, self.set)
 
     def sum(self) -> None:
         """Make the first pass: the Dice losses, which of them are of any element, and the sums of the cross-entropy."""
@@ -192,7 +205,7 @@ class _Passes:
         weights = {"dice_weight": 1.0, "bce_weight": 0.0} | self.set
         with np.errstate(all="ignore"):  # a part of weight 0 does not count, not even where it is infinite
             terms = [weights[name] * self.reduced(*part) for name, *part in parts if weights[name]]
-            return np.add.reduce([*terms, np.zeros(self.result_shape())])[()]
+            return np.add.reduce([*terms, np.zeros(self.shape_of_value())])[()]
 
     def reduced(self, sums: Array, counts: Array) -> Any:
         """Return the sum of the groups' sums, over as many elements as the reduction says."""

@@ -1,0 +1,76 @@
+"""fastloss for PyTorch: modules and functions with PyTorch's names, arguments and errors, and `patch`, which puts them in place.
+
+    import fastloss.torch as ft
+
+    criterion = ft.BCEWithLogitsLoss()               # instead of torch.nn's
+    loss = criterion(logits, images)                 # one pass over memory, the gradient in it
+    loss.backward()
+
+The functions of `fastloss` itself take tensors too. On the CPU; tensors are read and written where they are.
+"""
+
+from fastloss import (
+    binary_entropy,
+    dice_bce_with_logits_loss,
+    dice_with_logits_loss,
+    gaussian_kl_loss,
+    log_cosh_loss,
+    mse_with_logits_loss,
+    vae_loss,
+)
+from fastloss.torch.functional import (
+    binary_cross_entropy,
+    binary_cross_entropy_with_logits,
+    huber_loss,
+    l1_loss,
+    mse_loss,
+    sigmoid_focal_loss,
+    smooth_l1_loss,
+)
+from fastloss.torch.modules import (
+    BCELoss,
+    BCEWithLogitsLoss,
+    DiceBCEWithLogitsLoss,
+    DiceWithLogitsLoss,
+    GaussianKLLoss,
+    HuberLoss,
+    L1Loss,
+    LogCoshLoss,
+    MSELoss,
+    MSEWithLogitsLoss,
+    SigmoidFocalLoss,
+    SmoothL1Loss,
+    VAELoss,
+)
+from fastloss.torch.patching import patch
+
+__all__ = [
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "DiceBCEWithLogitsLoss",
+    "DiceWithLogitsLoss",
+    "GaussianKLLoss",
+    "HuberLoss",
+    "L1Loss",
+    "LogCoshLoss",
+    "MSELoss",
+    "MSEWithLogitsLoss",
+    "SigmoidFocalLoss",
+    "SmoothL1Loss",
+    "VAELoss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "binary_entropy",
+    "dice_bce_with_logits_loss",
+    "dice_with_logits_loss",
+    "gaussian_kl_loss",
+    "huber_loss",
+    "l1_loss",
+    "log_cosh_loss",
+    "mse_loss",
+    "mse_with_logits_loss",
+    "patch",
+    "sigmoid_focal_loss",
+    "smooth_l1_loss",
+    "vae_loss",
+]

@@ -1,0 +1,169 @@
+"""Losses as modules: PyTorch's own with their arguments, buffers and repr, and modules for the losses it does not have.
+
+Each takes fastloss's options too: those that are numbers or flags where it is made, and all of them where it is called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.modules.loss import _Loss
+
+import fastloss
+from fastloss.torch import functional
+from fastloss.torch.tensors import Tensor
+
+
+class WithOptions(torch.nn.Module):
+    """A module that keeps options of fastloss and shows them."""
+
+    options: dict[str, Any]
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return ", ".join(f"{name}={x!r}" for name, x in self.options.items())
+
+
+class BCEWithLogitsLoss(WithOptions, torch.nn.BCEWithLogitsLoss):
+    """`torch.nn.BCEWithLogitsLoss`, by `fastloss.binary_cross_entropy_with_logits`."""
+
+    def __init__(
+        self, weight: Tensor | None = None, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean",
+        pos_weight: Tensor | None = None, **options: Any
+    ) -> None:  # fmt: skip
+        super().__init__(weight, size_average, reduce, reduction, pos_weight)
+        self.options = options
+
+    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
+        """Return the loss."""
+        given = {"weight": self.weight, "pos_weight": self.pos_weight, "reduction": self.reduction, **self.options, **options}
+        return functional.binary_cross_entropy_with_logits(input, target, **given)
+
+
+class BCELoss(WithOptions, torch.nn.BCELoss):
+    """`torch.nn.BCELoss`, by `fastloss.binary_cross_entropy`."""
+
+    def __init__(
+        self, weight: Tensor | None = None, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean",
+        **options: Any
+    ) -> None:  # fmt: skip
+        super().__init__(weight, size_average, reduce, reduction)
+        self.options = options
+
+    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
+        """Return the loss."""
+        given = {"weight": self.weight, "reduction": self.reduction, **self.options, **options}
+        return functional.binary_cross_entropy(input, target, **given)
+
+
+class MSELoss(WithOptions, torch.nn.MSELoss):
+    """`torch.nn.MSELoss`, by `fastloss.mse_loss`."""
+
+    def __init__(self, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean", **options: Any) -> None:
+        super().__init__(size_average, reduce, reduction)
+        self.options = options
+
+    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
+        """Return the loss."""
+        return functional.mse_loss(input, target, **{"reduction": self.reduction, **self.options, **options})
+
+
+class L1Loss(WithOptions, torch.nn.L1Loss):
+    """`torch.nn.L1Loss`, by `fastloss.l1_loss`."""
+
+    def __init__(self, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean", **options: Any) -> None:
+        super().__init__(size_average, reduce, reduction)
+        self.options = options
+
+    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
+        """Return the loss."""
+        return functional.l1_loss(input, target, **{"reduction": self.reduction, **self.options, **options})
+
+
+class SmoothL1Loss(WithOptions, torch.nn.SmoothL1Loss):
+    """`torch.nn.SmoothL1Loss`, by `fastloss.smooth_l1_loss`."""
+
+    def __init__(
+        self, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean", beta: float = 1.0, **options: Any
+    ) -> None:
+        super().__init__(size_average, reduce, reduction, beta)
+        self.options = options
+
+    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
+        """Return the loss."""
+        return functional.smooth_l1_loss(input, target, **{"reduction": self.reduction, "beta": self.beta, **self.options, **options})
+
+
+class HuberLoss(WithOptions, torch.nn.HuberLoss):
+    """`torch.nn.HuberLoss`, by `fastloss.huber_loss`."""
+
+    def __init__(self, reduction: str = "mean", delta: float = 1.0, **options: Any) -> None:
+        super().__init__(reduction, delta)
+        self.options = options
+
+    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
+        """Return the loss."""
+        return functional.huber_loss(input, target, **{"reduction": self.reduction, "delta": self.delta, **self.options, **options})
+
+
+class OwnLoss(WithOptions, _Loss):
+    """A loss that PyTorch does not have, as a module: its options where it is made or where it is called."""
+
+    loss: Any
+
+    def __init__(self, reduction: str = "mean", **options: Any) -> None:
+        super().__init__(reduction=reduction)
+        self.options = options
+
+    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Any:
+        """Return the loss."""
+        return self.loss(input, target, **{"reduction": self.reduction, **self.options, **options})
+
+
+class LogCoshLoss(OwnLoss):
+    """`fastloss.log_cosh_loss` as a module."""
+
+    loss = fastloss.log_cosh_loss
+
+
+class MSEWithLogitsLoss(OwnLoss):
+    """`fastloss.mse_with_logits_loss` as a module."""
+
+    loss = fastloss.mse_with_logits_loss
+
+
+class SigmoidFocalLoss(OwnLoss):
+    """`fastloss.sigmoid_focal_loss` as a module, with `alpha` and `gamma`; its reduction is "mean", as a module's."""
+
+    loss = fastloss.sigmoid_focal_loss
+
+
+class GaussianKLLoss(OwnLoss):
+    """`fastloss.gaussian_kl_loss` of mu and logvar as a module."""
+
+    loss = fastloss.gaussian_kl_loss
+
+
+class DiceWithLogitsLoss(OwnLoss):
+    """`fastloss.dice_with_logits_loss` as a module, with `smooth`, `per_channel` and `per_sample`."""
+
+    loss = fastloss.dice_with_logits_loss
+
+
+class DiceBCEWithLogitsLoss(OwnLoss):
+    """`fastloss.dice_bce_with_logits_loss` as a module, with the options of Dice, `dice_weight` and `bce_weight`."""
+
+    loss = fastloss.dice_bce_with_logits_loss
+
+
+class VAELoss(WithOptions):
+    """`fastloss.vae_loss` as a module, with `reconstruction` and `beta`; returns (total, reconstruction, divergence)."""
+
+    def __init__(self, reconstruction: str = "bce", beta: float = 1.0, **options: Any) -> None:
+        super().__init__()
+        self.options = {"reconstruction": reconstruction, "beta": beta, **options}
+
+    def forward(self, reconstruction_logits: Tensor, images: Tensor, mu: Tensor, logvar: Tensor, **options: Any) -> fastloss.VAEValue:
+        """Return the objective with its two parts."""
+        return fastloss.vae_loss(reconstruction_logits, images, mu, logvar, **{**self.options, **options})
