@@ -85,7 +85,7 @@ class LossFunction(torch.autograd.Function):
         return bound.as_value(value)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Any) -> Any:
         """Return the slopes, multiplied by what comes down the chain."""
         slopes, tensors = ctx.saved_tensors[: ctx.early], ctx.saved_tensors[ctx.early :]
         if torch.is_grad_enabled():  # the gradient is to be differentiated once more
@@ -202,7 +202,7 @@ def through_arrays(method: Callable[..., Any], operands: Mapping[str, Any], opti
     if not has_memory(tuple(given.values())):
         raise NotImplementedError("gradients of the objective as a whole are not for compiled code; differentiate its value")
     first, out = next(iter(operands.values())), options.get("out")
-    arrays = {name: to_array(x) for name, x in given.items()}
+    arrays: dict[str, Any] = {name: to_array(x) for name, x in given.items()}
     if out is not None:
         check_tensors((f"out[{k}]", x) for k, x in enumerate(out))
         arrays["out"] = tuple(map(to_array, out))

@@ -75,8 +75,7 @@ def smooth_l1_loss(
 
     Options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`; see `fastloss.Loss`.
     """
-    input, target = broadcast(input, target)
-    return compute(fastloss.smooth_l1_loss, input, target, None, chosen(reduction, size_average, reduce), beta=beta, **options)
+    return compute(fastloss.smooth_l1_loss, *broadcast(input, target), None, chosen(reduction, size_average, reduce), beta=beta, **options)
 
 
 def huber_loss(
@@ -87,8 +86,7 @@ def huber_loss(
     Options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`; see `fastloss.Loss`.
     """
     check_weight(input, weight)
-    input, target = broadcast(input, target)
-    return compute(fastloss.huber_loss, input, target, weight, chosen(reduction), delta=delta, **options)
+    return compute(fastloss.huber_loss, *broadcast(input, target), weight, chosen(reduction), delta=delta, **options)
 
 
 def sigmoid_focal_loss(
@@ -114,12 +112,12 @@ def compute(loss: Any, input: Tensor, target: Tensor, weight: Any, reduction: st
 def over_weights(loss: Any, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, options: dict[str, Any]) -> Tensor:
     """Call a loss whose weighted mean is divided by the sum of the weights."""
     check_weight(input, weight)
-    input, target = broadcast(input, target)
+    z, t = broadcast(input, target)
     if weight is None or reduction != "mean":
-        return compute(loss, input, target, weight, reduction, **options)
+        return compute(loss, z, t, weight, reduction, **options)
     if excluding := {"mask", "ignore_index"} & options.keys():
         raise TypeError(f"a mean divided by the sum of the weights takes no {', '.join(sorted(excluding))}; use fastloss.{loss.__name__}")
-    return compute(loss, input, target, weight, "sum", **options) / weight.sum()
+    return compute(loss, z, t, weight, "sum", **options) / weight.sum()
 
 
 def chosen(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> str:

@@ -157,7 +157,7 @@ def differentiate_slopes(ctx: Any, grads: list[Any]) -> tuple[Any, ...]:
         raise NotImplementedError("a loss has no third derivative")
     if isinstance(LOSSES[loss], DiceLoss):
         known = bind(loss, reduction, others, names, numbers, first.dtype)
-        settings = LOSSES[loss].defaults | known.settings | dict(zip(known.names, others, strict=True))
+        settings = {**LOSSES[loss].defaults, **known.settings, **dict(zip(known.names, others, strict=True))}
         by = textbook.second_derivatives(reduction, settings, wanted, grads, first, second, upstream)
     else:
         by = diagonal(ctx, wanted, grads, first, second, upstream, others)

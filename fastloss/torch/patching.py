@@ -80,9 +80,7 @@ def fits(input: Any, other: Any) -> bool:
         return not other.requires_grad and broadcasts(other.shape, input.shape)
     if isinstance(other, str):
         return other in ("mean", "sum", "none")
-    return (
-        other is None or isinstance(other, bool) or other > 0
-    )  # flags of PyTorch 0.4, beta and delta; what they refuse, PyTorch may refuse
+    return other is None or isinstance(other, bool) or other > 0  # flags of PyTorch 0.4; beta and delta, which PyTorch may refuse itself
 
 
 def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
