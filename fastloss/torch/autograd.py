@@ -1,7 +1,7 @@
 """Losses of tensors: the value with autograd attached, and the passes that `grad`, `value_and_grad` and `curvature` make.
 
 Two ways lead to the same kernels. Tensors whose memory can be read go straight there, and a `torch.autograd.Function` keeps
-what the backward pass needs. Where PyTorch looks on without memory, under torch.compile and in torch.func's transforms, and
+what the backward pass needs. Where PyTorch looks on without memory, as under torch.compile, and
 to differentiate twice, there are the operators of `operators.py`, which take three times as long to be called.
 """
 
@@ -87,7 +87,8 @@ class LossFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Any) -> Any:
         """Return the slopes, multiplied by what comes down the chain."""
-        slopes, tensors = ctx.saved_tensors[: ctx.early], ctx.saved_tensors[ctx.early :]
+        saved = ctx.saved_tensors  # unpacked once: a checkpoint computes it anew
+        slopes, tensors = saved[: ctx.early], saved[ctx.early :]
         if torch.is_grad_enabled():  # the gradient is to be differentiated once more
             if ctx.inplace_grad:
                 raise RuntimeError("inplace_grad=True has overwritten the input, which the second derivative needs; leave it out")
@@ -228,14 +229,19 @@ def unread_like(target: Any) -> Any:
 
 
 def has_memory(tensors: Sequence[Any]) -> bool:
-    """Whether tensors can be read now: they are no compiler's symbols, and nobody differentiates, batches or records them."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and forward_ad._current_level < 0
-        and all(type(x) in PLAIN and x.is_cpu for x in tensors)
-    )
+    """Whether tensors can be read now: they are no compiler's symbols, and nobody looks on who records what is done with them."""
+    if torch.compiler.is_compiling():
+        return False
+    refuse_transforms(tensors)
+    return not torch._C._len_torch_dispatch_stack() and all(type(x) in PLAIN and x.is_cpu for x in tensors)
+
+
+def refuse_transforms(tensors: Sequence[Any]) -> None:
+    """Refuse what would get wrong derivatives or none: torch.func's transforms, and forward-mode differentiation."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError("torch.func's transforms (grad, vmap, jvp, ...) do not reach into fastloss; accepted: torch.autograd")
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("fastloss has no forward-mode derivatives; accepted: torch.autograd, backward")
 
 
 def refuse_others(bound: Bound, tensors: Sequence[Any]) -> None:
