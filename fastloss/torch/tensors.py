@@ -16,7 +16,8 @@ HALVES = (torch.float16, torch.bfloat16)
 
 def to_array(tensor: Any) -> Array:
     """Return an array on a CPU tensor's memory."""
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.dtype is torch.bfloat16:
         bits: Array = tensor.view(torch.int16).numpy()
         return bits.view(bfloat16())
