@@ -359,7 +359,8 @@ def check_flag(name: str, value: Any) -> None:
 
 def to_float(name: str, value: Any) -> float:
     """Return an option that is a plain number."""
-    if isinstance(value, (str, bytes)) or np.ndim(value) != 0 or np.iscomplexobj(value):
+    plain = isinstance(value, (int, float))
+    if not plain and (isinstance(value, (str, bytes)) or np.ndim(value) != 0 or np.iscomplexobj(value)):
         raise TypeError(f"{name} must be a number, not {value!r}")
     try:
         return float(value)

@@ -100,6 +100,11 @@ class Formula:
         ends = {f"%{k}" for k, (op, _) in enumerate(steps, 1) if op == "add_log1p"}
         return {name for name, reference in zip(self.names, quantities, strict=True) if reference in ends}
 
+    @property
+    def text(self) -> str:
+        """Everything the formula computes, in each way it may be called, and its defaults."""
+        return repr((self.defaults, self._traces))
+
     def trace(self, parameters: tuple[str, ...]) -> str:
         """Return the operations as text, the same for two formulas that compute the same; parameters not named have their default."""
         return repr(self._traces[parameters])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -37,7 +38,7 @@ class LatentLoss(AnyLoss):
         self._definition = Definition(formula, {}, (), ("weight", "reduction", *_OPTIONS), buffers=2)
         functools.update_wrapper(self, function, updated=())
         self.__signature__ = signature(("mu", "logvar"), "mean", dict.fromkeys(_OPTIONS))
-        self._register(self._definition.options, formula)
+        self._register(self._definition)
 
     def __repr__(self) -> str:
         return f"<loss {self.__name__}>"
@@ -265,15 +266,17 @@ def _part(reconstruction: str) -> Any:
 
 def _together(reconstruction: Any, beta: float, divergence: Any) -> VAEValue:
     """Return the objective; with beta = 0 the divergence does not count, not even if it is infinite."""
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore") if isinstance(reconstruction, np.floating) else contextlib.nullcontext():
         return VAEValue(reconstruction + (beta * divergence if beta else 0.0), reconstruction, divergence)
 
 
 def _check_batch(reconstruction_logits: Any, mu: Any, logvar: Any) -> None:
     """Refuse latents of another batch than the images'."""
+    logits = reconstruction_logits
     if find_door(mu) is None:
-        check_latents(as_array("mu", mu), as_array("logvar", logvar))
-    images, codes = tuple(np.shape(reconstruction_logits)), tuple(np.shape(mu))
+        logits, mu, logvar = as_array("reconstruction_logits", logits), as_array("mu", mu), as_array("logvar", logvar)
+        check_latents(mu, logvar)
+    images, codes = tuple(logits.shape), tuple(mu.shape)
     if not codes or images[:1] != codes[:1]:
         found = f"reconstruction_logits has shape {images} and mu {codes}"
         raise ValueError(f"{found}; their first axes, the batch, must be equal")

@@ -1,7 +1,7 @@
 """Losses of tensors: the value with autograd attached, and the passes that `grad`, `value_and_grad` and `curvature` make.
 
 Two ways lead to the same kernels. Tensors whose memory can be read go straight there, and a `torch.autograd.Function` keeps
-what the backward pass needs. Where PyTorch looks on without memory, under torch.compile and in torch.func's transforms, and
+what the backward pass needs. Where PyTorch looks on without memory, as under torch.compile, and
 to differentiate twice, there are the operators of `operators.py`, which take three times as long to be called.
 """
 
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
@@ -52,10 +53,14 @@ class Bound(NamedTuple):
             return to_tensor(self.compute((), ("value",), tensors)[1][0])
         return self.as_value(self.compute(("value",), (), tensors)[0])
 
+    def slopes(self, wanted: tuple[str, ...], tensors: Sequence[Any], **options: Any) -> list[Any]:
+        """Return slopes as tensors."""
+        return [to_tensor(x) for x in self.compute((), wanted, tensors, **options)[1]]
+
     def as_value(self, value: Any) -> Any:
         """Return a reduced value as a tensor."""
         if isinstance(value, float):
-            return torch.scalar_tensor(value, dtype=self.dtype)
+            return torch.scalar_tensor(value, dtype=self.dtype, device="cpu")
         return torch.from_numpy(value).to(self.dtype)
 
     def is_early(self, first: Any, second: Any) -> bool:
@@ -79,47 +84,56 @@ class LossFunction(torch.autograd.Function):
         if not ctx.early:
             ctx.save_for_backward(*tensors)
             return bound.value(tensors)
-        value, slopes = bound.compute(("value",), ctx.wanted, tensors, **LossFunction.buffer(ctx, tensors[0]))
-        kept = (None, *tensors[1:]) if ctx.inplace_grad else tensors  # what is overwritten is of no use for a second derivative
-        ctx.save_for_backward(*map(to_tensor, slopes), *kept)
+        if not ctx.inplace_grad:
+            value, slopes = bound.compute(("value",), ctx.wanted, tensors)
+            ctx.save_for_backward(*map(to_tensor, slopes), *tensors)
+        else:
+            value, slopes = bound.compute(("value",), ctx.wanted, tensors, out=to_array(tensors[0]))
+            increment_version(tensors[0])
+            # the slope under the input's own version counter, so that whoever writes there before the backward pass is told
+            ctx.save_for_backward(tensors[0].detach(), *map(to_tensor, slopes[1:]), None, *tensors[1:])
         return bound.as_value(value)
 
     @staticmethod
     def backward(ctx: Any, upstream: Any) -> Any:
         """Return the slopes, multiplied by what comes down the chain."""
-        slopes, tensors = ctx.saved_tensors[: ctx.early], ctx.saved_tensors[ctx.early :]
+        saved = ctx.saved_tensors  # unpacked once: a checkpoint computes it anew
+        slopes, tensors = saved[: ctx.early], saved[ctx.early :]
         if torch.is_grad_enabled():  # the gradient is to be differentiated once more
             if ctx.inplace_grad:
                 raise RuntimeError("inplace_grad=True has overwritten the input, which the second derivative needs; leave it out")
             grads = operators.derivatives(ctx.bound, ctx.wanted, upstream, tensors)
+        elif not torch._C._has_storage(upstream):  # a batch of gradients (`is_grads_batched=True`)
+            if ctx.bound.reduction == "none" and not ctx.bound.loss.writes_value("none"):
+                raise NotImplementedError("groups without a reduction have no batches of gradients; accepted: one gradient at a time")
+            grads = [slope * beside(upstream, slope) for slope in slopes or ctx.bound.slopes(ctx.wanted, tensors)]
         elif ctx.early:
             grads = [scaled(slope, upstream) for slope in slopes]
+        elif ctx.inplace_grad:
+            grads = ctx.bound.slopes(ctx.wanted, tensors, grad_output=to_array(upstream), out=to_array(tensors[0]))
+            increment_version(tensors[0])
         else:
-            options = LossFunction.buffer(ctx, tensors[0])
-            grads = [to_tensor(x) for x in ctx.bound.compute((), ctx.wanted, tensors, grad_output=to_array(upstream), **options)[1]]
+            grads = ctx.bound.slopes(ctx.wanted, tensors, grad_output=to_array(upstream))
         by_name = dict(zip(ctx.wanted, grads, strict=True))
         return None, None, *map(by_name.get, SLOPES), *(None for _ in tensors[2:])
-
-    @staticmethod
-    def buffer(ctx: Any, first: Any) -> dict[str, Any]:
-        """Return the option that lets the slope overwrite the input, if it is to; whoever still needs the input is told."""
-        if not ctx.inplace_grad:
-            return {}
-        increment_version(first)
-        return {"out": to_array(first)}
 
 
 def scaled(slope: Any, upstream: Any) -> Any:
     """Return the slope times what comes down the chain: one number, or one a sample.
 
-    If nobody can ask for it again, it is multiplied where it is: a second array of its size costs more than the loss.
+    If nobody can ask for it again, it is handed on itself, and multiplied where it is: a second array of its size costs more
+    than the loss.
     """
-    if not upstream.dim() and upstream.item() == 1.0:
-        return slope
-    if upstream.dim() and torch.all(upstream == 1.0):
-        return slope
-    factor = upstream.to(slope.dtype).reshape(upstream.shape + (1,) * (slope.dim() - upstream.dim()))
-    return slope * factor if keeps_graph() else slope.mul_(factor)
+    kept = keeps_graph()
+    if upstream.item() == 1.0 if not upstream.dim() else torch.all(upstream == 1.0):
+        return slope.clone() if kept else slope
+    factor = beside(upstream.to(slope.dtype), slope)
+    return slope * factor if kept else slope.mul_(factor)
+
+
+def beside(upstream: Any, slope: Any) -> Any:
+    """Return what comes down the chain, a number or one a sample, so that it broadcasts against the slope."""
+    return upstream.reshape(upstream.shape + (1,) * (slope.dim() - upstream.dim()))
 
 
 def keeps_graph() -> bool:
@@ -144,13 +158,12 @@ def run(
         elif x is not None:
             settings[name] = x
     check_tensors(zip((*loss.operands, *names), tensors, strict=True))
-    widened = first.dtype in HALVES and torch.is_autocast_enabled("cpu")
-    bound = Bound(loss, reduction, tuple(names), settings, torch.float32 if widened else first.dtype)
+    bound = Bound(loss, reduction, tuple(names), settings, value_dtype(first))
     if (summed, wanted) in ((("value",), ()), ((), ("value",))):
         if out is not None:
             raise ValueError("out takes a gradient, and the value of tensors has its own: use grad or value_and_grad")
-        if widened and loss.writes_value(reduction):
-            tensors[0] = first.float()
+        if bound.dtype is not first.dtype and loss.writes_value(reduction):
+            tensors[0] = first.to(bound.dtype)
         value = differentiable(bound, tensors, inplace_grad)
         return (value, []) if summed else (None, [value])
     if inplace_grad:
@@ -158,11 +171,17 @@ def run(
     return derivatives(bound, summed, wanted, tensors, upstream, out)
 
 
+def value_dtype(first: Any) -> torch.dtype:
+    """Return a value's dtype: the first operand's, but under autocast float32 instead of 16 bits, as PyTorch has it of losses."""
+    return torch.float32 if first.dtype in HALVES and torch.is_autocast_enabled("cpu") else first.dtype
+
+
 def differentiable(bound: Bound, tensors: list[Any], inplace_grad: bool) -> Any:
     """Return the value, to be differentiated by the two operands."""
     needs = torch.is_grad_enabled() and (tensors[0].requires_grad or tensors[1].requires_grad)
     if torch.is_grad_enabled():
         refuse_others(bound, tensors)
+    refuse_transforms(tensors)
     if not has_memory(tensors):
         return operators.value(bound, tensors)
     if not needs:
@@ -176,6 +195,7 @@ def differentiable(bound: Bound, tensors: list[Any], inplace_grad: bool) -> Any:
 
 def derivatives(bound: Bound, summed: tuple[str, ...], wanted: tuple[str, ...], tensors: list[Any], upstream: Any, out: Any) -> Any:
     """Return value and derivatives without autograd, in the caller's tensors if there are any."""
+    refuse_transforms(tensors)
     if not has_memory(tensors):
         if out is not None:
             raise NotImplementedError("out is not for compiled code, which plans its memory itself; leave it out")
@@ -199,12 +219,15 @@ def through_arrays(method: Callable[..., Any], operands: Mapping[str, Any], opti
     """Call a method with arrays on the memory of the tensors it was given; return its results as tensors."""
     given = {**operands, **{name: x for name, x in options.items() if isinstance(x, Tensor)}}
     check_tensors(given.items())
+    refuse_transforms(tuple(given.values()))
     if not has_memory(tuple(given.values())):
         raise NotImplementedError("gradients of the objective as a whole are not for compiled code; differentiate its value")
     first, out = next(iter(operands.values())), options.get("out")
     arrays: dict[str, Any] = {name: to_array(x) for name, x in given.items()}
     if out is not None:
         check_tensors((f"out[{k}]", x) for k, x in enumerate(out))
+        for k, x in enumerate(out):
+            refuse_leaf(f"out[{k}]", x)
         arrays["out"] = tuple(map(to_array, out))
     result = method(**{**options, **arrays})
     buffers = {} if out is None else {id(array): x for array, x in zip(arrays["out"], out, strict=True)}
@@ -216,26 +239,44 @@ def through_arrays(method: Callable[..., Any], operands: Mapping[str, Any], opti
             return type(x)(*map(convert, x)) if hasattr(x, "_fields") else tuple(map(convert, x))
         if isinstance(x, np.ndarray):
             return buffers[id(x)] if id(x) in buffers else to_tensor(x)
-        return torch.scalar_tensor(x, dtype=first.dtype)
+        return torch.scalar_tensor(x, dtype=value_dtype(first), device="cpu")
 
     return convert(result)
 
 
 def unread_like(target: Any) -> Any:
     """Return an input for a loss of the target alone, which does not read it: one element, of the target's shape."""
+    if target.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError("target requires a gradient, and a quantity of the target alone has none; pass target.detach()")
     dtype = target.dtype if target.is_floating_point() else torch.float32
     return torch.zeros((), dtype=dtype, device=target.device).expand(target.shape)
 
 
 def has_memory(tensors: Sequence[Any]) -> bool:
-    """Whether tensors can be read now: they are no compiler's symbols, and nobody differentiates, batches or records them."""
+    """Whether tensors can be read now: they are no compiler's symbols, and nobody looks on who records what is done with them."""
     return (
         not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
-        and forward_ad._current_level < 0
+        and not _len_torch_dispatch_stack_pre_dispatch()
         and all(type(x) in PLAIN and x.is_cpu for x in tensors)
     )
+
+
+def is_transformed(tensors: Sequence[Any]) -> bool:
+    """Whether torch.func's transforms are at work, or forward-mode differentiation, or torch.jit.trace."""
+    if torch.compiler.is_compiling():  # the compiler refuses itself what it cannot do
+        return False
+    dual = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    return dual or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
+
+
+def refuse_transforms(tensors: Sequence[Any]) -> None:
+    """Refuse what would get wrong derivatives or none, or a constant."""
+    if is_transformed(tensors):
+        raise NotImplementedError(
+            "fastloss has no rules for torch.func's transforms (grad, vmap, jvp, ...), forward-mode derivatives and torch.jit.trace; "
+            "accepted: torch.autograd, torch.compile, torch.export"
+        )
 
 
 def refuse_others(bound: Bound, tensors: Sequence[Any]) -> None:

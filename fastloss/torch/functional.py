@@ -2,7 +2,8 @@
 
 Where PyTorch and fastloss differ, these do as PyTorch does: `mse_loss` and `l1_loss` divide a weighted mean by the sum of
 the weights, losses of a difference broadcast a target with a warning, `binary_cross_entropy` looks at every element, and
-what PyTorch's kernels refuse is a `RuntimeError`. The slope by the target is there too; that by a weight is not.
+what PyTorch's kernels refuse is a `RuntimeError`. The slope by the target is there too; that by a weight is not. Of
+operands with different dtypes the value has the input's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch.nn import _reduction
 
 import fastloss
-from fastloss.call import check_reduction
+from fastloss.call import check_reduction, outside
 from fastloss.plan import REDUCTIONS
 from fastloss.torch.tensors import Tensor
 
@@ -115,7 +116,7 @@ def over_weights(loss: Any, input: Tensor, target: Tensor, weight: Tensor | None
     z, t = broadcast(input, target)
     if weight is None or reduction != "mean":
         return compute(loss, z, t, weight, reduction, **options)
-    if excluding := {"mask", "ignore_index"} & options.keys():
+    if excluding := {name for name in ("mask", "ignore_index") if options.get(name) is not None}:
         raise TypeError(f"a mean divided by the sum of the weights takes no {', '.join(sorted(excluding))}; use fastloss.{loss.__name__}")
     return compute(loss, z, t, weight, "sum", **options) / weight.sum()
 
@@ -144,10 +145,12 @@ def broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return both in one shape; with a warning, as PyTorch does, because it is rarely meant."""
     if input.shape == target.shape:
         return input, target
+    if torch.compiler.is_compiling():  # where PyTorch does not warn either
+        return torch.broadcast_tensors(input, target)
     warnings.warn(
         f"input has shape {tuple(input.shape)} and target {tuple(target.shape)}; they are broadcast, which is rarely what is meant: "
         "give them the same shape",
-        stacklevel=4,
+        stacklevel=outside(),
     )
     expanded: tuple[Tensor, Tensor] = torch.broadcast_tensors(input, target)
     return expanded

@@ -53,7 +53,7 @@ def passes(bound: Bound, summed: Sequence[str], wanted: Sequence[str], tensors: 
     """Return the reduced value, if it is summed, and what is wanted, without autograd."""
     tensors = [x.detach() for x in tensors]
     if upstream is not None:
-        upstream = upstream.detach() if isinstance(upstream, Tensor) else torch.scalar_tensor(upstream, dtype=torch.float64)
+        upstream = upstream.detach() if isinstance(upstream, Tensor) else torch.scalar_tensor(upstream, dtype=torch.float64, device="cpu")
     slopes = [name for name in wanted if name != "value"]
     whole = value(bound, tensors) if summed or "value" in wanted else None
     computed = derivatives(bound, slopes, upstream, tensors)

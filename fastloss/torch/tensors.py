@@ -41,11 +41,14 @@ def bfloat16() -> np.dtype[Any]:
 
 
 def check_tensors(named: Iterable[tuple[str, Any]]) -> None:
-    """Refuse what is no tensor, and tensors whose memory is not this machine's."""
+    """Refuse what is no tensor, and tensors that do not lie together in this machine's memory."""
+    meta = None
     for name, x in named:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__qualname__}, and the input a tensor; accepted: torch.Tensor")
         if not x.is_cpu and x.device.type != "meta":
             raise NotImplementedError(f"{name} is on {x.device}; accepted: tensors on the CPU")
+        if x.is_meta is not (meta := x.is_meta if meta is None else meta):
+            raise ValueError(f"{name} is on {x.device}, and the input is not; accepted: tensors on one device")
         if x.layout is not torch.strided:
             raise TypeError(f"{name} has layout {x.layout}; accepted: torch.strided")

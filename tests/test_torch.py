@@ -1,0 +1,783 @@
+"""Losses of tensors: the digits of NumPy's, autograd's rules, PyTorch's compiler; whose memory is read and written."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import fastloss as fl
+from fastloss.ops import sqrt
+from tests.table import LOSSES
+from tests.ulp import DIFFERENCE, PEER, assert_close
+
+torch = pytest.importorskip("torch")
+
+from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+from torch.library import opcheck  # noqa: E402
+
+import fastloss.torch as ft  # noqa: E402
+from fastloss.torch.tensors import to_array  # noqa: E402
+
+BCE = fl.binary_cross_entropy_with_logits
+ALL = [*LOSSES, "gaussian_kl_loss", "dice_with_logits_loss", "dice_bce_with_logits_loss"]
+REDUCTIONS = ["mean", "sum", "none", "batchmean", "sample_mean", "sample_sum"]
+SHAPE = (4, 3, 5, 7)
+
+
+@fl.elementwise_loss
+def charbonnier(z, t, eps=1e-3):
+    d = z - t
+    v = sqrt(d * d + eps * eps)
+    return v, d / v
+
+
+@pytest.fixture(params=ALL)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def loss(name):
+    return getattr(fl, name)
+
+
+def operands(name, dtype=None, shape=SHAPE, seed=0):
+    """Return input and target as leaves."""
+    rng = torch.Generator().manual_seed(seed)
+    z = 2 * torch.randn(shape, generator=rng, dtype=torch.float64)
+    z = z.sigmoid() if name == "binary_cross_entropy" else z
+    t = 0.05 + 0.9 * torch.rand(shape, generator=rng, dtype=torch.float64)
+    return z.to(dtype or torch.float32).requires_grad_(), t.to(dtype or torch.float32).requires_grad_()
+
+
+def as_tuple(x):
+    return x if isinstance(x, tuple) else (x,)
+
+
+def reductions_of(name, reductions=REDUCTIONS):
+    """Return those that a loss has: Dice and cross-entropy have no values of the same shape."""
+    return [r for r in reductions if (name, r) != ("dice_bce_with_logits_loss", "none")]
+
+
+def equal(tensor, array):
+    np.testing.assert_array_equal(to_array(tensor), array, strict=True)
+
+
+# the values and gradients
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_values_and_gradients_are_those_of_arrays(name, loss, dtype):
+    z, t = operands(name, getattr(torch, dtype))
+    for reduction in reductions_of(name):
+        value = loss(z, t, reduction=reduction)
+        want = loss(to_array(z), to_array(t), reduction=reduction)
+        equal(value, np.asarray(want, dtype))
+        upstream = torch.ones_like(value)
+        (grad,) = torch.autograd.grad(value, z, upstream)
+        equal(grad, as_tuple(loss.grad(to_array(z), to_array(t), reduction=reduction))[0])
+
+
+def test_methods_return_tensors(name, loss):
+    z, t = operands(name)
+    a, b = to_array(z), to_array(t)
+    value, grads = loss.value_and_grad(z, t)
+    want, want_grads = loss.value_and_grad(a, b)
+    equal(value, np.asarray(want, np.float32))
+    methods = [(grads, want_grads), (loss.grad(z, t), loss.grad(a, b))]
+    if hasattr(loss, "curvature"):
+        methods.append((loss.curvature(z, t), loss.curvature(a, b)))
+    for got, wanted in methods:
+        for x, y in zip(as_tuple(got), as_tuple(wanted), strict=True):
+            equal(x, y)
+            assert not x.requires_grad
+
+
+@pytest.mark.parametrize(("name", "reduction"), [(name, r) for name in ALL for r in reductions_of(name)])
+def test_gradcheck(name, reduction):
+    loss, (z, t) = getattr(fl, name), operands(name, torch.float64, (2, 2, 3))
+    assert gradcheck(lambda z, t: loss(z, t, reduction=reduction), (z, t))
+    assert gradgradcheck(lambda z, t: loss(z, t, reduction=reduction), (z, t))
+
+
+OPTIONS = {
+    "weight": {"weight": torch.linspace(0, 2, 3, dtype=torch.float64)},
+    "mask": {"mask": torch.tensor([True, False, True])},
+    "ignore_index": {"ignore_index": 0.5},
+    "weight, mask": {"weight": torch.rand(2, 3, dtype=torch.float64), "mask": torch.rand(2, 2, 1) > 0.3},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_gradcheck_with_options(name, loss, option):
+    options = OPTIONS[option]
+    if name == "gaussian_kl_loss" and "ignore_index" in options:
+        with pytest.raises(TypeError, match="unknown option ignore_index"):
+            loss(*operands(name, torch.float64, (2, 2, 3)), **options)
+        return
+    z, t = operands(name, torch.float64, (2, 2, 3))
+    with torch.no_grad():
+        t[0, 0, 1] = 0.5
+    ignored = "ignore_index" in options
+    arguments = (z, t.detach()) if ignored else (z, t)
+    assert gradcheck(lambda z, t: loss(z, t, **options), arguments)
+    assert gradgradcheck(lambda z, t: loss(z, t, **options), arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("binary_cross_entropy_with_logits", {"pos_weight": 3.0, "label_smoothing": 0.1}),
+        ("binary_cross_entropy_with_logits", {"pos_weight": torch.tensor([[0.5], [3.0]], dtype=torch.float64)}),
+        ("smooth_l1_loss", {"beta": 0.3}),
+        ("huber_loss", {"delta": 0.7}),
+        ("sigmoid_focal_loss", {"alpha": -1, "gamma": 1.5}),
+        ("sigmoid_focal_loss", {"alpha": 0.7, "gamma": 3}),
+        ("dice_with_logits_loss", {"per_channel": False, "smooth": 0.5}),
+        ("dice_with_logits_loss", {"per_sample": False}),
+        ("dice_bce_with_logits_loss", {"per_channel": False, "per_sample": False, "bce_weight": 0.3}),
+    ],
+)
+def test_gradcheck_with_parameters(name, parameters):
+    loss, (z, t) = getattr(fl, name), operands(name, torch.float64, (2, 2, 3))
+    assert gradcheck(lambda z, t: loss(z, t, **parameters), (z, t))
+    assert gradgradcheck(lambda z, t: loss(z, t, **parameters), (z, t))
+
+
+@pytest.mark.parametrize("reconstruction", ["bce", "mse"])
+def test_gradcheck_of_the_objective_of_a_vae(reconstruction):
+    z, t = operands("", torch.float64, (3, 2, 2))
+    mu, logvar = operands("gaussian_kl_loss", torch.float64, (3, 2), seed=1)
+
+    def total(*tensors):
+        return fl.vae_loss(*tensors, reconstruction=reconstruction, beta=0.5).total
+
+    assert gradcheck(total, (z, t, mu, logvar))
+    assert gradgradcheck(total, (z, t, mu, logvar))
+    value, grads = fl.vae_loss.value_and_grad(z, t, mu, logvar, reconstruction=reconstruction, beta=0.5)
+    assert type(value) is fl.VAEValue
+    for got, want in zip(grads, torch.autograd.grad(total(z, t, mu, logvar), (z, mu, logvar)), strict=True):
+        assert_close(to_array(got), to_array(want), PEER[np.dtype(np.float64)])
+
+
+# what the caller multiplies a loss by
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_upstream_gradient_is_the_chain_rule_s(reduction, dtype, rng):
+    z, t = operands("", dtype)
+    value = BCE(z, t, reduction=reduction)
+    upstream = torch.tensor(rng.random(value.shape)).to(dtype)
+    (grad,) = torch.autograd.grad(value, z, upstream)
+    wide = BCE.grad(*(to_array(x).astype(np.float64) for x in (z, t)), reduction=reduction, grad_output=to_array(upstream).astype(float))
+    digits = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}.get(dtype)
+    if digits is None:
+        assert_close(to_array(grad), wide, PEER[to_array(z).dtype])
+    else:  # rounded once: half a unit of every element
+        assert (np.abs(to_array(grad).astype(float) - wide) <= digits * np.abs(wide) + np.finfo(np.float16).smallest_subnormal).all()
+
+
+def test_a_scaled_loss_keeps_the_small_gradients_of_half_precision():
+    z, t = torch.zeros(1 << 20, dtype=torch.float16, requires_grad=True), torch.ones(1 << 20, dtype=torch.float16)
+    with torch.autocast("cpu", dtype=torch.float16):
+        (BCE(z, t) * 2.0**16).backward()
+    assert (z.grad == -(2.0**-5)).all()  # -1/2 / 2**20 alone is 0 in float16's last digits
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_a_graph_that_is_kept_gives_the_same_gradient_again(factor):
+    z, t = operands("")
+    value = factor * BCE(z, t)
+    first = torch.autograd.grad(value, z, retain_graph=True)[0].clone()
+    second = torch.autograd.grad(value, z, retain_graph=True)[0].clone()
+    value.backward()
+    assert torch.equal(first, second)
+    assert torch.equal(first, z.grad)
+
+
+@pytest.mark.parametrize("view", [lambda z: z, lambda z: z.view(-1)])
+def test_a_gradient_that_is_changed_does_not_change_the_next(view):
+    z, t = operands("")
+    value = BCE(view(z), view(t).detach())
+    value.backward(retain_graph=True)
+    want, z.grad = z.grad.clone(), z.grad.mul_(0)
+    value.backward(retain_graph=True)
+    assert torch.equal(z.grad, want)
+    torch.autograd.grad(value, z, retain_graph=True)[0].mul_(7)
+    assert torch.equal(torch.autograd.grad(value, z)[0], want)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sample_sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_batches_of_gradients(reduction, dtype):
+    z, t = operands("", dtype, shape=(3, 2))
+    value = BCE(z, t, reduction=reduction)
+    upstream = torch.eye(max(value.numel(), 1), dtype=dtype).reshape(-1, *value.shape)
+    (batched,) = torch.autograd.grad(value, z, upstream, is_grads_batched=True, retain_graph=True)
+    for got, one in zip(batched, upstream, strict=True):
+        assert torch.equal(got, torch.autograd.grad(value, z, one, retain_graph=True)[0])
+    dice = fl.dice_with_logits_loss(z.reshape(1, 3, 2), t.reshape(1, 3, 2), reduction="none")
+    with pytest.raises(NotImplementedError, match="groups without a reduction have no batches of gradients"):
+        torch.autograd.grad(dice, z, torch.ones(2, *dice.shape, dtype=dtype), is_grads_batched=True)
+
+
+def test_gradients_accumulate():
+    z, t = operands("")
+    for _ in range(3):
+        BCE(z, t).backward()
+    equal(z.grad / 3, (3 * BCE.grad(to_array(z), to_array(t)) / np.float32(3)))
+
+
+def test_the_backward_pass_cannot_run_twice():
+    z, t = operands("")
+    value = BCE(z, t)
+    value.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        value.backward()
+
+
+def test_nothing_is_kept_without_gradients(loss, name):
+    z, t = (x.detach() for x in operands(name))
+    assert loss(z, t).grad_fn is None
+    with torch.no_grad():
+        assert loss(z.requires_grad_(), t).grad_fn is None
+    with torch.inference_mode():
+        equal(loss(z, t), to_array(loss(z.detach(), t)))
+
+
+def test_a_changed_input_is_noticed():
+    z, t = operands("")
+    logits = 2 * z
+    value = BCE(logits, t)
+    with torch.no_grad():
+        logits += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_backward_in_threads():
+    z, t = operands("", shape=(200_000,))
+    want = BCE.grad(to_array(z), to_array(t))
+    found = []
+
+    def work():
+        found.append(torch.autograd.grad(BCE(z, t), z)[0])
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    for grad in found:
+        equal(grad, want)
+
+
+def test_checkpointed():
+    z, t = operands("")
+    torch.utils.checkpoint.checkpoint(BCE, z, t, use_reentrant=False).backward()
+    equal(z.grad, BCE.grad(to_array(z), to_array(t)))
+
+
+# memory
+
+
+def test_the_gradient_is_the_only_array_and_is_handed_on():
+    z, t = operands("", shape=(1 << 20,))
+    t = t.detach()
+    BCE(z, t).backward()
+    z.grad = None
+    tracemalloc.start()
+    (value := BCE(z, t)).backward()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert z.nbytes <= peak < z.nbytes + (1 << 16)
+    assert value.grad_fn is not None
+
+
+def test_a_leaf_takes_the_gradient_that_was_computed():
+    z, t = operands("", shape=(1 << 18,))
+    seen = []
+    z.register_hook(lambda grad: seen.append(grad.data_ptr()))
+    BCE(z, t).backward()
+    assert seen == [z.grad.data_ptr()]
+
+
+def test_a_factor_is_multiplied_in_place_where_the_graph_is_not_kept():
+    z, t = operands("", shape=(1 << 18,))
+    value = BCE(z, t)
+    kept = value.grad_fn.saved_tensors[0].data_ptr()
+    assert torch.autograd.grad(2 * value, z, retain_graph=True)[0].data_ptr() != kept
+    assert torch.autograd.grad(2 * value, z)[0].data_ptr() == kept
+
+
+def test_out_is_written_and_returned():
+    z, t = operands("")
+    out = torch.empty_like(z)
+    version = out._version
+    _, grad = BCE.value_and_grad(z, t, out=out)
+    assert grad is out
+    assert out._version > version
+    equal(out, BCE.grad(to_array(z), to_array(t)))
+    z = z.detach()
+    want = BCE.grad(z, t)
+    assert torch.equal(BCE.grad(z, t, out=z), want)
+    with pytest.raises(RuntimeError, match="out is a leaf that requires a gradient"):
+        BCE.grad(z, t, out=z.requires_grad_())
+
+
+def test_out_is_a_pair_or_three(rng):
+    mu, logvar = (x.detach() for x in operands("gaussian_kl_loss"))
+    out = torch.empty_like(mu), torch.empty_like(mu)
+    grads = fl.gaussian_kl_loss.grad(mu, logvar, out=out)
+    assert all(x is y for x, y in zip(grads, out, strict=True))
+    z, t = (x.detach() for x in operands(""))
+    three = (torch.empty_like(z), *out)
+    _, grads = fl.vae_loss.value_and_grad(z, t, mu, logvar, out=three)
+    assert all(x is y for x, y in zip(grads, three, strict=True))
+    with pytest.raises(RuntimeError, match=r"out\[0\] is a leaf that requires a gradient"):
+        fl.vae_loss.grad(z, t, mu, logvar, out=(torch.empty_like(z, requires_grad=True), *out))
+
+
+# inplace_grad
+
+
+def test_the_gradient_overwrites_the_input():
+    z, t = operands("", shape=(1 << 18,))
+    want = BCE.grad(to_array(z), to_array(t))
+    logits, seen = z + 0, []
+    logits.register_hook(lambda grad: seen.append(grad.data_ptr()))
+    tracemalloc.start()
+    BCE(logits, t.detach(), inplace_grad=True).backward()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 16
+    assert seen == [logits.data_ptr()]
+    equal(logits, want)
+    equal(z.grad, want)
+
+
+@pytest.mark.parametrize("name", ["mse_loss", "sigmoid_focal_loss", "dice_with_logits_loss", "dice_bce_with_logits_loss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_overwrites_the_input_of_any_loss(name, dtype):
+    loss, (z, t) = getattr(fl, name), operands(name, dtype)
+    for reduction in ("sum", "sample_mean"):
+        (want,) = torch.autograd.grad(loss(z, t, reduction=reduction).sum() * 3, z)
+        logits = z * 1
+        value = loss(logits, t, reduction=reduction, inplace_grad=True)
+        assert torch.equal(torch.autograd.grad(value.sum() * 3, z)[0], want)
+
+
+def test_whoever_still_needs_the_input_is_told():
+    z, t = operands("")
+    logits = z.exp()  # keeps its result for the backward pass
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        BCE(logits, t, inplace_grad=True).backward()
+    logits = z * 1
+    penalty = (logits**2).mean()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (BCE(logits, t, inplace_grad=True) + penalty).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_whoever_writes_to_an_overwritten_input_is_told(dtype):
+    z, t = operands("", dtype)
+    logits = z * 1
+    value = BCE(logits, t, inplace_grad=True)
+    with torch.no_grad():
+        logits.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+    logits = z * 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (fl.mse_loss(logits, t, inplace_grad=True) + BCE(logits, t, inplace_grad=True)).backward()
+
+
+def test_an_input_that_was_not_overwritten_is_not_said_to_be():
+    z, t = operands("")
+    logits = z * 1
+    penalty = (logits**2).sum()
+    with pytest.raises(ValueError, match="accepted: targets in"):
+        BCE(logits, t + 2, inplace_grad=True, validate=True)
+    penalty.backward()
+
+
+@pytest.mark.parametrize("view", [lambda z: z, lambda z: z.view(-1), lambda z: z[:2], lambda z: z.detach().requires_grad_()])
+def test_a_leaf_is_not_overwritten(view):
+    z, t = operands("")
+    before = z.detach().clone()
+    with pytest.raises(RuntimeError, match="the input is a leaf that requires a gradient, or a view of one"):
+        BCE(view(z), view(t).detach(), inplace_grad=True)
+    assert torch.equal(z, before)
+
+
+def test_an_input_without_a_gradient_is_not_overwritten():
+    z, t = (x.detach() for x in operands(""))
+    before = z.clone()
+    BCE(z, t, inplace_grad=True)
+    BCE(z, t.requires_grad_(), inplace_grad=True).backward()
+    with torch.no_grad():
+        BCE(z.requires_grad_(), t, inplace_grad=True)
+    assert torch.equal(z, before)
+
+
+def test_what_is_overwritten_has_no_second_derivative():
+    z, t = operands("")
+    with pytest.raises(RuntimeError, match="inplace_grad=True has overwritten the input"):
+        torch.autograd.grad(BCE(z * 1, t, inplace_grad=True), z, create_graph=True)
+
+
+def test_inplace_grad_is_an_option_of_values_with_one_gradient():
+    z, t = operands("")
+    with pytest.raises(ValueError, match="inplace_grad is an option of a loss's value"):
+        BCE.grad(z, t, inplace_grad=True)
+    with pytest.raises(TypeError, match="gaussian_kl_loss has two gradients, and no inplace_grad"):
+        fl.gaussian_kl_loss(z * 1, t, inplace_grad=True)
+    with pytest.raises(ValueError, match="several elements of out share memory"):
+        BCE((z * 1)[:1].expand(SHAPE), t, inplace_grad=True)
+
+
+# layouts, dtypes, autocast
+
+VIEWS = {
+    "transposed": lambda x: x.transpose(0, 3),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "every second": lambda x: x.repeat_interleave(2, 3)[..., ::2],
+    "expanded": lambda x: x[:1].expand(SHAPE),
+    "one element": lambda x: x[0, 0, 0, 0],
+    "empty": lambda x: x[:0],
+    "one sample": lambda x: x[2:3],
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("other", ["same", "contiguous"])
+def test_layouts(view, reduction, other):
+    z, t = operands("", torch.float64)
+    a, b = VIEWS[view](z), VIEWS[view](t)
+    b = b.contiguous() if other == "contiguous" else b
+    theirs = torch.nn.functional.binary_cross_entropy_with_logits(a, b, reduction=reduction)
+    ours = BCE(a, b, reduction=reduction)
+    assert ours.shape == theirs.shape
+    wants, gots = (torch.autograd.grad(value.sum(), (z, t), retain_graph=True) for value in (theirs, ours))
+    for got, want in zip((ours, *gots), (theirs, *wants), strict=True):
+        np.testing.assert_array_equal(torch.isnan(got), torch.isnan(want))
+        assert_close(torch.nan_to_num(got).detach(), torch.nan_to_num(want).detach(), PEER[np.dtype(np.float64)])
+
+
+def test_gradients_lie_in_memory_as_the_input_does():
+    z, t = (VIEWS["channels last"](x.detach()) for x in operands(""))
+    BCE(z.requires_grad_(), t).backward()
+    assert z.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("target", [torch.uint8, torch.int64, torch.bool, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(dtype, target):
+    z, t = operands("", dtype)
+    t = (t > 0.5).to(target)
+    value = BCE(z, t)
+    assert value.dtype == dtype
+    value.backward()
+    assert z.grad.dtype == dtype
+    equal(z.grad, BCE.grad(to_array(z), to_array(t)))
+
+
+def test_bytes_are_scaled():
+    z, images = operands("")[0], torch.randint(0, 256, SHAPE, dtype=torch.uint8)
+    BCE(z, images, target_scale=1 / 255, reduction="batchmean").backward()
+    equal(z.grad, BCE.grad(to_array(z), to_array(images), target_scale=1 / 255, reduction="batchmean"))
+
+
+def test_the_gradient_by_a_wider_target_is_as_wide():
+    z, _ = operands("", torch.float32)
+    t = torch.rand(SHAPE, dtype=torch.float64, requires_grad=True)
+    fl.mse_loss(z, t).backward()
+    assert (z.grad.dtype, t.grad.dtype) == (torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_under_autocast_halves_are_computed_in_float32(half, reduction):
+    z, t = operands("", half)
+    with torch.autocast("cpu", dtype=half):
+        value = BCE(z, t, reduction=reduction)
+        theirs = torch.nn.functional.binary_cross_entropy_with_logits(z, t, reduction=reduction)
+    assert value.dtype == theirs.dtype == torch.float32
+    assert_close(value.detach(), theirs.detach(), PEER[np.dtype(np.float32)])
+    value.sum().backward()
+    assert z.grad.dtype == half
+    assert BCE(z, t).dtype == half
+    with torch.autocast("cpu", dtype=half):
+        assert fl.vae_loss.value_and_grad(z, t, z, z)[0].total.dtype == torch.float32
+
+
+# the compiler
+
+
+@pytest.mark.parametrize(
+    ("name", "reduction", "view"),
+    [*((name, "mean", "transposed") for name in ALL), *(("mse_loss", r, "expanded") for r in ("none", "sample_sum"))],
+)
+def test_opcheck(name, reduction, view):
+    loss, (z, t) = getattr(fl, name), (VIEWS[view](x.detach()).requires_grad_() for x in operands(name))
+    weight = torch.rand(z.shape[-1])
+    opcheck(torch.ops.fastloss.loss.default, (loss.key, reduction, z, t, [weight], ["weight"], [], torch.float32))
+    upstream = torch.rand(loss(z, t, weight, reduction).shape, requires_grad=True)
+    arguments = (loss.key, reduction, z, t, [weight], ["weight"], [], ["slope", "target_slope"], upstream)
+    opcheck(torch.ops.fastloss.derivatives.default, arguments)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(function):
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize(("name", "reduction"), [(name, r) for name in ALL for r in reductions_of(name, ["mean", "none", "sample_mean"])])
+def test_compiled(name, reduction):
+    loss, (z, t) = getattr(fl, name), operands(name)
+
+    def step(z, t, weight):
+        logits = z * 1.0
+        return (loss(logits, t, weight, reduction=reduction) * 2).sum()
+
+    weight = torch.rand(SHAPE[1:])
+    wants, gots = (torch.autograd.grad(f(z, t, weight), (z, t)) for f in (step, compiled(step)))
+    for got, want in zip(gots, wants, strict=True):
+        assert_close(got, want, PEER[np.dtype(np.float32)])
+
+
+def test_compiled_by_inductor():
+    z, t = operands("")
+    module = ft.BCEWithLogitsLoss(pos_weight=torch.tensor([0.5, 2.0, 3.0]).reshape(3, 1, 1), label_smoothing=0.1)
+    torch.compile(lambda z, t: module(3 * z.sigmoid(), t), fullgraph=True)(z, t).backward()
+    got, z.grad = z.grad, None
+    module(3 * z.sigmoid(), t).backward()
+    assert_close(got, z.grad, PEER[np.dtype(np.float32)])
+
+
+def test_compiled_once_for_any_length():
+    frames = []
+
+    def backend(graph, inputs):
+        frames.append(graph)
+        return graph
+
+    function = torch.compile(lambda z, t: BCE(z, t), fullgraph=True, dynamic=True, backend=backend)
+    for n in (3, 5, 9):
+        z, t = operands("", shape=(n, 4))
+        assert torch.equal(function(z, t), BCE(z, t))
+    assert len(frames) == 1
+
+
+def test_compiled_methods_objectives_and_own_losses():
+    z, t = (x.detach() for x in operands(""))
+    mu, logvar = (x.detach() for x in operands("gaussian_kl_loss", shape=(4, 6)))
+    functions = {
+        "value_and_grad": lambda: BCE.value_and_grad(z, t, reduction="sum", grad_output=2.0)[1],
+        "grad": lambda: fl.gaussian_kl_loss.grad(mu, logvar, reduction="none", grad_output=mu)[1],
+        "curvature": lambda: fl.log_cosh_loss.curvature(z, t),
+        "vae_loss": lambda: fl.vae_loss(z, t, mu, logvar, beta=0.5).total,
+        "binary_entropy": lambda: fl.binary_entropy(t),
+        "charbonnier": lambda: charbonnier(z, t, eps=0.1, mask=t > 0.5),
+        "module": lambda: ft.VAELoss(beta=2.0)(z, t, mu, logvar).divergence,
+    }
+    for function in functions.values():
+        assert_close(compiled(function)(), function(), PEER[np.dtype(np.float32)])
+
+
+def test_compiled_in_place_is_compiled_without(rng):
+    z, t = operands("")
+    compiled(lambda: BCE(z * 1, t, inplace_grad=True))().backward()
+    equal(z.grad, BCE.grad(to_array(z), to_array(t)))
+
+
+def test_compiling_finds_what_is_wrong():
+    z, t = operands("")
+    with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="unknown option gamma"):
+        compiled(lambda: BCE(z, t, gamma=2))()
+    with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match=r"input has shape \(4, 3, 5, 7\) and target \(2, 3, 5, 7\)"):
+        compiled(lambda: BCE(z, t[:2]))()
+
+
+def test_a_formula_with_the_name_of_another_has_a_key_of_its_own():
+    losses = [fl.elementwise_loss(lambda z, t, k=k: (k * z - t, k)) for k in (2.0, 3.0)]
+    z, t = operands("")
+    assert losses[0].key != losses[1].key
+    for loss in losses:
+        assert torch.equal(compiled(loss)(z, t.detach()), loss(z, t.detach()))
+
+
+def test_a_loss_that_checks_has_another_key_than_one_that_does_not():
+    def square(z, t):
+        return (z - t) * (z - t), 2 * (z - t)
+
+    checking, plain = fl.elementwise_loss(unit=("target",))(square), fl.elementwise_loss(square)
+    z, t = operands("")
+    assert checking.key != plain.key
+    assert compiled(lambda: plain(z, t.detach() + 2, validate=True))() > 0
+    with pytest.raises(ValueError, match="accepted: targets in"):
+        compiled(lambda: checking(z, t.detach() + 2, validate=True))()
+
+
+def test_traced():
+    z, t = (x.detach() for x in operands(""))
+    for pre_dispatch in (False, True):
+        graph = make_fx(lambda z, t: BCE(z, t), pre_dispatch=pre_dispatch)(z, t)
+        assert torch.equal(graph(t, z.sigmoid()), BCE(t, z.sigmoid()))
+
+
+def test_a_default_device_is_not_where_the_value_goes():
+    z, t = (x.detach() for x in operands(""))
+    with torch.device("meta"):
+        assert BCE(z, t).device.type == "cpu"
+
+
+def test_tensors_without_memory():
+    z, t = operands("")
+    value = BCE(z.to("meta"), t.to("meta"), reduction="none")
+    assert (value.device.type, value.shape) == ("meta", z.shape)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        assert BCE(torch.empty(SHAPE), torch.empty(SHAPE)).shape == ()
+
+
+# what is refused
+
+
+def test_other_derivatives_are_refused():
+    z, t = operands("")
+    for transform in (torch.func.grad, torch.func.vmap, torch.func.hessian):
+        with pytest.raises(NotImplementedError, match="fastloss has no rules for"):
+            transform(lambda z: BCE(z, z.detach()))(z.detach())
+    with pytest.raises(NotImplementedError, match="fastloss has no rules for"):
+        torch.func.jvp(lambda z: BCE(z, t), (z,), (t,))
+    with pytest.warns(DeprecationWarning, match="jit.trace"), pytest.raises(NotImplementedError, match="fastloss has no rules for"):
+        torch.jit.trace(lambda z: BCE(z, t), z)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(z.detach(), t)
+        with pytest.raises(NotImplementedError, match="fastloss has no rules for"):
+            BCE(dual, t)
+        assert BCE(z, t).grad_fn is not None
+    (grad,) = torch.autograd.grad(BCE(z, t), z, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), z, create_graph=True)
+    with pytest.raises(NotImplementedError, match="a loss has no third derivative"):
+        second.sum().backward()
+
+
+def test_what_a_formula_does_not_give_is_refused():
+    z, t = operands("")
+    charbonnier(z, t.detach()).backward()
+    equal(z.grad, charbonnier.grad(to_array(z), to_array(t)))
+    with pytest.raises(NotImplementedError, match=r"charbonnier has no target_slope: its formula returns \(value, slope\)"):
+        charbonnier(z, t)
+    (grad,) = torch.autograd.grad(charbonnier(z, t.detach()), z, create_graph=True)
+    with pytest.raises(NotImplementedError, match="charbonnier has no curvature"):
+        grad.sum().backward()
+    with pytest.raises(NotImplementedError, match=r"a quantity of the target alone has none; pass target.detach\(\)"):
+        fl.binary_entropy(t)
+
+
+@pytest.mark.parametrize("option", ["weight", "pos_weight"])
+def test_gradients_by_options_are_refused(option):
+    z, t = operands("")
+    weight = torch.rand(7, requires_grad=True)
+    with pytest.raises(NotImplementedError, match=rf"^{option} requires a gradient.* pass {option}.detach\(\)$"):
+        BCE(z, t, **{option: weight})
+    BCE(z, t, **{option: weight.detach()}).backward()
+
+
+def test_bad_arguments():
+    z, t = operands("")
+    cases = [
+        (TypeError, "target is a numpy.ndarray, and the input a tensor; accepted: torch.Tensor", (z, to_array(t)), {}),
+        (TypeError, "weight is a numpy.ndarray", (z, t), {"weight": np.ones(7)}),
+        (TypeError, "mask is a builtins.list", (z, t), {"mask": [True] * 7}),
+        (TypeError, "target is a torch.Tensor; accepted: numpy.ndarray", (to_array(z), t), {}),
+        (TypeError, "input has layout torch.sparse_coo; accepted: torch.strided", (z.detach().to_sparse(), t), {}),
+        (TypeError, "input has dtype int64; accepted: float16", (t.long(), t), {}),
+        (TypeError, "input has dtype complex64", (z.detach() * 1j, t), {}),
+        (ValueError, r"input has shape \(4, 3, 5, 7\) and target \(2, 3, 5, 7\)", (z, t[:2]), {}),
+        (ValueError, "out takes a gradient, and the value of tensors has its own", (z, t), {"out": z, "reduction": "none"}),
+        (ValueError, "reduction 'median' is unknown", (z, t), {"reduction": "median"}),
+        (ValueError, "target is on meta, and the input is not; accepted: tensors on one device", (z, t.to("meta")), {}),
+        (TypeError, "unknown option gamma", (z, t), {"gamma": 2}),
+    ]
+    for kind, message, arguments, options in cases:
+        with pytest.raises(kind, match=message):
+            BCE(*arguments, **options)
+
+
+def test_a_device_that_is_not_served(monkeypatch):
+    class Elsewhere(torch.Tensor):
+        is_cpu = False
+        device = torch.device("cuda:0")
+
+    z, t = (x.detach() for x in operands(""))
+    with pytest.raises(NotImplementedError, match=r"^target is on cuda:0; accepted: tensors on the CPU$"):
+        BCE(z, t.as_subclass(Elsewhere))
+
+
+# processes
+
+
+def run(code):
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_arrays_do_not_bring_torch():
+    assert run("import sys, fastloss as fl; fl.mse_loss([1.0], [2.0]); print('torch' in sys.modules)") == "False\n"
+
+
+def test_the_door_opens_by_itself():
+    assert run("import torch, fastloss as fl; z = torch.ones(3, requires_grad=True); print(fl.mse_loss(z, 0 * z).item())") == "1.0\n"
+
+
+def test_workers_let_go_of_tensors_first():
+    """A worker that frees a tensor while Python exits would end the process with an abort."""
+    code = """
+import torch, numpy as np, fastloss as fl
+z, t = np.ones((2, 1 << 23), np.float32)
+for _ in range(3):
+    fl.mse_loss.grad(z, t, out=torch.empty(z.shape).numpy())"""
+    for _ in range(3):
+        run(code)
+
+
+def test_a_graph_is_freed():
+    z, t = operands("", shape=(1 << 16,))
+    gc.collect()
+    gc.disable()  # no cycles that a collector would have to find
+    try:
+        tracemalloc.start()
+        for _ in range(20):
+            BCE(z, t)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert kept < z.nbytes
+
+
+def test_numerical_derivative_of_the_slope_by_the_target(name, loss):
+    """Of float32 too, where gradcheck has no digits: the slopes of float64 arrays, in float32."""
+    wide, narrow = (operands(name, dtype) for dtype in (torch.float64, torch.float32))
+    grads = [torch.autograd.grad(loss(z, t, reduction="sum"), (z, t)) for z, t in (wide, narrow)]
+    for want, got in zip(*grads, strict=True):
+        assert_close(got, want, DIFFERENCE * 30)
