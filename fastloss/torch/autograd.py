@@ -312,7 +312,7 @@ def unread_like(target: Any) -> Any:
 def has_memory(tensors: Sequence[Any]) -> bool:
     """Whether tensors can be read now: they are no compiler's symbols, and nobody looks on who records what is done with them."""
     for x in tensors:
-        if type(x) not in PLAIN or not x.is_cpu or x.layout is not STRIDED:
+        if type(x) not in PLAIN or not x.is_cpu or x.layout is not STRIDED or x.is_neg():  # of which only the sign is noted
             return False
     return not (is_compiling() or may_transform() or dispatch_modes() or pre_dispatch_modes())
 

@@ -15,7 +15,7 @@ import torch
 from torch.nn import _reduction
 
 import fastloss
-from fastloss.call import check_reduction, outside
+from fastloss.call import check_reduction, outside, to_float
 from fastloss.plan import REDUCTIONS
 from fastloss.torch.tensors import Tensor
 
@@ -76,7 +76,14 @@ def smooth_l1_loss(
 
     Options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`; see `fastloss.Loss`.
     """
-    return compute(fastloss.smooth_l1_loss, *broadcast(input, target), None, chosen(reduction, size_average, reduce), beta=beta, **options)
+    return compute(
+        fastloss.smooth_l1_loss,
+        *broadcast(input, target),
+        None,
+        chosen(reduction, size_average, reduce),
+        beta=to_float("beta", beta),
+        **options,
+    )
 
 
 def huber_loss(
@@ -87,7 +94,7 @@ def huber_loss(
     Options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`; see `fastloss.Loss`.
     """
     check_weight(input, weight)
-    return compute(fastloss.huber_loss, *broadcast(input, target), weight, chosen(reduction), delta=delta, **options)
+    return compute(fastloss.huber_loss, *broadcast(input, target), weight, chosen(reduction), delta=to_float("delta", delta), **options)
 
 
 def sigmoid_focal_loss(
@@ -104,6 +111,10 @@ def sigmoid_focal_loss(
 
 def compute(loss: Any, input: Tensor, target: Tensor, weight: Any, reduction: str, **options: Any) -> Tensor:
     """Call a loss; what it refuses is refused as PyTorch's kernels do, by a RuntimeError."""
+    if isinstance(input, Tensor) and (input.layout is not torch.strided or not (input.is_floating_point() or input.is_complex())):
+        raise NotImplementedError(
+            f"input has dtype {input.dtype} and layout {input.layout}; accepted: floating-point numbers, torch.strided"
+        )
     try:
         return loss(input, target, weight, reduction, **options)
     except ValueError as error:

@@ -75,7 +75,7 @@ def serves(input: Any, target: Any, options: dict[str, Any]) -> bool:
     tensors = [input, target, *weights]
     if not all(isinstance(x, Tensor) and x.is_cpu and x.layout is torch.strided and x.dtype in DTYPES for x in tensors):
         return False
-    if not torch.compiler.is_compiling() and (is_transformed(tensors) or not has_memory(tensors) or any(x.is_neg() for x in tensors)):
+    if not torch.compiler.is_compiling() and (is_transformed(tensors) or not has_memory(tensors)):
         return False
     numbers = [options[name] for name in ("beta", "delta") if name in options]
     return (
