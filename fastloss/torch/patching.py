@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from fastloss.torch import functional
-from fastloss.torch.autograd import has_memory, is_transformed
-from fastloss.torch.tensors import HALVES, Tensor
+from fastloss.torch.tensors import HALVES, Tensor, has_memory, is_transformed
 
 NAMES = ("binary_cross_entropy", "binary_cross_entropy_with_logits", "huber_loss", "l1_loss", "mse_loss", "smooth_l1_loss")
 DTYPES = (torch.float32, torch.float64, *(HALVES if importlib.util.find_spec("ml_dtypes") else ()))
