@@ -46,7 +46,6 @@ OWN = {  # what it does not have: our function, and options
 }
 FUNCTIONS = [function for function, _ in TORCH.values()]
 MADE = [(name, options) for name, (_, made) in TORCH.items() for options in made]
-REDUCTIONS = ("mean", "sum", "none")
 KINDS = (ValueError, TypeError, AttributeError, RuntimeError)  # of errors; torch's NotImplementedError is a RuntimeError
 
 
@@ -55,12 +54,11 @@ def said(x):
     return "-".join(f"{k}={getattr(v, 'shape', v)}" for k, v in x.items()) or "plain" if isinstance(x, dict) else None
 
 
-def operands(name, dtype=torch.float32):
+def operands(name):
     """Return an input, which is a leaf, and a target, which is 0 here and there."""
     torch.manual_seed(0)
-    z, t = 3 * torch.randn(SHAPE, dtype=torch.float64), torch.rand(SHAPE, dtype=torch.float64).where(MASK, 0)
-    z = z.sigmoid() if name in ("BCELoss", "binary_cross_entropy") else z
-    return z.to(dtype).requires_grad_(), t.to(dtype)
+    z, t = 3 * torch.randn(SHAPE), torch.rand(SHAPE).where(MASK, 0)
+    return (z.sigmoid() if name in ("BCELoss", "binary_cross_entropy") else z).requires_grad_(), t
 
 
 def compute(loss, z, *others, **options):
@@ -126,12 +124,11 @@ def test_repr_type_and_attributes_are_torch_s(name, options):
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("name", "options"), MADE, ids=said)
-def test_results_are_torch_s(name, options, dtype):
-    z, t = operands(name, dtype)
-    for reduction in REDUCTIONS:
-        ours, theirs = (getattr(place, name)(**options, reduction=reduction).to(dtype) for place in (ft, torch.nn))
+def test_results_are_torch_s(name, options):
+    z, t = operands(name)
+    for reduction in ("mean", "sum", "none"):
+        ours, theirs = (getattr(place, name)(**options, reduction=reduction) for place in (ft, torch.nn))
         got = compute(ours, z, t)
         assert is_ours(got[0])
         assert_same(got, compute(theirs, z, t))
@@ -150,7 +147,9 @@ def test_state_is_torch_s(name, options):
     assert_same(compute(ours, z, t), compute(getattr(torch.nn, name)(**other), z, t))
     ours.to(torch.float64)
     assert all(x.dtype is torch.float64 for x in ours.buffers())
-    assert ours(z.double(), t.double()).dtype is torch.float64
+    theirs.to(torch.float64)
+    z, t = z.detach().double().requires_grad_(), t.double()
+    assert_same(compute(ours, z, t), compute(theirs, z, t))
 
 
 @pytest.mark.parametrize("name", [name for name in TORCH if name != "HuberLoss"])
@@ -230,7 +229,7 @@ def test_options_at_construction_and_at_the_call(name):
     images = (255 * t).to(torch.uint8)
     module = getattr(ft, name)(reduction="sample_sum", target_scale=1 / 255)
     assert repr(module) == f"{name}(target_scale={1 / 255})"
-    for options in ({}, {"mask": MASK}, {"mask": MASK, "reduction": "mean"}):
+    for options in ({}, {"mask": MASK, "reduction": "mean"}):
         want = compute(getattr(fl, TORCH[name][0]), z, images, **{"reduction": "sample_sum", "target_scale": 1 / 255, **options})
         assert all(map(torch.equal, compute(module, z, images, **options), want))
     without = compute(getattr(ft, name)(reduction="sample_sum"), z, t)
@@ -444,14 +443,22 @@ def test_what_torch_refuses_is_refused_under_patch(name, call):
 
 
 @pytest.mark.parametrize("which", ["input", "target", "weight"])
-def test_tensors_that_are_negated_lazily(which):
+@pytest.mark.parametrize("weight", [None, EACH], ids=["plain", "weighted"])
+def test_tensors_that_are_negated_lazily(which, weight):
     z, t = operands("mse_loss")
 
     def call(loss, z):
-        given = {"input": z, "target": t, "weight": EACH}
-        return loss(**given | {which: negated(-given[which])})
+        given = {"input": z, "target": t, "weight": weight}
+        return loss(**given | ({} if given[which] is None else {which: negated(-given[which])}))
 
     assert_same(*(compute(lambda z, f=f: call(f, z), z) for f in (ft.mse_loss, F.mse_loss)))
+
+
+@pytest.mark.xfail(reason="NumPy does not read what is negated lazily", strict=True, raises=RuntimeError)
+def test_an_upstream_gradient_that_is_negated_lazily():
+    z, t = operands("mse_loss")
+    grads = [torch.autograd.grad(f(z, t, reduction="none"), z, negated(EACH))[0] for f in (ft.mse_loss, F.mse_loss)]
+    assert_tensor(*grads)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
