@@ -307,6 +307,8 @@ def as_buffers(out: Sequence[Any], names: Sequence[str]) -> tuple[Array, ...]:
     check_tensors(zip(names, out, strict=True))
     for name, x in zip(names, out, strict=True):
         refuse_leaf(name, x)
+        if x.is_neg():
+            raise TypeError(f"{name} is negated lazily, and has no memory of its own numbers; pass {name}.resolve_neg()")
     return tuple(map(to_array, out))
 
 

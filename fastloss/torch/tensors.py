@@ -22,9 +22,11 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def to_array(tensor: Any) -> Array:
-    """Return an array on a CPU tensor's memory."""
+    """Return an array on a CPU tensor's memory; of a tensor that is negated lazily, on that of its negation."""
     if tensor.requires_grad:
         tensor = tensor.detach()
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     if tensor.dtype is torch.bfloat16:
         bits: Array = tensor.view(torch.int16).numpy()
         return bits.view(bfloat16())
