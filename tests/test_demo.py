@@ -7,9 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+EXAMPLE = Path(fl.__file__).parents[1] / "examples" / "autoencoder_numpy.py"  # for those in PyTorch see test_examples.py
 
 
 def fastloss(*arguments, **options):
@@ -49,9 +47,8 @@ def test_demo_says_what_is_wrong(tmp_path):
     assert done.stderr == "the demo needs matplotlib, which is not installed: pip install 'fastloss[demo]'\n"
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_examples_run(example, capsys):
-    runpy.run_path(str(example), run_name="__main__")
+def test_the_example_in_numpy_learns(capsys):
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     first, last = (float(line.split()[-1]) for line in (lines[0], lines[-1]))
     assert last < 0.5 * first

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from matplotlib.image import imread
@@ -16,7 +12,6 @@ torch = pytest.importorskip("torch")
 
 from examples import segmentation_torch, vae_torch  # noqa: E402
 
-EXAMPLES = Path(vae_torch.__file__).parent
 SMALL = ["--size", "32", "--batch", "4", "--threads", "1"]
 
 
@@ -65,9 +60,3 @@ def test_bad_flags_are_named(example, arguments, message, capsys):
     with pytest.raises(SystemExit):
         example.main(arguments)
     assert message in capsys.readouterr().err
-
-
-def test_the_loop_in_numpy_runs(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["autoencoder_numpy.py"])
-    runpy.run_path(str(EXAMPLES / "autoencoder_numpy.py"), run_name="__main__")
-    assert capsys.readouterr().out
