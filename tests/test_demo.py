@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLE = Path(fl.__file__).parents[1] / "examples" / "autoencoder_numpy.py"  # for those in PyTorch see test_examples.py
+EXAMPLE = Path(__file__).parents[1] / "examples" / "autoencoder_numpy.py"  # for those in PyTorch see test_examples.py
 
 
 def fastloss(*arguments, **options):
