@@ -155,21 +155,22 @@ class Call:
         self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Array], scale: Any = 1.0, validate: bool = False,
         borrowed: bool = False
     ) -> Any:  # fmt: skip
-        """Make one pass; return the sums, each a number, or an array with one a group. Raises if an element is bad.
-
-        The request is a bare tuple here, because making a `Request` takes longer than finding its launch.
-        """
-        arrays = self.arrays + outputs
-        layouts = tuple([(a.dtype, a.shape, a.strides) for a in arrays])
-        checked = self.loss.unit if validate else ()
-        numbers = self.numbers
-        launch = find_launch(
-            self.loss.formula, self.shape, self.kept, summed, checked, wanted, self.parameters, tuple(numbers), self.names, layouts
-        )
-        sums, bad = launch.run(arrays, numbers.values(), scale, borrowed)
+        """Make one pass; return the sums, each a number, or an array with one a group. Raises if an element is bad."""
+        launch = self.find_launch(summed, wanted, outputs, validate)
+        sums, bad = launch.run(self.arrays + outputs, self.numbers.values(), scale, borrowed)
         if bad:
             self.complain()
         return sums
+
+    def find_launch(self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Array], validate: bool = False) -> Any:
+        """Return what makes a pass.
+
+        The request is a bare tuple here, because making a `Request` takes longer than finding its launch.
+        """
+        layouts = tuple([(a.dtype, a.shape, a.strides) for a in self.arrays + outputs])
+        checked = self.loss.unit if validate else ()
+        names, numbers = self.names, tuple(self.numbers)
+        return find_launch(self.loss.formula, self.shape, self.kept, summed, checked, wanted, self.parameters, numbers, names, layouts)
 
     def scan(self, summed: tuple[str, ...], validate: bool, *needed: str) -> Any:
         """Make a pass that computes no loss and reads only what it needs; return the sums."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -24,9 +25,7 @@ def find_door(array: Any) -> Any:
     """Return what takes a framework's arrays; None if the array is not of one. What nobody has imported has made no array."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
-        from fastloss.torch import autograd
-
-        return autograd
+        return sys.modules.get("fastloss.torch.autograd") or importlib.import_module("fastloss.torch.autograd")
     return None
 
 
@@ -45,12 +44,13 @@ class AnyLoss:
     def __reduce__(self) -> str:
         return self.__qualname__  # pickled by name, as functions are
 
-    def _register(self, options: tuple[str, ...], *formulas: Formula) -> None:
-        """Make the loss known, under a key that is another one for another formula of the same name."""
-        self.options = options
+    def _register(self, *definitions: Definition) -> None:
+        """Make the loss known, under a key that is another one for another loss of the same name."""
+        self.options = definitions[0].options
         module = getattr(self, "__module__", "")
         own = module.partition(".")[0] == "fastloss"
-        digest = hashlib.sha256("".join(formula.text for formula in formulas).encode()).hexdigest()[:16]
+        text = repr([(d.formula.text, d.bounds, d.unit) for d in definitions])
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.key = self.__qualname__ if own else f"{module}.{self.__qualname__} {digest}"
         LOSSES[self.key] = self
 
@@ -125,7 +125,7 @@ class Loss(AnyLoss):
         self._reduction = reduction
         functools.update_wrapper(self, function, updated=())
         self.__signature__ = signature(("input", "target"), reduction, {**formula.defaults, **OPTIONS})
-        self._register(self._definition.options, formula)
+        self._register(self._definition)
 
     def __repr__(self) -> str:
         return f"<loss {self.__name__}{self.__signature__}>"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from ml_dtypes import finfo
+from ml_dtypes import bfloat16, finfo
 
 QUANTITIES = ("value", "slope", "curvature")
 
@@ -72,7 +72,8 @@ PROBABILITY = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-10}
 DIFFERENCE = 1e-6  # of a numerical derivative in float64, relative to the largest
 NUMPY = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-15}  # of the reference, relative to the largest
 # Of a peer (PyTorch, scikit-learn) that computes in the same dtype: its errors are a few ulp of the largest, ours fewer.
-PEER = {np.dtype(np.float32): 2e-6, np.dtype(np.float64): 4e-15}
+# In 16 bits the peer rounds its steps too: two units.
+PEER = {np.dtype(np.float32): 2e-6, np.dtype(np.float64): 4e-15, np.dtype(np.float16): 2e-3, np.dtype(bfloat16): 1.6e-2}
 PEER_ULP = 16  # of a peer in float64, element by element: the focal loss's slope is allowed 15, and the peer errs too
 
 
@@ -120,6 +121,13 @@ def assert_close(got, want, tolerance):
     assert got.shape == want.shape
     scale = np.max(np.abs(want), initial=0) or 1.0
     assert np.max(np.abs(got - want), initial=0) <= tolerance * scale
+
+
+def assert_tensor(got, want):
+    """Assert that a tensor is one like PyTorch's, in type, dtype, shape and place, and close to it."""
+    assert (type(got), got.dtype, got.shape, got.device) == (type(want), want.dtype, want.shape, want.device)
+    tolerance = PEER[np.dtype(str(want.dtype).removeprefix("torch."))]
+    assert_close(*(x.detach().double().numpy() for x in (got, want)), tolerance)
 
 
 def compute(loss, z, t, **options):

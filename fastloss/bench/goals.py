@@ -9,6 +9,7 @@ from fastloss.bench.ours import PLAIN
 from fastloss.bench.results import PEERS, Measured, Results, Timing
 
 LIMIT, FASTEST = "the limit", "the fastest peer"
+TENSORS = "fastloss on tensors"  # forward and backward
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ GOALS = [
     Goal(Case(), "torch eager", least=15),
     Goal(Case(), "torch.compile", least=5),
     Goal(Case(), "JAX", least=8),
+    *(Goal(Case(), peer, least=least, row=TENSORS) for peer, least in (("torch eager", 8), ("torch.compile", 3))),
+    *(Goal(Case(MSE), peer, least=least, row=TENSORS) for peer, least in (("torch eager", 3), ("torch.compile", 2))),
+    *(Goal(Case(loss, size="1Ki"), "torch eager", least=1, row=TENSORS) for loss in (BCE, MSE)),
     Goal(Case(size="mnist"), FASTEST, least=4),
     Goal(Case(size="1Ki"), FASTEST, least=2),
     Goal(Case(), "fastloss, out=", most=1, row="fastloss, in place"),

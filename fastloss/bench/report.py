@@ -62,7 +62,17 @@ def tables(results: Results) -> list[Table]:
     """Return all tables that the results have rows for."""
     made = [details(results.measured[case]) for case in (Case(), Case(size="mnist"), Case(size="1Ki")) if case in results.measured]
     return [
-        table for table in [*made, overview(results.measured), ways(results), threads(results), start(results), aims(results)] if table.rows
+        table
+        for table in [
+            *made,
+            overview(results.measured),
+            tensors(results.measured),
+            ways(results),
+            threads(results),
+            start(results),
+            aims(results),
+        ]
+        if table.rows
     ]
 
 
@@ -73,7 +83,7 @@ def short(results: Results) -> list[Table]:
     missed.title = "Goals that are missed"
     missed.rows = [row for row in missed.rows if row[-1] == MISSED]
     made = [details(headlines[Case()])] if Case() in headlines else []
-    return [table for table in [*made, overview(headlines), missed, start(results)] if table.rows]
+    return [table for table in [*made, overview(headlines), tensors(headlines), missed, start(results)] if table.rows]
 
 
 def details(measured: Measured) -> Table:
@@ -109,6 +119,32 @@ def overview(cases: Mapping[Case, Measured]) -> Table:
             ratios = [measured.ratio(name, measured.ours.name) for name in peers]
             cells = ["" if ratio is None else f"{ratio:.1f}" for ratio in ratios]
             table.rows.append([title(case), duration(measured.ours.median), f"{measured.ours.median / measured.limit.median:.2f}", *cells])
+    return table
+
+
+def tensors(cases: Mapping[Case, Measured]) -> Table:
+    """Return forward and backward in PyTorch: ours, and how many times as long and how much memory PyTorch's own take."""
+    headings = [
+        "",
+        "fastloss",
+        "in place",
+        "torch eager",
+        "torch.compile",
+        *(f"memory, {name}" for name in ("fastloss", "in place", "eager")),
+    ]
+    table = Table(
+        "PyTorch: forward and backward; how many times as long torch takes, and extra memory in multiples of the logits", headings
+    )
+    names = [goals.TENSORS, f"{goals.TENSORS}, in place", "torch eager", "torch.compile"]
+    for case, measured in cases.items():
+        if goals.TENSORS not in measured.rows or case.size not in SIZES:
+            continue
+        ours, in_place = (measured.rows.get(name) for name in names[:2])
+        times = [duration(row.median) if row else "" for row in (ours, in_place)]
+        ratios = [measured.ratio(name, goals.TENSORS) for name in names[2:]]
+        memory = [measured.memory(name) if name in measured.rows else None for name in names[:3]]
+        shown = [f"{ratio:.1f}" if ratio else "" for ratio in ratios] + ["" if m is None else f"{m:.1f}" for m in memory]
+        table.rows.append([title(case), *times, *shown])
     return table
 
 

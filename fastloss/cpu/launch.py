@@ -55,6 +55,10 @@ class Launch:
         addresses = addresses_of(arrays)
         if borrowed:
             check_overlap(self.plan, arrays, addresses)
+        return self.run_at(addresses, numbers, scale, arrays)
+
+    def run_at(self, addresses: list[int], numbers: Iterable[float], scale: Any, keep: Any) -> tuple[Any, bool]:
+        """Do so for arrays given by their addresses; `keep` is what holds their memory."""
         how = self.how_to_store(addresses) if self.step else THROUGH
         frame = self.frame_type()
         base = ctypes.addressof(frame)
@@ -67,7 +71,7 @@ class Launch:
         if self.is_small:
             self.kernel(frame, self.layout)
         else:
-            POOL.run(self.kernel, frame, self.layout, self.ranges, [arrays, scale])
+            POOL.run(self.kernel, frame, self.layout, self.ranges, [keep, scale])
         if self.by_group:
             shape = (self.plan.groups, -1, self.partials)
             partials = np.frombuffer(memoryview(frame), np.float64, self.partials * self.ranges, self.partials_at).reshape(shape)

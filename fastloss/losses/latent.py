@@ -38,7 +38,7 @@ class LatentLoss(AnyLoss):
         self._definition = Definition(formula, {}, (), ("weight", "reduction", *_OPTIONS), buffers=2)
         functools.update_wrapper(self, function, updated=())
         self.__signature__ = signature(("mu", "logvar"), "mean", dict.fromkeys(_OPTIONS))
-        self._register(self._definition.options, formula)
+        self._register(self._definition)
 
     def __repr__(self) -> str:
         return f"<loss {self.__name__}>"

@@ -81,7 +81,7 @@ class DiceLoss(AnyLoss):
         options = (*self.defaults, "weight", "reduction", *OPTIONS)
         self.first, self.second = (Definition(formula, {}, ("target",), options) for formula in (_SUMS, _SLOPES))
         self.__signature__ = signature(("input", "target"), "mean", {**self.defaults, **OPTIONS})
-        self._register(options, _SUMS, _SLOPES)
+        self._register(self.first, self.second)
 
     def __repr__(self) -> str:
         return f"<loss {self.__name__}{self.__signature__}>"

@@ -9,15 +9,10 @@
 The functions of `fastloss` itself take tensors too. On the CPU; tensors are read and written where they are.
 """
 
-from fastloss import (
-    binary_entropy,
-    dice_bce_with_logits_loss,
-    dice_with_logits_loss,
-    gaussian_kl_loss,
-    log_cosh_loss,
-    mse_with_logits_loss,
-    vae_loss,
-)
+from fastloss.losses.latent import gaussian_kl_loss, vae_loss
+from fastloss.losses.logistic import binary_entropy, mse_with_logits_loss
+from fastloss.losses.regression import log_cosh_loss
+from fastloss.losses.segmentation import dice_bce_with_logits_loss, dice_with_logits_loss
 from fastloss.torch.functional import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,

@@ -2,7 +2,8 @@
 
 Where PyTorch and fastloss differ, these do as PyTorch does: `mse_loss` and `l1_loss` divide a weighted mean by the sum of
 the weights, losses of a difference broadcast a target with a warning, `binary_cross_entropy` looks at every element, and
-what PyTorch's kernels refuse is a `RuntimeError`. The slope by the target is there too; that by a weight is not.
+what PyTorch's kernels refuse is a `RuntimeError`. The slope by the target is there too; that by a weight is not. Of
+operands with different dtypes the value has the input's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch.nn import _reduction
 
 import fastloss
-from fastloss.call import check_reduction
+from fastloss.call import check_reduction, outside, to_float
 from fastloss.plan import REDUCTIONS
 from fastloss.torch.tensors import Tensor
 
@@ -75,7 +76,14 @@ def smooth_l1_loss(
 
     Options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`; see `fastloss.Loss`.
     """
-    return compute(fastloss.smooth_l1_loss, *broadcast(input, target), None, chosen(reduction, size_average, reduce), beta=beta, **options)
+    return compute(
+        fastloss.smooth_l1_loss,
+        *broadcast(input, target),
+        None,
+        chosen(reduction, size_average, reduce),
+        beta=to_float("beta", beta),
+        **options,
+    )
 
 
 def huber_loss(
@@ -86,7 +94,7 @@ def huber_loss(
     Options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`; see `fastloss.Loss`.
     """
     check_weight(input, weight)
-    return compute(fastloss.huber_loss, *broadcast(input, target), weight, chosen(reduction), delta=delta, **options)
+    return compute(fastloss.huber_loss, *broadcast(input, target), weight, chosen(reduction), delta=to_float("delta", delta), **options)
 
 
 def sigmoid_focal_loss(
@@ -103,6 +111,10 @@ def sigmoid_focal_loss(
 
 def compute(loss: Any, input: Tensor, target: Tensor, weight: Any, reduction: str, **options: Any) -> Tensor:
     """Call a loss; what it refuses is refused as PyTorch's kernels do, by a RuntimeError."""
+    if isinstance(input, Tensor) and (input.layout is not torch.strided or not (input.is_floating_point() or input.is_complex())):
+        raise NotImplementedError(
+            f"input has dtype {input.dtype} and layout {input.layout}; accepted: floating-point numbers, torch.strided"
+        )
     try:
         return loss(input, target, weight, reduction, **options)
     except ValueError as error:
@@ -115,7 +127,7 @@ def over_weights(loss: Any, input: Tensor, target: Tensor, weight: Tensor | None
     z, t = broadcast(input, target)
     if weight is None or reduction != "mean":
         return compute(loss, z, t, weight, reduction, **options)
-    if excluding := {"mask", "ignore_index"} & options.keys():
+    if excluding := {name for name in ("mask", "ignore_index") if options.get(name) is not None}:
         raise TypeError(f"a mean divided by the sum of the weights takes no {', '.join(sorted(excluding))}; use fastloss.{loss.__name__}")
     return compute(loss, z, t, weight, "sum", **options) / weight.sum()
 
@@ -144,10 +156,12 @@ def broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return both in one shape; with a warning, as PyTorch does, because it is rarely meant."""
     if input.shape == target.shape:
         return input, target
+    if torch.compiler.is_compiling():  # where PyTorch does not warn either
+        return torch.broadcast_tensors(input, target)
     warnings.warn(
         f"input has shape {tuple(input.shape)} and target {tuple(target.shape)}; they are broadcast, which is rarely what is meant: "
         "give them the same shape",
-        stacklevel=4,
+        stacklevel=outside(),
     )
     expanded: tuple[Tensor, Tensor] = torch.broadcast_tensors(input, target)
     return expanded

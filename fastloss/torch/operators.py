@@ -6,7 +6,7 @@ of the user's: the first argument is its key in `fastloss.loss.LOSSES`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,11 +49,16 @@ def derivatives(bound: Bound, wanted: Sequence[str], upstream: Any, tensors: Seq
     return grads
 
 
-def passes(bound: Bound, summed: Sequence[str], wanted: Sequence[str], tensors: Sequence[Any], upstream: Any) -> tuple[Any, list[Any]]:
+def passes(
+    bound: Bound, summed: Sequence[str], wanted: Sequence[str], tensors: Sequence[Any], special: Mapping[str, Any]
+) -> tuple[Any, list[Any]]:
     """Return the reduced value, if it is summed, and what is wanted, without autograd."""
+    if "out" in special:
+        raise NotImplementedError("out is not for compiled code, which plans its memory itself; leave it out")
+    upstream = special.get("grad_output")
     tensors = [x.detach() for x in tensors]
     if upstream is not None:
-        upstream = upstream.detach() if isinstance(upstream, Tensor) else torch.scalar_tensor(upstream, dtype=torch.float64)
+        upstream = upstream.detach() if isinstance(upstream, Tensor) else torch.scalar_tensor(upstream, dtype=torch.float64, device="cpu")
     slopes = [name for name in wanted if name != "value"]
     whole = value(bound, tensors) if summed or "value" in wanted else None
     computed = derivatives(bound, slopes, upstream, tensors)

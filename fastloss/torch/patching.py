@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -11,8 +12,7 @@ from typing import Any
 import torch
 
 from fastloss.torch import functional
-from fastloss.torch.autograd import has_memory
-from fastloss.torch.tensors import HALVES, Tensor
+from fastloss.torch.tensors import HALVES, Tensor, has_memory, is_transformed
 
 NAMES = ("binary_cross_entropy", "binary_cross_entropy_with_logits", "huber_loss", "l1_loss", "mse_loss", "smooth_l1_loss")
 DTYPES = (torch.float32, torch.float64, *(HALVES if importlib.util.find_spec("ml_dtypes") else ()))
@@ -22,15 +22,18 @@ class Patch:
     """What `patch` did, to be undone: by leaving the block of `with`, or by `undo`."""
 
     def __init__(self) -> None:
-        self._originals: dict[str, Callable[..., Any]] | None = {name: getattr(torch.nn.functional, name) for name in NAMES}
-        for name, original in self._originals.items():
-            setattr(torch.nn.functional, name, served(original, getattr(functional, name)))
+        self._originals = {name: getattr(torch.nn.functional, name) for name in NAMES}
+        self._installed = {name: served(original, getattr(functional, name)) for name, original in self._originals.items()}
+        for name, function in self._installed.items():
+            setattr(torch.nn.functional, name, function)
 
     def undo(self) -> None:
-        """Put back what was there; once, further calls do nothing."""
-        originals, self._originals = self._originals or {}, None
-        for name, original in originals.items():
-            setattr(torch.nn.functional, name, original)
+        """Put back what was there; once, further calls do nothing. Raises `RuntimeError` while a later patch is in the way."""
+        if changed := [name for name, function in self._installed.items() if getattr(torch.nn.functional, name) is not function]:
+            raise RuntimeError(f"torch.nn.functional.{changed[0]} has been replaced since; patches are undone in the reverse order")
+        for name in self._installed:
+            setattr(torch.nn.functional, name, self._originals[name])
+        self._installed = {}
 
     def __enter__(self) -> Patch:
         return self
@@ -46,41 +49,47 @@ def patch() -> Patch:
         with fastloss.torch.patch(): ...      # in the block alone
 
     What fastloss does not serve goes on to PyTorch's own: other devices, other or mixed dtypes, other shapes, tensors that are
-    no plain ones, a weight that requires a gradient. Names that were imported before (`from torch.nn.functional import mse_loss`)
-    stay what they were. Patches are undone in the reverse order.
+    no plain ones, a weight that requires a gradient, torch.func's transforms, torch.jit.trace. Not for torch.jit.script. Names
+    that were imported before (`from torch.nn.functional import mse_loss`) stay what they were.
     """
     return Patch()
 
 
 def served(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that calls ours where that serves, and else PyTorch's."""
+    names = list(inspect.signature(original).parameters)[2:]
 
     @functools.wraps(original)
     def either(input: Any, target: Any, *args: Any, **options: Any) -> Any:
-        function = ours if serves(input, target, [*args, *options.values()]) else original
+        known = len(args) <= len(names) and options.keys() <= set(names)
+        function = ours if known and serves(input, target, dict(zip(names, args, strict=False)) | options) else original
         return function(input, target, *args, **options)
 
     return either
 
 
-def serves(input: Any, target: Any, others: list[Any]) -> bool:
-    """Whether fastloss computes exactly what PyTorch would."""
-    tensors = [input, target, *(x for x in others if isinstance(x, Tensor))]
+def serves(input: Any, target: Any, options: dict[str, Any]) -> bool:
+    """Whether fastloss computes what PyTorch would."""
+    weights = [options[name] for name in ("weight", "pos_weight") if options.get(name) is not None]
+    tensors = [input, target, *weights]
     if not all(isinstance(x, Tensor) and x.is_cpu and x.layout is torch.strided and x.dtype in DTYPES for x in tensors):
         return False
-    if not torch.compiler.is_compiling() and not has_memory(tensors):
+    if not torch.compiler.is_compiling() and (is_transformed(tensors) or not has_memory(tensors)):
         return False
-    same_dtype = input.dtype is target.dtype or (torch.is_autocast_enabled("cpu") and torch.float64 not in (input.dtype, target.dtype))
-    return input.shape == target.shape and same_dtype and all(map(functools.partial(fits, input), others))
+    numbers = [options[name] for name in ("beta", "delta") if name in options]
+    return (
+        input.shape == target.shape
+        and all(agree(input, x) for x in tensors)
+        and all(not x.requires_grad and broadcasts(x.shape, input.shape) for x in weights)
+        and all(isinstance(x, (int, float)) and x > 0 for x in numbers)
+        and options.get("reduction", "mean") in ("mean", "sum", "none")
+    )
 
 
-def fits(input: Any, other: Any) -> bool:
-    """Whether an argument behind input and target is one that fastloss takes as PyTorch does."""
-    if isinstance(other, Tensor):
-        return not other.requires_grad and broadcasts(other.shape, input.shape)
-    if isinstance(other, str):
-        return other in ("mean", "sum", "none")
-    return other is None or isinstance(other, bool) or other > 0  # flags of PyTorch 0.4; beta and delta, which PyTorch may refuse itself
+def agree(input: Any, other: Any) -> bool:
+    """Whether both have one dtype, or will have under autocast."""
+    widened = torch.is_autocast_enabled("cpu") and torch.float64 not in (input.dtype, other.dtype)
+    return input.dtype is other.dtype or widened
 
 
 def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

@@ -1,22 +1,32 @@
-"""Tensors as NumPy arrays on the same memory, and back."""
+"""Tensors: which can be read and which be written to, as NumPy arrays on the same memory and back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch._C import _are_functorch_transforms_active as transforms_active
+from torch._C import _get_tracing_state as tracing_state
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch as pre_dispatch_modes
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from fastloss.plan import Array
 
 Tensor = torch.Tensor
+PLAIN, STRIDED = (torch.Tensor, torch.nn.Parameter), torch.strided
 HALVES = (torch.float16, torch.bfloat16)
 
 
 def to_array(tensor: Any) -> Array:
-    """Return an array on a CPU tensor's memory."""
-    tensor = tensor.detach()
+    """Return an array on a CPU tensor's memory; of a tensor that is negated lazily, on that of its negation."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     if tensor.dtype is torch.bfloat16:
         bits: Array = tensor.view(torch.int16).numpy()
         return bits.view(bfloat16())
@@ -41,11 +51,59 @@ def bfloat16() -> np.dtype[Any]:
 
 
 def check_tensors(named: Iterable[tuple[str, Any]]) -> None:
-    """Refuse what is no tensor, and tensors whose memory is not this machine's."""
+    """Refuse what is no tensor, and tensors that do not lie together in this machine's memory."""
+    meta = None
     for name, x in named:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__qualname__}, and the input a tensor; accepted: torch.Tensor")
         if not x.is_cpu and x.device.type != "meta":
             raise NotImplementedError(f"{name} is on {x.device}; accepted: tensors on the CPU")
-        if x.layout is not torch.strided:
+        if x.is_meta is not (meta := x.is_meta if meta is None else meta):
+            raise ValueError(f"{name} is on {x.device}, and the input is not; accepted: tensors on one device")
+        if x.layout is not STRIDED:
             raise TypeError(f"{name} has layout {x.layout}; accepted: torch.strided")
+
+
+def has_memory(tensors: Sequence[Any]) -> bool:
+    """Whether tensors can be read now: they are no compiler's symbols, and nobody looks on who records what is done with them."""
+    if is_compiling():
+        return False
+    for x in tensors:
+        if type(x) not in PLAIN or not x.is_cpu or x.layout is not STRIDED or x.is_neg():  # of which only the sign is noted
+            return False
+    return not (may_transform() or dispatch_modes() or pre_dispatch_modes())
+
+
+def may_transform() -> bool:
+    """Whether torch.func's transforms may be at work, or forward-mode differentiation, or torch.jit.trace."""
+    return forward_ad._current_level >= 0 or transforms_active() or tracing_state() is not None
+
+
+def is_transformed(tensors: Sequence[Any]) -> bool:
+    """Whether they are, and these tensors among what they work on; the compiler refuses itself what it cannot do."""
+    if is_compiling() or not may_transform():
+        return False
+    duals = forward_ad._current_level >= 0 and not transforms_active()
+    return not duals or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def refuse_transforms(tensors: Sequence[Any]) -> None:
+    """Refuse what would get wrong derivatives or none, or a constant."""
+    if is_transformed(tensors):
+        raise NotImplementedError(
+            "fastloss has no rules for torch.func's transforms (grad, vmap, jvp, ...), forward-mode derivatives and torch.jit.trace; "
+            "accepted: torch.autograd, torch.compile, torch.export"
+        )
+
+
+def refuse_gradient(name: str, tensor: Any) -> None:
+    """Refuse a gradient towards anything but the two operands."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(f"{name} requires a gradient, and losses are not differentiable with respect to it; pass {name}.detach()")
+
+
+def refuse_leaf(name: str, tensor: Any) -> None:
+    """Refuse to write into what an optimiser holds: a leaf that requires a gradient, or a view of one."""
+    base = tensor._base if tensor._is_view() else tensor
+    if base.is_leaf and base.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{name} is a leaf that requires a gradient, or a view of one; its values cannot be overwritten")

@@ -1,9 +1,11 @@
-"""PyTorch, eager and compiled: forward, and backward through autograd as a training loop does it."""
+"""PyTorch, eager and compiled, and fastloss on its tensors: forward, and backward through autograd as a training loop does it."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+import fastloss as fl
 from fastloss.bench.batch import SCALE, Array, Batch
 from fastloss.bench.peers.formulas import FORMULAS, reduced
 from fastloss.bench.row import Result, Row
+from fastloss.torch.tensors import to_array, to_tensor
 
 XP = SimpleNamespace(
     abs=torch.abs, exp=torch.exp, log=torch.log, log1p=torch.log1p, sigmoid=torch.sigmoid, softplus=F.softplus, where=torch.where,
@@ -27,7 +31,54 @@ def rows(batch: Batch, threads: int) -> list[Row]:
     function = loss_function(batch)
     torch.compiler.reset()  # or after some shapes it would silently not compile any more
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
-    return [row(batch, "torch eager", function), row(batch, "torch.compile", compiled)]
+    theirs = [row(batch, "torch eager", function), row(batch, "torch.compile", compiled)]
+    return theirs if batch.case.part != "value_and_grad" else [*theirs, *our_rows(batch)]
+
+
+def our_rows(batch: Batch) -> list[Row]:
+    """Return fastloss on tensors, and with the gradient in the place of the logits."""
+    made = [row(batch, "fastloss on tensors", our_function(batch))]
+    return [*made, in_place(batch)] if len(batch.case.subject.slopes) == 1 else made
+
+
+def our_function(batch: Batch, **options: Any) -> Callable[..., Any]:
+    """Return the loss by fastloss, under autocast where tensors have 16 bits."""
+    case, loss = batch.case, getattr(fl, batch.case.loss)
+    options |= {"reduction": case.reduction} if case.subject.reduction is None else {}
+    options |= batch.options | {name: torch.from_numpy(x) for name, x in batch.extra.items()}
+    half = torch.bfloat16 if case.dtype == "bfloat16" else torch.float16
+
+    def value(*tensors: Any) -> Any:
+        with torch.autocast("cpu", dtype=half) if case.is_half else contextlib.nullcontext():
+            result = loss(*tensors, **options)
+        return getattr(result, "total", result)
+
+    return value
+
+
+class Output(torch.autograd.Function):
+    """A network whose output is there already: a tensor that is no leaf, on given memory."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Any, memory: Any) -> Any:
+        """Return a tensor on the memory."""
+        return to_tensor(memory)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        """Hand the gradient on."""
+        return grad, None
+
+
+def in_place(batch: Batch) -> Row:
+    """Return the row whose gradient overwrites the logits: at the second call, a gradient."""
+    (slot,), function = batch.case.subject.slopes, our_function(batch, inplace_grad=True)
+    memory = batch.arrays[slot].copy(order="K")
+
+    def loss(*tensors: Any) -> Any:
+        return function(*(Output.apply(x, memory) if k == slot else x for k, x in enumerate(tensors)))
+
+    return replace(row(batch, "fastloss on tensors, in place", loss), restore=lambda: np.copyto(memory, batch.arrays[slot]))
 
 
 def loss_function(batch: Batch) -> Callable[..., Any]:
@@ -64,23 +115,17 @@ def row(batch: Batch, name: str, loss: Callable[..., Any]) -> Row:
         return value.detach(), grads
 
     def read(result: tuple[Any, list[Any]]) -> Result:
-        return None if case.part == "grad" else result[0].item(), [to_array(g) for g in result[1]]
+        return None if case.part == "grad" else result[0].item(), [widened(g) for g in result[1]]
 
     return Row(name, run, read)
+
+
+def widened(x: Any) -> Array:
+    """Return a tensor as an array, bfloat16 widened."""
+    return to_array(x.float() if x.dtype == torch.bfloat16 else x)
 
 
 def without_grad(loss: Callable[..., Any], tensors: list[Any]) -> Any:
     """Return the value, with nothing kept for a backward pass."""
     with torch.no_grad():
         return loss(*tensors)
-
-
-def to_tensor(x: Array) -> Any:
-    """Return a tensor on the array's own memory."""
-    return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if x.dtype.name == "bfloat16" else torch.from_numpy(x)
-
-
-def to_array(x: Any) -> Array:
-    """Return a tensor as an array, 16 bits widened."""
-    array: Array = x.detach().float().numpy() if x.dtype == torch.bfloat16 else x.detach().numpy()
-    return array

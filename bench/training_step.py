@@ -1,0 +1,132 @@
+"""Time the loss inside training steps of the example's autoencoder, where PyTorch's threads have just been at work.
+
+python -m bench.training_step                                  (needs the extras torch, bench and demo; some minutes)
+python -m bench.training_step --json FILE --write README.md
+python -m bench.training_step --show FILE --write README.md    (measures nothing)
+
+A step is forward, loss, backward and Adam's update; what is timed is the loss: from the logits to its value and to the gradient
+that the decoder is given. Rows take turns, a step each, in an order drawn anew in each round; nothing is waited for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from examples.vae_torch import VAE, cut, load_photographs
+from rich.console import Console
+from rich.progress import track
+
+import fastloss as fl
+from fastloss.bench import machine
+from fastloss.bench.report import Table, duration
+
+SHAPE = (64, 3, 256, 256)
+ROUNDS = 9
+BEGIN, END = "<!-- training step: written by python -m bench.training_step --write -->", "<!-- end of training step -->"
+LOSSES = {
+    "BCE": (fl.binary_cross_entropy_with_logits, F.binary_cross_entropy_with_logits),
+    "MSE": (fl.mse_loss, F.mse_loss),
+}
+
+
+def rows(ours: Callable[..., Any], theirs: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """Return the ways to compute a loss."""
+    return {
+        "fastloss": ours,
+        "fastloss, in place": lambda logits, images: ours(logits, images, inplace_grad=True),
+        "torch eager": theirs,
+        "torch.compile": torch.compile(theirs, fullgraph=True, dynamic=False),
+    }
+
+
+class Training:
+    """The example's model, and batches of crops of its photographs."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model, self.photographs = VAE(), load_photographs()
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=1e-4)
+        self.random = torch.Generator().manual_seed(0)
+
+    def step(self, loss: Callable[..., Any]) -> tuple[float, float]:
+        """Take a step; return the seconds of the loss, and of all."""
+        images = cut(self.photographs, SHAPE[0], SHAPE[-1], self.random) / 255
+        start = time.perf_counter()
+        logits = self.model(images)[0]
+        begin = time.perf_counter()
+        (slope,) = torch.autograd.grad(loss(logits, images), logits)
+        end = time.perf_counter()
+        logits.backward(slope)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        return end - begin, time.perf_counter() - start
+
+
+def measure(threads: int) -> dict[str, Any]:
+    """Return the seconds of every row in every round, and of the steps."""
+    torch.set_num_threads(threads)
+    fl.set_num_threads(threads)
+    training, order = Training(), np.random.default_rng(0)
+    ways = {(loss, name): way for loss, pair in LOSSES.items() for name, way in rows(*pair).items()}
+    seconds: dict[str, dict[str, list[float]]] = {loss: {name: [] for name in rows(*pair)} for loss, pair in LOSSES.items()}
+    steps: list[float] = []
+    for way in ways.values():  # compiles
+        training.step(way)
+    keys = list(ways)
+    for _ in track(range(ROUNDS), "training", console=Console(stderr=True)):
+        for k in order.permutation(len(keys)):
+            of_loss, of_step = training.step(ways[keys[k]])
+            seconds[keys[k][0]][keys[k][1]].append(round(of_loss, 6))
+            steps.append(round(of_step, 4))
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"date": date, "machine": machine.description(threads), "shape": SHAPE, "seconds": seconds, "steps": steps}
+
+
+def table(content: dict[str, Any], source: Path | str) -> str:
+    """Return what was measured, for the README."""
+    shape = "x".join(map(str, content["shape"]))
+    made = Table(f"Inside a training step, {shape}", ["", "time of the loss", "fastloss is faster by"])
+    for loss, seconds in content["seconds"].items():
+        medians = {name: float(np.median(times)) for name, times in seconds.items()}
+        for name, median in sorted(medians.items(), key=lambda item: item[1]):
+            faster = "" if name.startswith("fastloss") else f"{median / medians['fastloss']:.1f} x"
+            made.rows.append([f"{loss}: {name}", duration(median), faster])
+    sentence = machine.sentence(content["machine"])
+    step = f"The whole step takes {duration(float(np.median(content['steps'])))}."
+    return f"{made.markdown()}\n\n{step} {sentence}; {content['date'][:10]}; raw rounds in `{source}`."
+
+
+def filled(page: Path, text: str) -> str:
+    """Return a page's text with the table between its marks."""
+    before, rest = page.read_text().split(BEGIN)
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure or read, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m bench.training_step", description="Time the loss inside training steps.")
+    parser.add_argument("--threads", type=int, choices=range(1, machine.cpus() + 1), default=machine.cpus())
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing: the table of a file")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="write the table between this page's marks")
+    options = parser.parse_args(arguments)
+    content = json.loads(options.show.read_text()) if options.show else measure(options.threads)
+    if options.json:
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    text = table(content, options.show or options.json or "memory")
+    print(text)
+    if options.write:
+        options.write.write_text(filled(options.write, text))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,471 @@
+"""Modules against those of `torch.nn`, ours against our functions, and what `patch` leaves as it was."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import pickle
+import re
+import threading
+import warnings
+
+import pytest
+
+import fastloss as fl
+from tests.ulp import assert_tensor
+
+torch = pytest.importorskip("torch")
+
+import torch.nn.functional as F  # noqa: E402, N812
+from torch.nn.functional import mse_loss as imported_before  # noqa: E402
+
+import fastloss.torch as ft  # noqa: E402
+
+SHAPE = (4, 3, 5)
+PER_CHANNEL, EACH = torch.tensor([0.25, 1.0, 3.5]).reshape(3, 1), torch.linspace(0, 3, math.prod(SHAPE)).reshape(SHAPE)
+MASK = torch.arange(math.prod(SHAPE)).reshape(SHAPE) % 7 > 1
+TORCH = {  # what PyTorch has too: its function, and how modules are made
+    "BCEWithLogitsLoss": (
+        "binary_cross_entropy_with_logits",
+        [{}, {"weight": EACH}, {"pos_weight": PER_CHANNEL}, {"weight": PER_CHANNEL, "pos_weight": PER_CHANNEL}],
+    ),
+    "BCELoss": ("binary_cross_entropy", [{}, {"weight": PER_CHANNEL}]),
+    "MSELoss": ("mse_loss", [{}]),
+    "L1Loss": ("l1_loss", [{}]),
+    "SmoothL1Loss": ("smooth_l1_loss", [{}, {"beta": 0.375}, {"beta": 0.0}]),
+    "HuberLoss": ("huber_loss", [{}, {"delta": 0.5}]),
+}
+OWN = {  # what it does not have: our function, and options
+    "LogCoshLoss": ("log_cosh_loss", {"ignore_index": 0.0}),
+    "MSEWithLogitsLoss": ("mse_with_logits_loss", {"weight": PER_CHANNEL}),
+    "SigmoidFocalLoss": ("sigmoid_focal_loss", {"alpha": 0.75, "gamma": 1.5}),
+    "GaussianKLLoss": ("gaussian_kl_loss", {"mask": MASK}),
+    "DiceWithLogitsLoss": ("dice_with_logits_loss", {"smooth": 1e-3, "per_channel": False}),
+    "DiceBCEWithLogitsLoss": ("dice_bce_with_logits_loss", {"dice_weight": 0.5, "bce_weight": 2.0}),
+}
+FUNCTIONS = [function for function, _ in TORCH.values()]
+MADE = [(name, options) for name, (_, made) in TORCH.items() for options in made]
+KINDS = (ValueError, TypeError, AttributeError, RuntimeError)  # of errors; torch's NotImplementedError is a RuntimeError
+
+
+def said(x):
+    """Name a case by its options, a tensor by its shape."""
+    return "-".join(f"{k}={getattr(v, 'shape', v)}" for k, v in x.items()) or "plain" if isinstance(x, dict) else None
+
+
+def operands(name):
+    """Return an input, which is a leaf, and a target, which is 0 here and there."""
+    torch.manual_seed(0)
+    z, t = 3 * torch.randn(SHAPE), torch.rand(SHAPE).where(MASK, 0)
+    return (z.sigmoid() if name in ("BCELoss", "binary_cross_entropy") else z).requires_grad_(), t
+
+
+def compute(loss, z, *others, **options):
+    """Return the value, and the gradient of a sum over it in which no element counts like another."""
+    value = loss(z, *others, **options)
+    upstream = torch.linspace(-1, 2, value.numel(), dtype=value.dtype).reshape(value.shape)
+    return value, *torch.autograd.grad(value, z, upstream)
+
+
+def assert_same(got, wanted):
+    for a, b in zip(got, wanted, strict=True):
+        assert_tensor(a, b)
+
+
+def is_ours(value):
+    """Whether autograd comes to one of our functions from a value."""
+    nodes = [value.grad_fn] if value.requires_grad else []
+    while nodes:
+        node = nodes.pop()
+        if type(node).__name__ in ("LossFunctionBackward", "ShortFunctionBackward"):
+            return True
+        nodes += [x for x, _ in node.next_functions if x is not None]
+    return False
+
+
+def kind_of_error(call):
+    """Return of which kind the error is that a call raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(KINDS) as caught:
+            call()
+    return next(kind for kind in KINDS if isinstance(caught.value, kind))
+
+
+def test_every_module_is_in_a_table():
+    modules = {name for name in ft.__all__ if isinstance(getattr(ft, name), type)}
+    assert modules == {*TORCH, *OWN, "VAELoss"}
+    assert {name for name in ft.__all__ if hasattr(F, name)} == {*FUNCTIONS}
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_signatures_start_with_torch_s(name):
+    def parameters(module):
+        return [(x.name, x.kind, x.default) for x in inspect.signature(module).parameters.values()]
+
+    *leading, last = parameters(getattr(ft, name))
+    assert leading == parameters(getattr(torch.nn, name))
+    assert last[1] is inspect.Parameter.VAR_KEYWORD
+    function = TORCH[name][0]
+    *leading, last = parameters(getattr(ft, function))
+    assert leading == parameters(getattr(F, function))
+    assert last[1] is inspect.Parameter.VAR_KEYWORD
+
+
+@pytest.mark.parametrize(("name", "options"), MADE, ids=said)
+def test_repr_type_and_attributes_are_torch_s(name, options):
+    ours, theirs = (getattr(place, name)(**options, reduction="sum") for place in (ft, torch.nn))
+    assert repr(ours) == repr(theirs)
+    assert isinstance(ours, type(theirs))
+    assert vars(ours).keys() - vars(theirs).keys() == {"options"}
+    assert {k: x for k, x in vars(ours).items() if not k.startswith("_") and k != "options"} == {
+        k: x for k, x in vars(theirs).items() if not k.startswith("_")
+    }
+
+
+@pytest.mark.parametrize(("name", "options"), MADE, ids=said)
+def test_results_are_torch_s(name, options):
+    z, t = operands(name)
+    for reduction in ("mean", "sum", "none"):
+        ours, theirs = (getattr(place, name)(**options, reduction=reduction) for place in (ft, torch.nn))
+        got = compute(ours, z, t)
+        assert is_ours(got[0])
+        assert_same(got, compute(theirs, z, t))
+    ours.reduction = "mean"  # also when it is set afterwards
+    assert ours(z, t).shape == ()
+
+
+@pytest.mark.parametrize(("name", "options"), [x for x in MADE if x[0].startswith("BCE")], ids=said)
+def test_state_is_torch_s(name, options):
+    z, t = operands(name)
+    ours, theirs = (getattr(place, name)(**copy.deepcopy(options)) for place in (ft, torch.nn))
+    assert list(ours.state_dict()) == list(theirs.state_dict()) == [k for k in ("weight", "pos_weight") if k in options]
+    other = {k: x + 1 for k, x in options.items()}
+    theirs.load_state_dict(getattr(ft, name)(**other).state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    assert_same(compute(ours, z, t), compute(getattr(torch.nn, name)(**other), z, t))
+    ours.to(torch.float64)
+    assert all(x.dtype is torch.float64 for x in ours.buffers())
+    theirs.to(torch.float64)
+    z, t = z.detach().double().requires_grad_(), t.double()
+    assert_same(compute(ours, z, t), compute(theirs, z, t))
+
+
+@pytest.mark.parametrize("name", [name for name in TORCH if name != "HuberLoss"])
+def test_reductions_of_torch_0_4(name):
+    z, t = operands(name)
+    for legacy in ({"size_average": False}, {"reduce": False}, {"size_average": True, "reduce": True}):
+        with pytest.warns(UserWarning, match="size_average and reduce args will be deprecated"):
+            ours = getattr(ft, name)(**legacy)
+        with pytest.warns(UserWarning, match="size_average and reduce args will be deprecated"):
+            theirs = getattr(torch.nn, name)(**legacy)
+        assert ours.reduction == theirs.reduction
+        want = compute(theirs, z, t)
+        assert_same(compute(ours, z, t), want)
+        with pytest.warns(UserWarning, match="size_average and reduce args will be deprecated"):
+            assert_same(compute(getattr(ft, TORCH[name][0]), z, t, **legacy), want)
+
+
+def bad(*names, case, arguments=lambda z, t: (z, t), **options):
+    """Return what torch refuses, one parameter of a test a module."""
+    return [pytest.param(name, options, arguments, id=f"{name}: {case}") for name in names or TORCH]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "arguments"),
+    [
+        *bad(case="unknown reduction", reduction="average"),
+        *bad(case="no target", arguments=lambda z, t: (z,)),
+        *bad(case="None as target", arguments=lambda z, t: (z, None)),
+        *bad(case="number as target", arguments=lambda z, t: (z, 0.5)),
+        *bad(case="array as target", arguments=lambda z, t: (z, t.numpy())),
+        *bad(case="three tensors", arguments=lambda z, t: (z, t, t)),
+        *bad(case="another shape", arguments=lambda z, t: (z, t[:, :2])),
+        *bad("BCELoss", "BCEWithLogitsLoss", case="shape that would broadcast", arguments=lambda z, t: (z, t[:1])),
+        *bad("BCELoss", "BCEWithLogitsLoss", case="short weight", weight=torch.ones(2, 1)),
+        *bad("BCELoss", "BCEWithLogitsLoss", case="large weight", weight=torch.ones(2, *SHAPE)),
+        *bad("BCEWithLogitsLoss", case="short pos_weight", pos_weight=torch.ones(2, 1)),
+        *bad("BCELoss", case="input above 1", arguments=lambda z, t: (z + 1, t)),
+        *bad("BCELoss", case="target above 1", arguments=lambda z, t: (z, t + 1)),
+        *bad("BCELoss", case="input NaN", arguments=lambda z, t: (z * math.nan, t)),
+        *bad("HuberLoss", case="delta 0", delta=0.0),
+        *bad("HuberLoss", case="delta below 0", delta=-1.0),
+        *bad("HuberLoss", case="delta NaN", delta=math.nan),
+        *bad("HuberLoss", case="delta no number", delta="1"),
+        *bad("SmoothL1Loss", case="beta below 0", beta=-1.0),
+        *bad("SmoothL1Loss", case="beta NaN", beta=math.nan),
+        *bad("SmoothL1Loss", case="beta no number", beta="1"),
+        *bad("SmoothL1Loss", case="beta None", beta=None),
+        *bad(case="target on another device", arguments=lambda z, t: (z, t.to("meta"))),
+        *bad(case="integers", arguments=lambda z, t: (z.int(), t.int())),
+        *bad(case="sparse", arguments=lambda z, t: (z.to_sparse(), t)),
+    ],
+)  # fmt: skip
+def test_what_torch_refuses_is_refused_as_torch_does(name, options, arguments):
+    z, t = operands(name)
+    given = arguments(z.detach(), t)
+    theirs = kind_of_error(lambda: getattr(torch.nn, name)(**options)(*given))
+    assert kind_of_error(lambda: getattr(ft, name)(**options)(*given)) is theirs
+
+
+def duplicates(module):
+    return copy.copy(module), copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+
+
+@pytest.mark.parametrize(("name", "options"), [*MADE, *((name, options) for name, (_, options) in OWN.items())], ids=said)
+def test_copies(name, options):
+    module = getattr(ft, name)(**options)
+    z, t = operands(name)
+    for other in duplicates(module):
+        assert type(other) is type(module)
+        assert repr(other) == repr(module)
+        assert all(map(torch.equal, compute(other, z, t), compute(module, z, t)))
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_options_at_construction_and_at_the_call(name):
+    z, t = operands(name)
+    images = (255 * t).to(torch.uint8)
+    module = getattr(ft, name)(reduction="sample_sum", target_scale=1 / 255)
+    assert repr(module) == f"{name}(target_scale={1 / 255})"
+    for options in ({}, {"mask": MASK, "reduction": "mean"}):
+        want = compute(getattr(fl, TORCH[name][0]), z, images, **{"reduction": "sample_sum", "target_scale": 1 / 255, **options})
+        assert all(map(torch.equal, compute(module, z, images, **options), want))
+    without = compute(getattr(ft, name)(reduction="sample_sum"), z, t)
+    assert all(map(torch.equal, compute(module, z, t, target_scale=None), without))
+    with pytest.raises(TypeError, match="unknown option wieght"):
+        getattr(ft, name)(wieght=EACH)(z, t)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_our_own_modules_are_our_functions(name):
+    (z, t), (function, options) = operands(name), OWN[name]
+    function = getattr(fl, function)
+    assert inspect.signature(getattr(ft, name)).parameters["reduction"].default == "mean"
+    for reduction in ("mean", "sum", "batchmean", "sample_mean"):
+        want = compute(function, z, t, reduction=reduction, **options)
+        assert all(map(torch.equal, compute(getattr(ft, name)(reduction, **options), z, t), want))
+        assert all(map(torch.equal, compute(getattr(ft, name)(reduction), z, t, **options), want))
+    assert torch.equal(getattr(ft, name)()(z, t), function(z, t, reduction="mean"))
+    assert re.findall(r"(\w+)=", repr(getattr(ft, name)(**options))) == list(options)
+    assert not getattr(ft, name)().state_dict()
+
+
+def test_the_vae_s_module_is_its_function():
+    (z, t), mu, logvar = operands("VAELoss"), torch.randn(4, 2, requires_grad=True), torch.randn(4, 2, requires_grad=True)
+    for options in ({}, {"reconstruction": "mse", "beta": 4.0}, {"beta": 0.5, "mask": MASK}):
+        want = fl.vae_loss(z, t, mu, logvar, **options)
+        wanted_grads = torch.autograd.grad(want.total, (z, mu, logvar))
+        for got in (ft.VAELoss(**options)(z, t, mu, logvar), ft.VAELoss()(z, t, mu, logvar, **options)):
+            assert isinstance(got, fl.VAEValue)
+            assert all(map(torch.equal, got, want))
+            assert all(map(torch.equal, torch.autograd.grad(got.total, (z, mu, logvar)), wanted_grads))
+    assert repr(ft.VAELoss("mse", beta=2.0)) == "VAELoss(reconstruction='mse', beta=2.0)"
+    for other in duplicates(ft.VAELoss("mse")):
+        assert torch.equal(other(z, t, mu, logvar).total, fl.vae_loss(z, t, mu, logvar, reconstruction="mse").total)
+
+
+class Marked(torch.Tensor):
+    """A tensor of a class of its own."""
+
+
+@pytest.fixture(autouse=True)
+def untouched():
+    """Hold every test to what it found in `torch.nn.functional`."""
+    before = {name: getattr(F, name) for name in FUNCTIONS}
+    yield
+    after = {name: getattr(F, name) for name in FUNCTIONS}
+    for name, function in before.items():
+        setattr(F, name, function)
+    assert after == before
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_patched_functions_by_position_and_by_name(name):
+    z, t = operands(name)
+    original, legacy = getattr(F, name), () if name == "huber_loss" else (None, None)
+    calls = [
+        lambda f, z: f(z, t),
+        lambda f, z: f(z, target=t, reduction="sum"),
+        lambda f, z: f(target=t, input=z, reduction="none"),
+        lambda f, z: f(z, t, *(None,) * name.startswith("binary"), *legacy, "sum"),
+    ]
+    if "weight" in inspect.signature(original).parameters:
+        calls += [lambda f, z: f(z, t, weight=EACH), lambda f, z: f(z, t, weight=EACH, reduction="none")]
+    with ft.patch():
+        assert getattr(F, name) is not original
+        assert (getattr(F, name).__name__, inspect.signature(getattr(F, name))) == (name, inspect.signature(original))
+        for call in calls:
+            got = compute(lambda z, call=call: call(getattr(F, name), z), z)
+            assert is_ours(got[0])
+            assert_same(got, compute(lambda z, call=call: call(original, z), z))
+
+
+@pytest.mark.parametrize(("name", "options"), MADE, ids=said)
+def test_patched_modules_are_ours(name, options):
+    z, t = operands(name)
+    made_before = getattr(torch.nn, name)(**options)
+    want = compute(made_before, z, t)
+    assert not is_ours(want[0])
+    with ft.patch():
+        for module in (made_before, getattr(torch.nn, name)(**options)):
+            got = compute(module, z, t)
+            assert is_ours(got[0]) == (options != {"beta": 0.0})  # PyTorch's L1 then
+            assert_same(got, want)
+    assert not is_ours(made_before(z, t))
+
+
+def test_patch_ends_with_its_block_or_by_undo():
+    originals = [getattr(F, name) for name in FUNCTIONS]
+
+    def patched():
+        return [getattr(F, name) is not original for name, original in zip(FUNCTIONS, originals, strict=True)]
+
+    with ft.patch():
+        assert all(patched())
+        with ft.patch() as inner:
+            assert is_ours(F.mse_loss(*operands("mse_loss")))
+            inner.undo()
+            assert all(patched())  # by the outer one
+        assert all(patched())
+    assert not any(patched())
+    patch = ft.patch()
+    with ft.patch():
+        pass
+    assert all(patched())
+    patch.undo()
+    assert not any(patched())
+    with ft.patch():
+        patch.undo()  # once is all it does
+        assert all(patched())
+    first, second = ft.patch(), ft.patch()
+    with pytest.raises(RuntimeError, match="undone in the reverse order"):
+        first.undo()
+    assert all(patched())
+    second.undo()
+    assert all(patched())
+    first.undo()
+    assert not any(patched())
+    with pytest.raises(ZeroDivisionError), ft.patch():
+        1 / all(patched()) / 0
+    assert not any(patched())
+
+
+def test_patch_is_for_every_thread_and_not_for_names_imported_before():
+    found = []
+    with ft.patch():
+        thread = threading.Thread(target=lambda: found.append(F.mse_loss(*operands("mse_loss"))))
+        thread.start()
+        thread.join()
+        assert not is_ours(imported_before(*operands("mse_loss")))
+    assert is_ours(*found)
+
+
+def negated(x):
+    """Return -x, of which only the sign is noted and not a number is written."""
+    return torch.complex(x, x).conj().imag
+
+
+def assert_identical(got, want):
+    assert (type(got), got.dtype, got.shape, got.device) == (type(want), want.dtype, want.shape, want.device)
+    assert got.is_meta or torch.equal(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:.*broadcast:UserWarning", "ignore:reduction='elementwise_mean':UserWarning")
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        pytest.param(name, call, id=f"{name}: {case}")
+        for case, names, call in [
+            ("float64 target", FUNCTIONS[2:5], lambda f, z, t: f(z, t.double())),
+            ("float64 input", FUNCTIONS[2:5], lambda f, z, t: f(z.double(), t)),
+            ("bfloat16 target", FUNCTIONS[2:5], lambda f, z, t: f(z, t.bfloat16())),
+            ("integer target", FUNCTIONS[2:5], lambda f, z, t: f(z, (9 * t).int())),
+            ("integer input", ["mse_loss", "smooth_l1_loss"], lambda f, z, t: f(z.int(), t)),
+            ("float64 target", ["huber_loss"], lambda f, z, t: f(z.detach(), t.double())),  # PyTorch's has no gradient then
+            ("complex input", ["l1_loss"], lambda f, z, t: f(z.cfloat(), t.cfloat())),
+            ("target of another shape", FUNCTIONS[2:], lambda f, z, t: f(z, t[:1])),
+            ("weight that requires a gradient", ["mse_loss", "l1_loss", "huber_loss"], lambda f, z, t: f(z, t, weight=z)),
+            ("integer weight", FUNCTIONS[:4], lambda f, z, t: f(z, t, weight=(9 * t).int())),
+            ("float64 weight", FUNCTIONS[:4], lambda f, z, t: f(z, t, weight=t.double(), reduction="none")),
+            ("float64 weight", ["huber_loss"], lambda f, z, t: f(z, t, weight=t.double())),
+            ("float64 pos_weight", FUNCTIONS[:1], lambda f, z, t: f(z, t, pos_weight=t.double())),
+            ("meta", FUNCTIONS, lambda f, z, t: f(z.to("meta"), t.to("meta"))),
+            ("subclass as input", FUNCTIONS, lambda f, z, t: f(z.as_subclass(Marked), t)),
+            ("subclass as target", FUNCTIONS, lambda f, z, t: f(z, t.as_subclass(Marked))),
+            ("lazily negated target", FUNCTIONS, lambda f, z, t: f(z, negated(-t))),
+            ("beta 0", ["smooth_l1_loss"], lambda f, z, t: f(z, t, beta=0)),
+            ("the old name of a reduction", FUNCTIONS, lambda f, z, t: f(z, t, reduction="elementwise_mean")),
+        ]
+        for name in names
+    ],
+)
+def test_patch_leaves_to_torch(name, call):
+    z, t = operands(name)
+    want = call(getattr(F, name), z, t)
+    with ft.patch():
+        got = call(getattr(F, name), z, t)
+    assert not is_ours(got)
+    assert_identical(got, want)
+    if want.requires_grad and not want.is_meta:
+        assert_identical(*(torch.autograd.grad(value.sum(), z)[0] for value in (got, want)))
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("mse_loss", lambda f, z, t: f(z)),
+        ("mse_loss", lambda f, z, t: f(z, t, reduction="batchmean")),
+        ("mse_loss", lambda f, z, t: f(z, t, None, None, "mean", None, None)),
+        ("mse_loss", lambda f, z, t: f(z, t, weight=EACH[0])),
+        ("mse_loss", lambda f, z, t: f(z.to_sparse(), t)),
+        ("l1_loss", lambda f, z, t: f(z, t.int() > 0)),
+        ("huber_loss", lambda f, z, t: f(z, t, delta=torch.tensor(-0.5))),
+        ("binary_cross_entropy", lambda f, z, t: f(z, t.double())),
+        ("binary_cross_entropy", lambda f, z, t: f(z, t, weight=EACH[0, :2])),
+        ("binary_cross_entropy_with_logits", lambda f, z, t: f(z, t.bool())),
+        ("binary_cross_entropy", lambda f, z, t: f(t, t, weight=z)),
+        ("binary_cross_entropy_with_logits", lambda f, z, t: f(t, t, weight=z)),
+        ("binary_cross_entropy_with_logits", lambda f, z, t: f(t, t, pos_weight=z)),
+        ("binary_cross_entropy_with_logits", lambda f, z, t: f(z, t, "sum")),
+        ("mse_loss", lambda f, z, t: f(z, t, validate=False)),
+        ("huber_loss", lambda f, z, t: f(z, t, delta=None)),
+        ("huber_loss", lambda f, z, t: f(z, t, delta=EACH + 1)),
+        ("binary_cross_entropy_with_logits", lambda f, z, t: f(z, t, weight=2.0)),
+    ],
+)
+def test_what_torch_refuses_is_refused_under_patch(name, call):
+    z, t = operands(name)
+    want = kind_of_error(lambda: call(getattr(F, name), z, t))
+    with ft.patch():
+        assert kind_of_error(lambda: call(getattr(F, name), z, t)) is want
+
+
+@pytest.mark.parametrize("which", ["input", "target", "weight"])
+@pytest.mark.parametrize("weight", [None, EACH], ids=["plain", "weighted"])
+def test_tensors_that_are_negated_lazily(which, weight):
+    z, t = operands("mse_loss")
+
+    def call(loss, z):
+        given = {"input": z, "target": t, "weight": weight}
+        return loss(**given | ({} if given[which] is None else {which: negated(-given[which])}))
+
+    assert_same(*(compute(lambda z, f=f: call(f, z), z) for f in (ft.mse_loss, F.mse_loss)))
+
+
+def test_an_upstream_gradient_that_is_negated_lazily():
+    z, t = operands("mse_loss")
+    grads = [torch.autograd.grad(f(z, t, reduction="none"), z, negated(EACH))[0] for f in (ft.mse_loss, F.mse_loss)]
+    assert_tensor(*grads)
+    with pytest.raises(TypeError, match="out is negated lazily"):
+        fl.mse_loss.grad(z.detach(), t, out=negated(EACH))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_traced_code_computes_anew(name):
+    z, t = (x.detach() for x in operands(name))
+    with ft.patch():
+        traced = torch.jit.trace(lambda z, t: getattr(F, name)(z, t), (z, t))
+    assert_tensor(traced(z / 2, t), getattr(F, name)(z / 2, t))

@@ -1,0 +1,101 @@
+"""The samples that PyTorch tests its own losses with, through ours of the same names and through `patch`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import types
+import unittest
+
+import pytest
+
+from tests.ulp import assert_tensor
+
+torch = pytest.importorskip("torch")
+
+import fastloss.torch as ft  # noqa: E402
+
+NAMES = ("binary_cross_entropy_with_logits", "binary_cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
+WAYS = ("own", "patched")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+COMPLEX = {"l1_loss": (torch.complex64, torch.complex128)}  # dtypes of samples that ours do not serve; there are no others
+GOES_ON = {"smooth_l1_loss": ({"beta": 0},)}  # samples that `patch` leaves to PyTorch, by their options
+BOTH = ("input", "target")
+
+
+@pytest.fixture(scope="module")
+def database():
+    """Return what PyTorch's tests know of each loss."""
+    try:
+        import expecttest  # noqa: F401
+    except ImportError:  # PyTorch derives a test case from its, which is not used here
+        sys.modules["expecttest"] = types.SimpleNamespace(TestCase=unittest.TestCase)
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    return {op.name.removeprefix("nn.functional."): op for op in op_db if op.name.startswith("nn.functional.")}
+
+
+@contextlib.contextmanager
+def function(way, name):
+    """Give the function of a name: ours, or what `patch` puts in the place of PyTorch's."""
+    with ft.patch() if way == "patched" else contextlib.nullcontext():
+        yield getattr(torch.nn.functional if way == "patched" else ft, name)
+
+
+def samples(op, dtype):
+    """Return PyTorch's samples: in float32 all; in other dtypes, which have kernels of their own to compile, one of a kind."""
+    found = list(op.reference_inputs("cpu", dtype, requires_grad=True))
+    assert all(len(sample.args) == 1 and sample.args[0].requires_grad for sample in found)
+    kinds = {(*x.kwargs, x.kwargs.get("reduction") == "none"): x for x in found}
+    return found if dtype is torch.float32 else kinds.values()
+
+
+def compute(loss, sample, differentiated):
+    """Return the value, and the gradients of a sum over it in which no element counts like another."""
+    tensors = {"input": sample.input.detach(), "target": sample.args[0].detach()}
+    leaves = [tensors[name].requires_grad_() for name in differentiated]
+    value = loss(**tensors, **sample.kwargs)
+    upstream = torch.linspace(-1, 2, value.numel()).reshape(value.shape).to(value.dtype)
+    return value, *(torch.autograd.grad(value, leaves, upstream) if leaves else ())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("way", WAYS)
+def test_samples(database, way, name, dtype):
+    for sample in samples(database[name], dtype):
+        for differentiated in [(), BOTH] if dtype is torch.float32 else [BOTH]:
+            wanted = compute(database[name].op, sample, differentiated)
+            with function(way, name) as loss:
+                got = compute(loss, sample, differentiated)
+            for a, b in zip(got, wanted, strict=True):
+                assert_tensor(a, b)
+            if differentiated:
+                goes_on = way == "patched" and sample.kwargs in GOES_ON.get(name, ())
+                assert (type(got[0].grad_fn).__name__ in ("LossFunctionBackward", "ShortFunctionBackward")) != goes_on
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_are_of_dtypes_that_are_served_or_listed(database, name):
+    assert database[name].dtypes == {*DTYPES, *COMPLEX.get(name, ())}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name, dtypes in COMPLEX.items() for dtype in dtypes], ids=str)
+def test_samples_that_are_not_served(database, name, dtype):
+    for sample in samples(database[name], dtype):
+        with pytest.raises(TypeError, match=f"has dtype {str(dtype)[6:]}"):
+            compute(getattr(ft, name), sample, BOTH)
+        with function("patched", name) as loss:
+            got = compute(loss, sample, BOTH)
+        assert all(map(torch.equal, got, compute(database[name].op, sample, BOTH)))
+
+
+@pytest.mark.filterwarnings("ignore:.*broadcast:UserWarning")
+@pytest.mark.parametrize("name", ["l1_loss", "huber_loss"])
+@pytest.mark.parametrize("way", WAYS)
+def test_samples_of_errors(database, way, name):
+    bad = list(database[name].error_inputs("cpu"))
+    assert bad
+    for x in bad:
+        with function(way, name) as loss, pytest.raises(x.error_type, match=x.error_regex if way == "patched" else None):
+            loss(x.sample_input.input, *x.sample_input.args, **x.sample_input.kwargs)
