@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from examples.vae_torch import VAE, cut, load_photographs
 from rich.console import Console
 from rich.progress import track
 
 import fastloss as fl
+from examples.vae_torch import VAE, cut, load_photographs
 from fastloss.bench import machine
 from fastloss.bench.report import Table, duration
 

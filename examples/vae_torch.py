@@ -192,7 +192,7 @@ def draw(history: History, pictures: dict[str, Tensor], options: argparse.Namesp
     left.set(title="Learning curve", xlabel="step", ylabel=unit, ylim=(0, None))
     above = np.array(history.reconstructions) - floors
     plot(right, above, "#0072b2", "reconstruction" + (" above the floor" if options.loss == "bce" else ""))
-    plot(right, options.beta * np.array(history.divergences), "#d55e00", f"{options.beta:g} \N{MULTIPLICATION SIGN} divergence of the code")
+    plot(right, options.beta * np.array(history.divergences), "#d55e00", f"{options.beta:g} x divergence of the code")
     right.set(title="What it is made of", xlabel="step", ylabel=f"{unit}, logarithmic", yscale="log")
     for axes in (left, right):
         axes.legend(frameon=False)

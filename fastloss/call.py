@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,11 +42,15 @@ class Call:
     """One call's arrays and options, sorted into what is read, what is a number, and how the result is reduced."""
 
     __slots__ = (
-        "arrays", "kept", "loss", "must_count", "names", "numbers", "out", "parameters", "reduction", "shape", "upstream", "validate"
+        "arrays", "empty_like", "kept", "loss", "must_count", "names", "numbers", "out", "parameters", "reduction", "shape", "upstream",
+        "validate"
     )  # fmt: skip
 
-    def __init__(self, loss: Definition, input: Any, target: Any, weight: Any, reduction: Any, options: Mapping[str, Any]) -> None:
-        self.loss, self.reduction = loss, reduction
+    def __init__(
+        self, loss: Definition, input: Any, target: Any, weight: Any, reduction: Any, options: Mapping[str, Any],
+        empty_like: Callable[[Array], Array] = np.empty_like
+    ) -> None:  # fmt: skip
+        self.loss, self.reduction, self.empty_like = loss, reduction, empty_like
         x = input if type(input) is np.ndarray else as_array("input", input)
         t = target if type(target) is np.ndarray else as_array("target", target)
         self.names, self.arrays = INPUT_AND_TARGET, [x, t]
@@ -127,7 +131,7 @@ class Call:
         outputs = [*self.buffers()]
         while len(outputs) < len(wanted):
             like = self.arrays[self.names.index(belongs_to(wanted[len(outputs)]))]
-            outputs.append(np.empty_like(like))
+            outputs.append(self.empty_like(like))
         return outputs
 
     def buffers(self) -> tuple[Array, ...]:

@@ -24,7 +24,7 @@ from fastloss.plan import Array, is_float
 def find_door(array: Any) -> Any:
     """Return what takes a framework's arrays; None if the array is not of one. What nobody has imported has made no array."""
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, torch.Tensor):
+    if torch is not None and isinstance(array, getattr(torch, "Tensor", ())):  # it may be on its way
         return sys.modules.get("fastloss.torch.autograd") or importlib.import_module("fastloss.torch.autograd")
     return None
 
@@ -78,9 +78,9 @@ class AnyLoss:
 
     def _compute(
         self, summed: tuple[str, ...], wanted: tuple[str, ...], first: Any, second: Any, weight: Any, reduction: str,
-        options: dict[str, Any]
+        options: dict[str, Any], empty_like: Callable[[Array], Array] = np.empty_like
     ) -> tuple[Any, list[Array]]:  # fmt: skip
-        """Do the same for NumPy's arrays."""
+        """Do the same for NumPy's arrays; `empty_like` makes those that the caller has given no buffer for."""
         raise NotImplementedError
 
 
@@ -89,6 +89,10 @@ LOSSES: dict[str, AnyLoss] = {}  # by key: how a compiled graph names them
 
 class Loss(AnyLoss):
     """A loss function: call it for the value; `grad`, `value_and_grad` and `curvature` take the same arguments.
+
+    Arrays are NumPy's, or PyTorch's tensors on the CPU, all of one kind. Of tensors the value has the input's dtype and autograd
+    attached, to input and target; gradients and curvatures are tensors without. A call of the value takes `inplace_grad` then:
+    whether the gradient may overwrite the input.
 
     Args:
         input: any shape and strides; float16, bfloat16 (`ml_dtypes`), float32 or float64. Arithmetic is float32, or float64
@@ -169,9 +173,9 @@ class Loss(AnyLoss):
 
     def _compute(
         self, summed: tuple[str, ...], wanted: tuple[str, ...], first: Any, second: Any, weight: Any, reduction: str,
-        options: dict[str, Any]
+        options: dict[str, Any], empty_like: Callable[[Array], Array] = np.empty_like
     ) -> tuple[Any, list[Array]]:  # fmt: skip
-        return Call(self._definition, first, second, weight, reduction, options).compute(summed, wanted)
+        return Call(self._definition, first, second, weight, reduction, options, empty_like).compute(summed, wanted)
 
 
 def refuse_grad_output(options: Mapping[str, Any]) -> None:

@@ -1,9 +1,13 @@
-"""The demo, run as a user would."""
+"""The demo and the example, run as a user would."""
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
+from pathlib import Path
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "autoencoder_numpy.py"
 
 
 def fastloss(*arguments, **options):
@@ -41,3 +45,10 @@ def test_demo_says_what_is_wrong(tmp_path):
     done = fastloss("demo", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr == "the demo needs matplotlib, which is not installed: pip install 'fastloss[demo]'\n"
+
+
+def test_the_example_learns(capsys):
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    first, last = (float(line.split()[-1]) for line in (lines[0], lines[-1]))
+    assert last < 0.5 * first

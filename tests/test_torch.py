@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.library import opcheck  # noqa: E402
 
 import fastloss.torch as ft  # noqa: E402
+from fastloss.torch import memory  # noqa: E402
 from fastloss.torch.tensors import to_array  # noqa: E402
 
 BCE = fl.binary_cross_entropy_with_logits
@@ -116,6 +117,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", ["binary_cross_entropy_with_logits", "huber_loss", "gaussian_kl_loss", "dice_bce_with_logits_loss"])
 def test_gradcheck_with_options(name, loss, option):
     options = OPTIONS[option]
     if name == "gaussian_kl_loss" and "ignore_index" in options:
@@ -301,6 +303,51 @@ def test_the_gradient_is_the_only_array_and_is_handed_on():
     tracemalloc.stop()
     assert z.nbytes <= peak < z.nbytes + (1 << 16)
     assert value.grad_fn is not None
+
+
+def test_memory_of_large_gradients_is_used_again():
+    z, t = operands("", shape=(4, 3, 512, 400))
+    t = t.detach()
+    ft.empty_cache()
+
+    def gradient(z):
+        return torch.autograd.grad(BCE(z, t), z)[0]
+
+    want = BCE.grad(to_array(z), to_array(t))
+    first = gradient(z)
+    other = gradient(z)  # while the first is held
+    assert other.data_ptr() != first.data_ptr()
+    part, place = first[1], first.data_ptr()
+    del first
+    assert gradient(z).data_ptr() not in (place, other.data_ptr())  # a view holds it
+    equal(part, want[1])
+    del part
+    again = gradient(z.detach().to(memory_format=torch.channels_last).requires_grad_())
+    assert again.data_ptr() != other.data_ptr()
+    assert again.is_contiguous(memory_format=torch.channels_last)
+    for grad in (other, again):
+        equal(grad, want)
+    seen = set()
+    del other, again, grad
+    for _ in range(5):
+        seen.add(gradient(z).data_ptr())
+    assert len(seen) == 1
+    assert len(memory._free) == memory.KEPT
+    ft.empty_cache()
+    assert not memory._free
+
+
+def test_a_forked_child_writes_to_memory_of_its_own():
+    code = """
+import os, torch, fastloss as fl
+z, t = torch.ones(1 << 22, requires_grad=True), torch.zeros(1 << 22)
+grad = torch.autograd.grad(fl.mse_loss(z, t, reduction="sum"), z)[0]
+if not (child := os.fork()):
+    grad.zero_()
+    os._exit(0)
+os.waitpid(child, 0)
+print(grad.sum().item() == 2 << 22)"""
+    assert run(code) == "True\n"
 
 
 def test_a_leaf_takes_the_gradient_that_was_computed():

@@ -102,6 +102,8 @@ def extra_memory(row: Row) -> int | None:
     if not PEAK.exists():
         return None
     row.run()  # whatever a library keeps for good, it has now
+    if row.release:
+        row.release()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system, or the call would be given it unseen
     PEAK.write_text("5")  # proc(5): the peak begins anew

@@ -30,6 +30,7 @@ class Row:
     read: Callable[[Any], Result] | None = None
     restore: Callable[[], Any] | None = None  # what calls destroyed; untimed
     before: Callable[[], Any] | None = None  # what runs directly before a call; untimed
+    release: Callable[[], Any] | None = None  # what gives up the memory that is kept for the next call, where that is measured
 
 
 class WrongError(Exception):

@@ -74,11 +74,11 @@ class LatentLoss(AnyLoss):
 
     def _compute(
         self, summed: tuple[str, ...], wanted: tuple[str, ...], first: Any, second: Any, weight: Any, reduction: str,
-        options: dict[str, Any]
+        options: dict[str, Any], empty_like: Callable[[Array], Array] = np.empty_like
     ) -> tuple[Any, list[Array]]:  # fmt: skip
         mu, logvar = as_array("mu", first), as_array("logvar", second)
         check_latents(mu, logvar)
-        call = Call(self._definition, mu, logvar, weight, reduction, options)
+        call = Call(self._definition, mu, logvar, weight, reduction, options, empty_like)
         check_apart(call.buffers(), {"mu": mu, "logvar": logvar}, ("mu", "logvar"))
         return call.compute(summed, wanted)
 

@@ -6,7 +6,7 @@ became of the sums as parameters that broadcast.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
@@ -104,9 +104,9 @@ class DiceLoss(AnyLoss):
 
     def _compute(
         self, summed: tuple[str, ...], wanted: tuple[str, ...], first: Any, second: Any, weight: Any, reduction: str,
-        options: dict[str, Any]
+        options: dict[str, Any], empty_like: Callable[[Array], Array] = np.empty_like
     ) -> tuple[Any, list[Array]]:  # fmt: skip
-        passes = _Passes(self, first, second, weight, reduction, dict(options))
+        passes = _Passes(self, first, second, weight, reduction, dict(options), empty_like)
         return passes.value() if summed else None, passes.slopes(wanted) if wanted else []
 
     def writes_value(self, reduction: str) -> bool:
@@ -140,10 +140,13 @@ def leading_axes(settings: Mapping[str, Any]) -> int:
 class _Passes:
     """One call: the sums, made at once, and from them the value and the slope."""
 
-    def __init__(self, loss: DiceLoss, input: Any, target: Any, weight: Any, reduction: Any, options: dict[str, Any]) -> None:
+    def __init__(
+        self, loss: DiceLoss, input: Any, target: Any, weight: Any, reduction: Any, options: dict[str, Any],
+        empty_like: Callable[[Array], Array]
+    ) -> None:  # fmt: skip
         self.loss, self.set, self.reduction = loss, loss.settings(options), reduction
         upstream = options.pop("grad_output", None)
-        self.call = Call(loss.first, input, target, weight, "sum", options)
+        self.call = Call(loss.first, input, target, weight, "sum", options, empty_like)
         self.shape = self.call.shape
         self.call.kept = self.leading_axes()
         self.check_reduction()

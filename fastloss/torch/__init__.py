@@ -22,6 +22,7 @@ from fastloss.torch.functional import (
     sigmoid_focal_loss,
     smooth_l1_loss,
 )
+from fastloss.torch.memory import empty_cache
 from fastloss.torch.modules import (
     BCELoss,
     BCEWithLogitsLoss,
@@ -58,6 +59,7 @@ __all__ = [
     "binary_entropy",
     "dice_bce_with_logits_loss",
     "dice_with_logits_loss",
+    "empty_cache",
     "gaussian_kl_loss",
     "huber_loss",
     "l1_loss",

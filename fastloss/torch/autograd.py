@@ -1,8 +1,8 @@
 """Losses of tensors: the value with autograd attached, and the passes that `grad`, `value_and_grad` and `curvature` make.
 
 Two ways lead to the same kernels. Tensors whose memory can be read go straight there, and a `torch.autograd.Function` keeps
-what the backward pass needs. Where PyTorch looks on without memory, as under torch.compile, and
-to differentiate twice, there are the operators of `operators.py`, which take three times as long to be called.
+what the backward pass needs: `LossFunction`, or for small plain calls `ShortFunction`. Where PyTorch looks on without memory, as
+under torch.compile, and to differentiate twice, there are the operators of `operators.py`, which take longer to be called.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fastloss.call import Call
 from fastloss.loss import AnyLoss, Loss
 from fastloss.plan import ONE_RANGE, Array
 from fastloss.torch import operators
+from fastloss.torch.memory import empty_like
 from fastloss.torch.tensors import (
     HALVES,
     Tensor,
@@ -53,7 +54,7 @@ class Bound(NamedTuple):
         options |= zip(self.names, others, strict=True)
         weight = options.pop("weight", None)
         if first.size:
-            return self.loss._compute(summed, wanted, first, second, weight, self.reduction, options)
+            return self.loss._compute(summed, wanted, first, second, weight, self.reduction, options, empty_like)
         with warnings.catch_warnings():  # in PyTorch the mean of nothing is NaN without a word
             warnings.simplefilter("ignore", RuntimeWarning)
             return self.loss._compute(summed, wanted, first, second, weight, self.reduction, options)

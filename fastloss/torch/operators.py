@@ -1,4 +1,4 @@
-"""The operators `fastloss::loss` and `fastloss::derivatives`: what PyTorch's compilers and transforms see of the losses.
+"""The operators `fastloss::loss` and `fastloss::derivatives`: what PyTorch's compilers see of the losses.
 
 They are opaque to it, but for the shapes of what they return and for their derivatives. One pair serves every loss, also one
 of the user's: the first argument is its key in `fastloss.loss.LOSSES`.

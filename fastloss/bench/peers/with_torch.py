@@ -17,6 +17,7 @@ import fastloss as fl
 from fastloss.bench.batch import SCALE, Array, Batch
 from fastloss.bench.peers.formulas import FORMULAS, reduced
 from fastloss.bench.row import Result, Row
+from fastloss.torch.memory import empty_cache
 from fastloss.torch.tensors import to_array, to_tensor
 
 XP = SimpleNamespace(
@@ -37,7 +38,7 @@ def rows(batch: Batch, threads: int) -> list[Row]:
 
 def our_rows(batch: Batch) -> list[Row]:
     """Return fastloss on tensors, and with the gradient in the place of the logits."""
-    made = [row(batch, "fastloss on tensors", our_function(batch))]
+    made = [replace(row(batch, "fastloss on tensors", our_function(batch)), release=empty_cache)]
     return [*made, in_place(batch)] if len(batch.case.subject.slopes) == 1 else made
 
 
