@@ -41,7 +41,7 @@ SHAPES = 2  # at most, in an image
 SCORED = 64  # held-out images
 SCORES = 20  # times in a training
 SHOWN = 8
-RATE = 3e-3
+RATE = 6e-3
 
 
 class UNet(nn.Module):
@@ -84,9 +84,10 @@ def load_photographs() -> list[Tensor]:
 
 
 def cut(photograph: Tensor, size: int, random: torch.Generator) -> Tensor:
-    """Cut a random square out of a photograph."""
+    """Cut a random square out of a photograph, every second one mirrored."""
     top, left = (int(torch.randint(length - size + 1, (), generator=random)) for length in photograph.shape[1:])
-    return photograph[:, top : top + size, left : left + size]
+    square = photograph[:, top : top + size, left : left + size]
+    return square.flip(2) if torch.rand((), generator=random) < 0.5 else square
 
 
 def uniform(low: float, high: float, count: int, random: torch.Generator) -> Tensor:
