@@ -102,7 +102,7 @@ def table(content: dict[str, Any], source: Path | str) -> str:
             made.rows.append([f"{loss}: {name}", duration(median), faster])
     sentence = machine.sentence(content["machine"])
     step = f"The whole step takes {duration(float(np.median(content['steps'])))}."
-    return f"{made.markdown()}\n\n{step} {sentence}; {content['date'][:10]}; raw rounds in `{source}`."
+    return f"{made.markdown()}\n\n{step} {sentence}; {content['date'][:10]}; every round is in `{source}`."
 
 
 def filled(page: Path, text: str) -> str:

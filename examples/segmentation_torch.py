@@ -3,7 +3,7 @@
 python examples/segmentation_torch.py                 (needs PyTorch, scikit-learn, matplotlib and rich; about a minute)
 python examples/segmentation_torch.py --by torch      the loss by PyTorch alone: the same learning curve, up to rounding
 
-Ellipses and rectangles are cut out of one photograph and pasted into crops of another, the rectangles half transparent. Their
+Ellipses and rectangles are cut out of one photograph and pasted into crops of the other, the rectangles half transparent. Their
 borders, where colours are mixed, and a strip of every image that nobody has looked at are labelled 255: the loss leaves them out.
 """
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# before PyTorch comes: OpenMP's threads wait spinning, and with two workers of pytest on two cores take them from each other
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import pytest
 

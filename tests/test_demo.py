@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "autoencoder_numpy.py"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "autoencoder_numpy.py"  # for those in PyTorch see test_examples.py
 
 
 def fastloss(*arguments, **options):
@@ -47,7 +47,7 @@ def test_demo_says_what_is_wrong(tmp_path):
     assert done.stderr == "the demo needs matplotlib, which is not installed: pip install 'fastloss[demo]'\n"
 
 
-def test_the_example_learns(capsys):
+def test_the_example_in_numpy_learns(capsys):
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     first, last = (float(line.split()[-1]) for line in (lines[0], lines[-1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import json
 import re
 
 import pytest
@@ -38,6 +39,15 @@ def test_speeds_are_those_of_the_results_they_name(page):
     assert path.read_text() == report.filled(path, load(losses.ROOT / source), source, pictures)
     assert pictures
     assert all(picture.is_file() for picture in pictures)
+
+
+def test_times_inside_a_training_step_are_those_of_the_results_they_name():
+    pytest.importorskip("torch")
+    from bench import training_step
+
+    (source,) = re.findall(r"every round is in `(.*)`", README)
+    table = training_step.table(json.loads((losses.ROOT / source).read_text()), source)
+    assert training_step.filled(losses.ROOT / "README.md", table) == README
 
 
 @pytest.mark.parametrize("name", PUBLIC)
