@@ -135,24 +135,27 @@ def train(model: VAE, photographs: Sequence[Tensor], options: argparse.Namespace
     for _ in range(options.steps):
         images = cut(photographs, options.batch, options.size, random)
         begin = time.perf_counter()
+        optimiser.zero_grad()
         x = images / 255
         logits, mu, logvar = model(x)
-        optimiser.zero_grad()
-        gradient_there: list[float] = []
-        logits.register_hook(lambda _, times=gradient_there: times.append(time.perf_counter()))
-        loss_begin = time.perf_counter()
+        time_loss(logits, history.loss_seconds)
         total, reconstruction, divergence = criterion(logits, images if by_fastloss else x, mu, logvar)
         total.backward()
         optimiser.step()
         schedule.step()
         history.step_seconds.append(time.perf_counter() - begin)
-        history.loss_seconds.append(gradient_there[0] - loss_begin)
         history.totals.append(total.item())
         history.reconstructions.append(reconstruction.item())
         history.divergences.append(divergence.item())
         history.floors.append(floor(images, options.loss))
         report(history.totals[-1])
     return history
+
+
+def time_loss(logits: Tensor, seconds: list[float]) -> None:
+    """Note how long it takes from here until the logits have their gradient: the loss, forwards and backwards."""
+    begin = time.perf_counter()
+    logits.register_hook(lambda _: seconds.append(time.perf_counter() - begin))
 
 
 def floor(images: Tensor, loss: str) -> float:

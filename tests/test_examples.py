@@ -1,6 +1,9 @@
-"""The examples run, learn, draw what they say, and are the same training with PyTorch's losses."""
+"""The examples in PyTorch run, learn, draw what they say, and are the same training with PyTorch's losses."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -35,6 +38,7 @@ def test_learns_and_draws(example, options, tmp_path, capsys):
     picture = tmp_path / "picture.png"
     history = example.main([*SMALL, *options, "--steps", "60", "--out", str(picture)])
     assert np.mean(losses(history)[-10:]) < 0.9 * np.mean(losses(history)[:3])
+    assert all(0 < loss < step for loss, step in zip(history.loss_seconds, history.step_seconds, strict=True))
     assert imread(picture).std() > 0.1
     assert f"picture: {picture}" in capsys.readouterr().out.replace("\n", "")
 
@@ -43,6 +47,11 @@ def test_learns_and_draws(example, options, tmp_path, capsys):
 def test_the_same_training_by_torch(example, options, tmp_path):
     runs = [example.main([*SMALL, *options, "--steps", "4", "--by", by, "--out", str(tmp_path / "x.png")]) for by in ("fastloss", "torch")]
     assert_close(losses(runs[0]), losses(runs[1]), TRAINING)
+
+
+def test_no_reconstruction_is_below_the_entropy(tmp_path):
+    history = vae_torch.main([*SMALL, "--steps", "4", "--out", str(tmp_path / "x.png")])
+    assert all(floor < value for floor, value in zip(history.floors, history.reconstructions, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -60,3 +69,12 @@ def test_bad_flags_are_named(example, arguments, message, capsys):
     with pytest.raises(SystemExit):
         example.main(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("example", [vae_torch, segmentation_torch])
+def test_a_script_runs_by_itself(example, tmp_path):
+    arguments = [sys.executable, example.__file__, "--size", "32", "--batch", "2", "--steps", "1", "--threads", "1"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (picture,) = tmp_path.iterdir()
+    assert f"picture: {picture.name}" in done.stdout
