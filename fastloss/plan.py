@@ -270,6 +270,12 @@ def check(request: Request) -> None:
         raise ValueError(f"target_scale multiplies integer targets, and target is {dtypes['target']}: scale it yourself")
 
 
+def check_shapes(name: str, shape: tuple[int, ...], other: str, other_shape: tuple[int, ...]) -> None:
+    """Refuse two arrays of different shapes."""
+    if shape != other_shape:
+        raise ValueError(f"{name} has shape {tuple(shape)} and {other} {tuple(other_shape)}; they must be equal")
+
+
 def check_dtype(name: str, dtype: np.dtype[Any]) -> None:
     """Refuse dtypes that the kernels do not read."""
     accepted = {"input": INPUT_TYPES, "mu": INPUT_TYPES, "logvar": INPUT_TYPES, "mask": ("bool",)}.get(name, TARGET_TYPES)

@@ -343,7 +343,7 @@ import os, torch, fastloss as fl
 z, t = torch.ones(1 << 22, requires_grad=True), torch.zeros(1 << 22)
 grad = torch.autograd.grad(fl.mse_loss(z, t, reduction="sum"), z)[0]
 if not (child := os.fork()):
-    grad.zero_()
+    grad.numpy().fill(0)  # by one thread: those of PyTorch's OpenMP are not in a child, where it would wait for them
     os._exit(0)
 os.waitpid(child, 0)
 print(grad.sum().item() == 2 << 22)"""
@@ -575,6 +575,7 @@ def test_under_autocast_halves_are_computed_in_float32(half, reduction):
     ("name", "reduction", "view"),
     [*((name, "mean", "transposed") for name in ALL), *(("mse_loss", r, "expanded") for r in ("none", "sample_sum"))],
 )
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own reading
 def test_opcheck(name, reduction, view):
     loss, (z, t) = getattr(fl, name), (VIEWS[view](x.detach()).requires_grad_() for x in operands(name))
     weight = torch.rand(z.shape[-1])
@@ -713,7 +714,7 @@ def test_other_derivatives_are_refused():
             transform(lambda z: BCE(z, z.detach()))(z.detach())
     with pytest.raises(NotImplementedError, match="fastloss has no rules for"):
         torch.func.jvp(lambda z: BCE(z, t), (z,), (t,))
-    with pytest.warns(DeprecationWarning, match="jit.trace"), pytest.raises(NotImplementedError, match="fastloss has no rules for"):
+    with pytest.raises(NotImplementedError, match="fastloss has no rules for"):
         torch.jit.trace(lambda z: BCE(z, t), z)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(z.detach(), t)

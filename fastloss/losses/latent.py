@@ -16,7 +16,7 @@ from fastloss.formula import Formula
 from fastloss.loss import AnyLoss, find_door, refuse_grad_output, signature
 from fastloss.losses.logistic import binary_cross_entropy_with_logits, mse_with_logits_loss
 from fastloss.ops import exp, minimum, polynomial, where
-from fastloss.plan import Array, check_dtype, check_output
+from fastloss.plan import Array, check_dtype, check_output, check_shapes
 
 _OPTIONS = ("mask", "grad_output", "out")
 # exp(x) - 1 - x = x**2 (1/2! + x/3! + x**2/4! + ...), to the last digit of float64 for -1 <= x <= 1.75
@@ -85,8 +85,7 @@ class LatentLoss(AnyLoss):
 
 def check_latents(mu: Array, logvar: Array) -> None:
     """Refuse arrays that are not those of one batch of Gaussians."""
-    if mu.shape != logvar.shape:
-        raise ValueError(f"mu has shape {mu.shape} and logvar {logvar.shape}; they must be equal")
+    check_shapes("mu", mu.shape, "logvar", logvar.shape)
     check_dtype("mu", mu.dtype)
     check_dtype("logvar", logvar.dtype)
 

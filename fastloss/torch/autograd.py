@@ -143,11 +143,9 @@ class ShortFunction(torch.autograd.Function):
 
     @staticmethod
     def takes(loss: AnyLoss, reduction: str, input: Any, target: Any) -> bool:
-        """Whether a call without options is plain and small."""
+        """Whether a call without options, of tensors that can be read, is plain and small."""
         return (
-            isinstance(input, Tensor)
-            and has_memory((input, target))
-            and input.requires_grad
+            input.requires_grad
             and not target.requires_grad
             and torch.is_grad_enabled()
             and 0 < input.numel() <= ONE_RANGE
@@ -223,17 +221,18 @@ def run(
     options: dict[str, Any]
 ) -> tuple[Any, list[Any]]:  # fmt: skip
     """Return the reduced value, if it is summed, and what else is wanted, as tensors; a value alone has autograd attached."""
-    if not options and weight is None and summed == ("value",) and not wanted and ShortFunction.takes(loss, reduction, first, second):
-        return apply_short(loss, reduction, first, second), []
     tensors = [first, second]
     names: list[str] = []
     settings: dict[str, Any] = {}
     special: dict[str, Any] = {}
-    if options or weight is not None:
+    plain = not options and weight is None
+    if not plain:
         sort({"weight": weight, **options}, names, tensors, settings, special)
     if not (readable := has_memory(tensors)):
         check_tensors(zip((*loss.operands, *names), tensors, strict=True))
         refuse_transforms(tensors)
+    elif plain and summed == ("value",) and not wanted and ShortFunction.takes(loss, reduction, first, second):
+        return apply_short(loss, reduction, first, second), []
     bound = Bound(loss, reduction, tuple(names), settings, value_dtype(first))
     if (*summed, *wanted) != ("value",):
         if special.get("inplace_grad"):

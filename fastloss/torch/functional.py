@@ -16,7 +16,7 @@ from torch.nn import _reduction
 
 import fastloss
 from fastloss.call import check_reduction, outside, to_float
-from fastloss.plan import REDUCTIONS
+from fastloss.plan import REDUCTIONS, check_shapes
 from fastloss.torch.tensors import Tensor
 
 
@@ -28,7 +28,7 @@ def binary_cross_entropy_with_logits(
 
     Options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`, `label_smoothing`, `validate`; see `fastloss.Loss`.
     """
-    check_shapes(input, target)
+    check_shapes("input", input.shape, "target", target.shape)
     reduction = chosen(reduction, size_average, reduce)
     return compute(fastloss.binary_cross_entropy_with_logits, input, target, weight, reduction, pos_weight=pos_weight, **options)
 
@@ -41,7 +41,7 @@ def binary_cross_entropy(
 
     Options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`, `validate`; see `fastloss.Loss`.
     """
-    check_shapes(input, target)
+    check_shapes("input", input.shape, "target", target.shape)
     reduction = chosen(reduction, size_average, reduce)
     return compute(fastloss.binary_cross_entropy, input, target, weight, reduction, **{"validate": True, **options})
 
@@ -104,7 +104,7 @@ def sigmoid_focal_loss(
 
     Options: `inplace_grad`, `weight`, `mask`, `ignore_index`, `target_scale`, `validate`; see `fastloss.Loss`.
     """
-    check_shapes(inputs, targets)
+    check_shapes("input", inputs.shape, "target", targets.shape)
     weight = options.pop("weight", None)
     return compute(fastloss.sigmoid_focal_loss, inputs, targets, weight, chosen(reduction), alpha=alpha, gamma=gamma, **options)
 
@@ -140,16 +140,10 @@ def chosen(reduction: str, size_average: bool | None = None, reduce: bool | None
     return reduction
 
 
-def check_shapes(input: Tensor, target: Tensor) -> None:
-    """Refuse what PyTorch refuses with a ValueError: a target of another shape."""
-    if input.shape != target.shape:
-        raise ValueError(f"input has shape {tuple(input.shape)} and target {tuple(target.shape)}; they must be equal")
-
-
 def check_weight(input: Tensor, weight: Tensor | None) -> None:
     """Refuse a weight that PyTorch refuses with a ValueError."""
-    if weight is not None and weight.shape != input.shape:
-        raise ValueError(f"input has shape {tuple(input.shape)} and weight {tuple(weight.shape)}; they must be equal")
+    if weight is not None:
+        check_shapes("input", input.shape, "weight", weight.shape)
 
 
 def broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,8 +25,23 @@ class WithOptions(torch.nn.Module):
         return ", ".join(f"{name}={x!r}" for name, x in self.options.items())
 
 
-class BCEWithLogitsLoss(WithOptions, torch.nn.BCEWithLogitsLoss):
+class OfInputAndTarget(WithOptions):
+    """A module that calls its function of input and target with its own arguments, the options it keeps, and those of the call."""
+
+    function: Any
+    arguments: tuple[str, ...] = ("reduction",)  # attributes that are handed on under their names
+
+    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Any:
+        """Return the loss."""
+        own = {name: getattr(self, name) for name in self.arguments}
+        return self.function(input, target, **{**own, **self.options, **options})
+
+
+class BCEWithLogitsLoss(OfInputAndTarget, torch.nn.BCEWithLogitsLoss):
     """`torch.nn.BCEWithLogitsLoss`, by `fastloss.binary_cross_entropy_with_logits`."""
+
+    function = staticmethod(functional.binary_cross_entropy_with_logits)
+    arguments = ("weight", "pos_weight", "reduction")
 
     def __init__(
         self, weight: Tensor | None = None, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean",
@@ -35,14 +50,12 @@ class BCEWithLogitsLoss(WithOptions, torch.nn.BCEWithLogitsLoss):
         super().__init__(weight, size_average, reduce, reduction, pos_weight)
         self.options = options
 
-    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
-        """Return the loss."""
-        given = {"weight": self.weight, "pos_weight": self.pos_weight, "reduction": self.reduction, **self.options, **options}
-        return functional.binary_cross_entropy_with_logits(input, target, **given)
 
-
-class BCELoss(WithOptions, torch.nn.BCELoss):
+class BCELoss(OfInputAndTarget, torch.nn.BCELoss):
     """`torch.nn.BCELoss`, by `fastloss.binary_cross_entropy`."""
+
+    function = staticmethod(functional.binary_cross_entropy)
+    arguments = ("weight", "reduction")
 
     def __init__(
         self, weight: Tensor | None = None, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean",
@@ -51,38 +64,32 @@ class BCELoss(WithOptions, torch.nn.BCELoss):
         super().__init__(weight, size_average, reduce, reduction)
         self.options = options
 
-    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
-        """Return the loss."""
-        given = {"weight": self.weight, "reduction": self.reduction, **self.options, **options}
-        return functional.binary_cross_entropy(input, target, **given)
 
-
-class MSELoss(WithOptions, torch.nn.MSELoss):
+class MSELoss(OfInputAndTarget, torch.nn.MSELoss):
     """`torch.nn.MSELoss`, by `fastloss.mse_loss`."""
 
+    function = staticmethod(functional.mse_loss)
+
     def __init__(self, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean", **options: Any) -> None:
         super().__init__(size_average, reduce, reduction)
         self.options = options
 
-    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
-        """Return the loss."""
-        return functional.mse_loss(input, target, **{"reduction": self.reduction, **self.options, **options})
 
-
-class L1Loss(WithOptions, torch.nn.L1Loss):
+class L1Loss(OfInputAndTarget, torch.nn.L1Loss):
     """`torch.nn.L1Loss`, by `fastloss.l1_loss`."""
 
+    function = staticmethod(functional.l1_loss)
+
     def __init__(self, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean", **options: Any) -> None:
         super().__init__(size_average, reduce, reduction)
         self.options = options
 
-    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
-        """Return the loss."""
-        return functional.l1_loss(input, target, **{"reduction": self.reduction, **self.options, **options})
 
-
-class SmoothL1Loss(WithOptions, torch.nn.SmoothL1Loss):
+class SmoothL1Loss(OfInputAndTarget, torch.nn.SmoothL1Loss):
     """`torch.nn.SmoothL1Loss`, by `fastloss.smooth_l1_loss`."""
+
+    function = staticmethod(functional.smooth_l1_loss)
+    arguments = ("reduction", "beta")
 
     def __init__(
         self, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean", beta: float = 1.0, **options: Any
@@ -90,71 +97,60 @@ class SmoothL1Loss(WithOptions, torch.nn.SmoothL1Loss):
         super().__init__(size_average, reduce, reduction, beta)
         self.options = options
 
-    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
-        """Return the loss."""
-        return functional.smooth_l1_loss(input, target, **{"reduction": self.reduction, "beta": self.beta, **self.options, **options})
 
-
-class HuberLoss(WithOptions, torch.nn.HuberLoss):
+class HuberLoss(OfInputAndTarget, torch.nn.HuberLoss):
     """`torch.nn.HuberLoss`, by `fastloss.huber_loss`."""
+
+    function = staticmethod(functional.huber_loss)
+    arguments = ("reduction", "delta")
 
     def __init__(self, reduction: str = "mean", delta: float = 1.0, **options: Any) -> None:
         super().__init__(reduction, delta)
         self.options = options
 
-    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
-        """Return the loss."""
-        return functional.huber_loss(input, target, **{"reduction": self.reduction, "delta": self.delta, **self.options, **options})
 
-
-class OwnLoss(WithOptions, _Loss):
+class OwnLoss(OfInputAndTarget, _Loss):
     """A loss that PyTorch does not have, as a module: its options where it is made or where it is called."""
-
-    loss: Any
 
     def __init__(self, reduction: str = "mean", **options: Any) -> None:
         super().__init__(reduction=reduction)
         self.options = options
 
-    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Any:
-        """Return the loss."""
-        return self.loss(input, target, **{"reduction": self.reduction, **self.options, **options})
-
 
 class LogCoshLoss(OwnLoss):
     """`fastloss.log_cosh_loss` as a module."""
 
-    loss = fastloss.log_cosh_loss
+    function = fastloss.log_cosh_loss
 
 
 class MSEWithLogitsLoss(OwnLoss):
     """`fastloss.mse_with_logits_loss` as a module."""
 
-    loss = fastloss.mse_with_logits_loss
+    function = fastloss.mse_with_logits_loss
 
 
 class SigmoidFocalLoss(OwnLoss):
     """`fastloss.sigmoid_focal_loss` as a module, with `alpha` and `gamma`; its reduction is "mean", as a module's."""
 
-    loss = fastloss.sigmoid_focal_loss
+    function = fastloss.sigmoid_focal_loss
 
 
 class GaussianKLLoss(OwnLoss):
     """`fastloss.gaussian_kl_loss` of mu and logvar as a module."""
 
-    loss = fastloss.gaussian_kl_loss
+    function = fastloss.gaussian_kl_loss
 
 
 class DiceWithLogitsLoss(OwnLoss):
     """`fastloss.dice_with_logits_loss` as a module, with `smooth`, `per_channel` and `per_sample`."""
 
-    loss = fastloss.dice_with_logits_loss
+    function = fastloss.dice_with_logits_loss
 
 
 class DiceBCEWithLogitsLoss(OwnLoss):
     """`fastloss.dice_bce_with_logits_loss` as a module, with the options of Dice, `dice_weight` and `bce_weight`."""
 
-    loss = fastloss.dice_bce_with_logits_loss
+    function = fastloss.dice_bce_with_logits_loss
 
 
 class VAELoss(WithOptions):

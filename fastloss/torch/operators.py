@@ -14,7 +14,7 @@ import torch
 from fastloss.call import refuse_unknown
 from fastloss.loss import LOSSES, AnyLoss
 from fastloss.losses.segmentation import DiceLoss
-from fastloss.plan import belongs_to
+from fastloss.plan import belongs_to, check_shapes
 from fastloss.torch import textbook
 from fastloss.torch.tensors import Tensor, to_array, to_tensor
 
@@ -116,10 +116,7 @@ def _(
 
 def check(loss: AnyLoss, first: Any, second: Any, names: Sequence[str]) -> None:
     """Refuse while compiling what the kernels would refuse while running."""
-    if first.shape != second.shape:
-        raise ValueError(
-            f"{loss.operands[0]} has shape {tuple(first.shape)} and {loss.operands[1]} {tuple(second.shape)}; they must be equal"
-        )
+    check_shapes(loss.operands[0], first.shape, loss.operands[1], second.shape)
     refuse_unknown(dict.fromkeys(names), loss.options)
 
 
