@@ -269,8 +269,8 @@ def find_launch(*request: Any) -> Any:
 
 def refuse_unknown(options: Mapping[str, Any], accepted: tuple[str, ...]) -> None:
     """Refuse options that a loss does not have."""
-    if unknown := options.keys() - accepted:
-        raise TypeError(f"unknown option {', '.join(sorted(unknown))}; accepted: {', '.join(accepted)}")
+    if unknown := sorted(name for name in options if name not in accepted):
+        raise TypeError(f"unknown option {', '.join(unknown)}; accepted: {', '.join(accepted)}")
 
 
 def check_reduction(reduction: Any, accepted: Sequence[str]) -> None:
