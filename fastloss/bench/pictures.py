@@ -75,12 +75,12 @@ def curve(results: Results) -> Any:
         return None
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     names = dict.fromkeys(name for m in points for name in shown(m))
-    others = iter(zip(COLOURS, MARKERS, strict=True))
+    others, ours = iter(zip(COLOURS, MARKERS, strict=True)), iter(("-", "--", "-."))
     for name in names:
         x = [m.case.elements for m in points if name in m.rows]
         y = [m.rows[name].median / m.case.elements * 1e9 for m in points if name in m.rows]
         if name.startswith("fastloss"):
-            style = {"color": OURS, "marker": "o", "linewidth": 2.5, "zorder": 3}
+            style = {"color": OURS, "marker": "o", "linewidth": 2.5, "linestyle": next(ours), "zorder": 3}
         elif name in LIMITS:
             style = {"color": LIMIT, "linestyle": ":", "marker": "."}
         else:
@@ -89,7 +89,7 @@ def curve(results: Results) -> Any:
         axes.plot(x, y, label=name, markersize=5, **style)
     axes.set(xscale="log", yscale="log", xlabel="elements of the batch", ylabel="nanoseconds an element")
     axes.set_title(f"BCE, value and gradient, float32, {results.machine['threads']} threads")
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=3.5)
     tidy(axes, "both")
     return figure
 
