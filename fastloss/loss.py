@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -25,7 +24,9 @@ def find_door(array: Any) -> Any:
     """Return what takes a framework's arrays; None if the array is not of one. What nobody has imported has made no array."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, getattr(torch, "Tensor", ())):  # it may be on its way
-        return sys.modules.get("fastloss.torch.autograd") or importlib.import_module("fastloss.torch.autograd")
+        from fastloss.torch import autograd  # a statement, which torch.compile can follow
+
+        return autograd
     return None
 
 

@@ -619,6 +619,16 @@ def test_compiled_by_inductor():
     assert_close(got, z.grad, PEER[np.dtype(np.float32)])
 
 
+@pytest.mark.parametrize("loss", ["fastloss.torch.MSELoss()", "fastloss.torch.mse_loss", "fastloss.mse_loss", "fastloss.mse_loss.grad"])
+def test_compiled_before_any_other_call(loss):
+    code = f"""
+import torch, {loss.rpartition(".")[0].removesuffix(".mse_loss")}
+z, t = torch.ones(3), torch.zeros(3)
+f = torch.compile(lambda z, t: {loss}(z, t), fullgraph=True, backend="eager")
+print(f(z, t).sum().item())"""
+    assert run(code) == ("2.0\n" if loss.endswith("grad") else "1.0\n")
+
+
 def test_compiled_once_for_any_length():
     frames = []
 
