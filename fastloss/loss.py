@@ -24,7 +24,7 @@ def find_door(array: Any) -> Any:
     """Return what takes a framework's arrays; None if the array is not of one. What nobody has imported has made no array."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, getattr(torch, "Tensor", ())):  # it may be on its way
-        from fastloss.torch import autograd  # a statement, which torch.compile can follow
+        from fastloss.torch import autograd  # not import_module, which torch.compile refuses, nor sys.modules, on which it guards
 
         return autograd
     return None

@@ -286,6 +286,14 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
     assert all(path.stat().st_size > 10_000 for path in drawn)
 
 
+def test_the_curve_is_of_one_kind_of_case():
+    others = [Case(part="value", size="10^5"), Case(dtype="float64", size="10^6")]
+    found = [content(case)["cases"][0] for case in (*others, Case(size="10^7"), Case(size="10^4"))]
+    (axes,) = pictures.curve(Results(content() | {"cases": found})).axes
+    assert {line.get_label() for line in axes.lines} == {"fastloss, out=", "limit: triad", "torch eager"}
+    assert all(list(line.get_xdata()) == [10**4, 10**7] for line in axes.lines)
+
+
 # --- the command
 
 

@@ -462,7 +462,7 @@ def test_an_upstream_gradient_that_is_negated_lazily():
         fl.mse_loss.grad(z.detach(), t, out=negated(EACH))
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_traced_code_computes_anew(name):
     z, t = (x.detach() for x in operands(name))

@@ -70,7 +70,8 @@ def bars(results: Results) -> Any:
 
 def curve(results: Results) -> Any:
     """Draw the time per element over the number of elements."""
-    points = sorted((m for m in results.measured.values() if m.case.size in CURVE and m.case.loss == BCE), key=lambda m: m.case.elements)
+    cases = (Case(size=size) for size in CURVE)
+    points = [results.measured[case] for case in cases if case in results.measured]
     if len(points) < 2:
         return None
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")

@@ -123,7 +123,7 @@ class DiceLoss(AnyLoss):
 
     def settings(self, options: dict[str, Any]) -> dict[str, Any]:
         """Take this loss's own options out of the others."""
-        own = {**self.defaults, **{name: options.pop(name) for name in self.defaults.keys() & options.keys()}}
+        own = {name: options.pop(name, default) for name, default in self.defaults.items()}
         for name, value in own.items():
             if name.startswith("per_"):
                 check_flag(name, value)
