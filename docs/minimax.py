@@ -1,4 +1,4 @@
-"""Find the polynomials of `fastloss/cpu/vmath.py`: `python docs/minimax.py` prints them with their largest error.
+"""Find the polynomials of `fastloss/vmath.py`: `python docs/minimax.py` prints them with their largest error.
 
 Remez' exchange algorithm in 50 digits (mpmath, extra `test`). Each polynomial approximates what is left of the function
 after its first, exact terms are taken out, weighted so that the error printed is relative to the function itself.

@@ -108,7 +108,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
 
 
 # who may import whom: the layers from the bottom up; a module imports from lower layers, or from its own folder
-LAYERS = [["ops"], ["formula"], ["plan"], ["cpu"], ["call"], ["loss"], ["losses"], ["__init__"], ["torch"], ["demo", "bench"], ["__main__"]]
+LAYERS = [["ops"], ["formula"], ["vmath"], ["plan"], ["step"], ["cpu"], ["call"], ["loss"], ["losses"], ["__init__"], ["torch"], ["demo", "bench"], ["__main__"]]
 ALONE = ["reference"]
 DOORS = {("fastloss.loss", "fastloss.torch")}  # the one import upwards, made when the first tensor comes
 

@@ -21,17 +21,19 @@ from numba.core import cgutils
 from numba.core.datamodel import models, register_default
 from numba.extending import intrinsic
 
-from fastloss.cpu import simd, vmath
+from fastloss import step as element
+from fastloss import vmath
+from fastloss.cpu import simd
 from fastloss.cpu.frame import COUNTERS, LAYOUT_COUNTERS, LINE, PAST_BY_LATER_LINES, PAST_BY_LINES, THROUGH, UNIT, frame_of, partials_of
 from fastloss.cpu.simd import Vector
-from fastloss.ops import fma, where
+from fastloss.ops import where
 from fastloss.plan import Operand, Spec
 
 # A step is four registers of AVX-512 or eight of AVX2: with fewer, its chain of dependent instructions leaves the units idle
 # (BCE value+gradient in the cache, ns an element, at 128, 256 and 512 bytes: AVX-512 0.50, 0.47, 0.51; AVX2, 64 to
 # 256 bytes 0.71, 0.55, 0.50).
 VECTOR_BYTES = 256
-REGISTER_BYTES = 64 if vmath.HAS_AVX512 else 32
+REGISTER_BYTES = 64 if simd.HAS_AVX512 else 32
 PREFETCH = 2048  # bytes, from a load to the lines it asks for
 # Steps whose elements are summed in float32: a lane adds up 64 of them, a constant batch within 2e-7; it multiplies as many
 # factors up to 2, whose product has to stay below 2**127.
@@ -273,53 +275,24 @@ def emit_step(step: Step, numbers: dict[str, ir.Value], scale: ir.Value, how: ir
     spec, builder = step.spec, step.builder
     raw = step.load_all()
     number = {name: spread_number(builder, value, spec) for name, value in numbers.items()}
-    counted = Vector(builder, step.all, ir.VectorType(simd.scalar_type(spec.compute), step.lanes))
-    if "mask" in raw:
-        counted = counted & (raw["mask"] != 0)
-    loaded = {op.name: step.convert(raw[op.name], op.code, spec.compute) for op in spec.operands if op.name != "mask"}
-    if "ignore_index" in number:
-        counted = counted & is_not(step, raw["target"], loaded["target"], numbers["ignore_index"])
-    if "target" in loaded:
-        loaded["target"] = multiply(loaded["target"], number.get("target_scale"))
-    quantities: dict[str, Any] = {"count": 1.0}
-    if spec.trace:
-        parameters = {name: loaded[name] if name in loaded else number[name] for name in spec.parameters}
-        quantities |= spec.formula.quantities(loaded["input"], loaded["target"], parameters)
-    if spec.outputs:
-        store_all(step, quantities, loaded, spread_number(builder, scale, spec), counted, how)
-    values, factors = summands(spec, quantities, loaded.get("weight"), counted)
+    everywhere = Vector(builder, step.all, ir.VectorType(simd.scalar_type(spec.compute), step.lanes))
+    loaded, counted = element.load(
+        spec, raw, number, everywhere, lambda x, code: step.convert(x, code, spec.compute),
+        lambda stored, widened: is_not(step, stored, widened, numbers["ignore_index"]),
+    )  # fmt: skip
+    found = element.quantities(spec, loaded, number)
+    scales = spread_number(builder, scale, spec) if spec.outputs else everywhere
+    for k, (output, result) in enumerate(element.stored(spec, found, loaded, scales, counted), len(spec.operands)):
+        step.store(k, output, step.convert(result, spec.compute, output.code).value, how)
+    values, factors = element.summands(spec, found, loaded.get("weight"), counted)
     bad = counted.splat(0.0)
     for name in spec.checked:
-        bad = bad + where(counted & ~((loaded[name] >= 0.0) & (loaded[name] <= 1.0)), 1.0, 0.0)
+        bad = bad + where(element.is_bad(loaded[name], counted), 1.0, 0.0)
     added = [counted.match(v) for v in (*values, *factors, bad)]
     return [
         include(old, new, as_factors=len(values) <= k < len(sums) - 1)
         for k, (old, new) in enumerate(zip(sums, step.only_within(added), strict=True))
     ]
-
-
-def store_all(step: Step, quantities: dict[str, Any], loaded: dict[str, Vector], scale: Vector, counted: Vector, how: ir.Value) -> None:
-    """Store every output: slopes and curvatures with all the factors of the chain rule, a value with its weight."""
-    weight = loaded.get("weight")
-    factor = multiply(multiply(weight, scale), loaded.get("grad_output"))
-    for k, output in enumerate(step.spec.outputs, len(step.spec.operands)):
-        stored = multiply(scale.match(quantities[output.name]), weight if output.name == "value" else factor)
-        if step.spec.excludes:
-            stored = where(counted, stored, 0.0)
-        step.store(k, output, step.convert(stored, step.spec.compute, output.code).value, how)
-
-
-def summands(spec: Spec, quantities: dict[str, Any], weight: Vector | None, counted: Vector) -> tuple[list[Any], list[Any]]:
-    """Return what elements add to each sum, and for those whose logarithms go into a product, e: there, 1 + e is the factor."""
-    values, factors = [], []
-    for name in spec.summed:
-        value = counted.match(quantities[name])
-        if name in spec.multiplied:
-            assert value.log_term is not None
-            value, e = value.log_term
-            factors.append(where(counted, e, 0.0))
-        values.append(where(counted, value if name == "count" else multiply(value, weight), 0.0))
-    return values, factors
 
 
 def include(old: Vector, new: Vector, as_factors: bool) -> Vector:
@@ -329,18 +302,8 @@ def include(old: Vector, new: Vector, as_factors: bool) -> Vector:
     went from 0.92 ns an element to 0.47.
     """
     while new.type.count > old.type.count:
-        new = accumulate(*new.halves(), as_factors)
-    return accumulate(old, new, as_factors)
-
-
-def accumulate(x: Vector, y: Vector, as_factors: bool) -> Vector:
-    """Return x + y, or (1 + x) (1 + y) - 1, which keeps its relative accuracy where both are tiny."""
-    return x + fma(x, y, y) if as_factors else x + y
-
-
-def multiply(x: Any, y: Any) -> Any:
-    """Return x * y, where None stands for 1."""
-    return y if x is None else x if y is None else x * y
+        new = element.accumulate(*new.halves(), as_factors)
+    return element.accumulate(old, new, as_factors)
 
 
 def spread_number(builder: ir.IRBuilder, value: ir.Value, spec: Spec) -> Vector:
@@ -467,7 +430,7 @@ def store_sums(typingctx: Any, pointer: Any, offset: Any, totals: Any) -> Any:
         for k, vector in enumerate(cgutils.unpack_tuple(builder, args[2])):
             lanes = Vector(builder, vector)
             while lanes.type.count > 1:
-                lanes = accumulate(*lanes.halves(), as_factors=False)
+                lanes = element.accumulate(*lanes.halves(), as_factors=False)
             builder.store(builder.extract_element(lanes.value, ir.IntType(32)(0)), builder.gep(first, [I64(k)]))
         return context.get_dummy_value()
 

@@ -11,10 +11,16 @@ from collections.abc import Callable
 from math import inf
 from typing import Any
 
+import llvmlite.binding as llvm
 from llvmlite import ir
+from numba.core import config
 
-from fastloss.cpu import vmath
+from fastloss import vmath
 from fastloss.ops import Symbol, where
+
+# Numba compiles for the CPU it runs on, unless NUMBA_CPU_NAME and NUMBA_CPU_FEATURES say otherwise.
+_IS_HOST = config.CPU_NAME is None and config.CPU_FEATURES is None
+HAS_AVX512 = bool(llvm.get_host_cpu_features().get("avx512f")) if _IS_HOST else "+avx512f" in (config.CPU_FEATURES or "")
 
 _FLOATS: dict[str, ir.Type] = {"f2": ir.HalfType(), "f4": ir.FloatType(), "f8": ir.DoubleType()}
 _SUFFIX = {"half": "f16", "float": "f32", "double": "f64", "i32": "i32", "i64": "i64", "i8": "i8", "i16": "i16", "i1": "i1"}
@@ -44,6 +50,8 @@ def indices(first: int, count: int) -> ir.Constant:
 
 class Vector(Symbol):
     """An LLVM vector value and the builder that its operations are appended to."""
+
+    scales_by_powers = HAS_AVX512  # whether there is an instruction for x 2**n
 
     def __init__(self, builder: ir.IRBuilder, value: ir.Value, numbers: ir.VectorType | None = None) -> None:
         self.builder = builder
@@ -153,7 +161,7 @@ class Vector(Symbol):
 
     def reciprocal_estimate(self) -> Vector:
         """Return 1 / x for 1 <= x <= 2, right to 14 bits at least: a fifth of a division's time where the CPU has it."""
-        if self.bits == 64 or not vmath.HAS_AVX512:
+        if self.bits == 64 or not HAS_AVX512:
             return self.splat(1.0) / self
         return self.by_register("llvm.x86.avx512.rcp14.ps.512", (self, self), ir.IntType(16)(0xFFFF))
 

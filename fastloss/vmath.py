@@ -1,4 +1,4 @@
-"""exp, log and their kin on SIMD vectors, in plain operators; the coefficients come from `docs/minimax.py`.
+"""exp, log and their kin, in plain operators on any target's symbols; the coefficients come from `docs/minimax.py`.
 
 Errors: exp, log and pow below 1 ulp, expm1 and log1p below 1.5 ulp, subnormal results included (`tests/test_accuracy.py`).
 NaN goes through; infinities and poles have their limits.
@@ -9,19 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Any
-
-import llvmlite.binding as llvm
-from numba.core import config
+from typing import Any
 
 from fastloss.ops import copysign, estrin, fma, where
 
-if TYPE_CHECKING:
-    from fastloss.cpu.simd import Vector
+Number = Any  # a `cpu.simd.Vector` or a `cuda.text.Scalar`: one element of a vector, or alone
 
-# Numba compiles for the CPU it runs on, unless NUMBA_CPU_NAME and NUMBA_CPU_FEATURES say otherwise.
-_IS_HOST = config.CPU_NAME is None and config.CPU_FEATURES is None
-HAS_AVX512 = bool(llvm.get_host_cpu_features().get("avx512f")) if _IS_HOST else "+avx512f" in (config.CPU_FEATURES or "")
 LOG2_E = 1.4426950408889634
 
 
@@ -75,25 +68,25 @@ FORMATS = {
 }  # fmt: skip
 
 
-def polynomial(x: Vector, reach: float, *terms: float) -> Vector:
+def polynomial(x: Number, reach: float, *terms: float) -> Number:
     """Return the polynomial without the terms that are too small to show at |x| <= reach."""
     least = 2.0 ** -(FORMATS[x.bits].mantissa + 3) * abs(terms[0])
     shown = max((k for k, term in enumerate(terms) if abs(term) * reach**k >= least), default=0)
     return x.match(estrin(x, terms[: shown + 1]))
 
 
-def power_of_two(k: Vector, fmt: Format) -> Vector:
+def power_of_two(k: Number, fmt: Format) -> Number:
     """Return 2**(k - bias) for integer lanes k that hold a biased exponent."""
     return k.apply("shl", k, fmt.mantissa).as_float()
 
 
-def two_sum(large: Vector, small: Vector) -> tuple[Vector, Vector]:
+def two_sum(large: Number, small: Number) -> tuple[Number, Number]:
     """Return the sum and what it was rounded by; |large| >= |small|, or large is 0."""
     total = large + small
     return total, (large - total) + small
 
 
-def reduced(x: Vector, low: Any, shift: int, fmt: Format) -> tuple[Vector, Vector, Vector, Vector]:
+def reduced(x: Number, low: Any, shift: int, fmt: Format) -> tuple[Number, Number, Number, Number]:
     """Return n = round(x / log 2), again as integer lanes biased by `shift` too, and r = x + low - n log 2 in two parts."""
     shifter = fmt.shifter + fmt.bias + shift
     shifted = fma(x, LOG2_E, shifter)
@@ -101,7 +94,7 @@ def reduced(x: Vector, low: Any, shift: int, fmt: Format) -> tuple[Vector, Vecto
     return n, shifted.as_int(), fma(n, -fmt.ln2[0], x), fma(n, -fmt.ln2[1], low)
 
 
-def exp_reduced(r: Vector, r_low: Vector, fmt: Format) -> tuple[Vector, Vector, Vector]:
+def exp_reduced(r: Number, r_low: Number, fmt: Format) -> tuple[Number, Number, Number]:
     """Return e**(r + r_low) in two parts, and e**(r + r_low) - 1, for |r| <= log(2) / 2."""
     r_sum = r + r_low
     start = r + 1.0
@@ -109,7 +102,7 @@ def exp_reduced(r: Vector, r_low: Vector, fmt: Format) -> tuple[Vector, Vector, 
     return *two_sum(start, (r - (start - 1.0)) + rest), r + rest
 
 
-def exp(x: Vector, low: Any = 0.0) -> Vector:
+def exp(x: Number, low: Any = 0.0) -> Number:
     """Return e**(x + low) = 2**n e**r; without AVX-512 2**n is applied in two factors, so that subnormal results round once."""
     if x.bounds[1] <= 0.0:
         return exp_of_negative(x, low)[0]
@@ -118,7 +111,7 @@ def exp(x: Vector, low: Any = 0.0) -> Vector:
     x = where(x < least, least, where(x > most, most, x))
     n, whole, r, r_low = reduced(x, low, 0, fmt)
     e_r, _, _ = exp_reduced(r, r_low, fmt)
-    if HAS_AVX512:
+    if x.scales_by_powers:
         return e_r.times_power_of_two(n).within(0.0, inf)
     half = (fmt.bias + 1) // 2
     negative = x < 0.0
@@ -126,7 +119,7 @@ def exp(x: Vector, low: Any = 0.0) -> Vector:
     return (e_r * first * where(negative, e_r.splat(2.0**-half), 2.0**half)).within(0.0, inf)
 
 
-def exp_of_negative(x: Vector, low: Any = 0.0) -> tuple[Vector, Vector, Vector]:
+def exp_of_negative(x: Number, low: Any = 0.0) -> tuple[Number, Number, Number]:
     """Return e**(x + low) for x <= 0, what it was rounded by relative to it, and e**(x + low) - 1 where x is above -0.34.
 
     The second is relative to 2**n, and so up to 1.41 times too large or too small: enough to take back most of an error.
@@ -137,11 +130,11 @@ def exp_of_negative(x: Vector, low: Any = 0.0) -> tuple[Vector, Vector, Vector]:
     half = (fmt.bias + 1) // 2
     n, whole, r, r_low = reduced(where(x < fmt.exp_range[0], fmt.exp_range[0], x), low, half, fmt)
     e_r, rest, minus_1 = exp_reduced(r, r_low, fmt)
-    e = e_r.times_power_of_two(n) if HAS_AVX512 else e_r * power_of_two(whole, fmt) * 2.0**-half
+    e = e_r.times_power_of_two(n) if x.scales_by_powers else e_r * power_of_two(whole, fmt) * 2.0**-half
     return e.within(0.0, 1.0), rest, minus_1
 
 
-def sigmoid(x: Vector) -> Vector:
+def sigmoid(x: Number) -> Number:
     """Return 1 / (1 + e**-x), which is s = e / (1 + e) with e = e**-|x|, or 1 - s.
 
     From an estimate of 14 bits, one step of Newton's method makes 28, and takes back what e and the sum were rounded by.
@@ -154,7 +147,7 @@ def sigmoid(x: Vector) -> Vector:
     return s if never_positive else where(x > 0.0, 1.0 - s, s)
 
 
-def tanh(x: Vector) -> Vector:
+def tanh(x: Number) -> Number:
     """Return (1 - e) / (1 + e) with e = e**(-2|x|), and the sign of x; by a step of Newton's method as in `sigmoid`."""
     minus_2x = -abs(x + x)
     h = -expm1(minus_2x)
@@ -163,7 +156,7 @@ def tanh(x: Vector) -> Vector:
     return copysign(fma(fma(q, h, h - 2.0 * q), r, q), x)
 
 
-def expm1(x: Vector) -> Vector:
+def expm1(x: Number) -> Number:
     """Return e**x - 1 = 2**n (e**r - 1) + (2**n - 1), which rounds nothing near 0, where n is 0."""
     if x.bounds[1] <= 0.0:
         e, rest, minus_1 = exp_of_negative(x)
@@ -177,7 +170,7 @@ def expm1(x: Vector) -> Vector:
     return where(x > 10.0, exp(x) - 1.0, fma(scale, small, scale - 1.0))  # there, 2**n may overflow before e**x
 
 
-def log1p_of_product(x: Vector) -> Vector:
+def log1p_of_product(x: Number) -> Number:
     """Return log1p for 0 <= x < 2**100, as exact for tiny x as for large: no special case, NaN goes through."""
     fmt = FORMATS[x.bits]
     k = exponent(x + 1.0, fmt)
@@ -186,7 +179,7 @@ def log1p_of_product(x: Vector) -> Vector:
     return log_near_one(f, k.to_float())
 
 
-def log1p_of_fraction(x: Vector) -> Vector:
+def log1p_of_fraction(x: Number) -> Number:
     """Return log1p for 0 <= x <= 1: as `log1p_of_product`, where the exponent of 1 + x is 0 or 1 and two masked additions do.
 
     A polynomial of nine terms on all of [0, 1] is shorter, but makes BCE's value 2.2 ulp off instead of 1.8.
@@ -197,7 +190,7 @@ def log1p_of_fraction(x: Vector) -> Vector:
     return log_with(f, lambda rest: where(beyond, rest + low, rest), lambda near: where(beyond, near + high, near))
 
 
-def log1p(x: Vector) -> Vector:
+def log1p(x: Number) -> Number:
     """Return log(1 + x) for every x."""
     fmt = FORMATS[x.bits]
     if x.bounds == (0.0, 1.0):
@@ -208,12 +201,12 @@ def log1p(x: Vector) -> Vector:
     return at_poles(x + 1.0, result)
 
 
-def log(x: Vector) -> Vector:
+def log(x: Number) -> Number:
     """Return the natural logarithm: k log 2 + log m, with x = 2**k m and sqrt(1/2) <= m < sqrt(2)."""
     return at_poles(x, log_near_one(*split(x)))
 
 
-def pow(x: Vector, y: Vector) -> Vector:
+def pow(x: Number, y: Number) -> Number:
     """Return x**y = exp(y log x) for x >= 0.
 
     An error of log x is multiplied by the size of y log x, up to a hundred, so both are held in two parts.
@@ -228,7 +221,7 @@ def pow(x: Vector, y: Vector) -> Vector:
     return where(y == 0.0, 1.0, where(y == y, result, y))
 
 
-def split(x: Vector) -> tuple[Vector, Vector]:
+def split(x: Number) -> tuple[Number, Number]:
     """Return f and k with x = 2**k (1 + f) and sqrt(1/2) <= 1 + f < sqrt(2), for finite x > 0."""
     fmt = FORMATS[x.bits]
     subnormal = x < fmt.tiny
@@ -239,20 +232,20 @@ def split(x: Vector) -> tuple[Vector, Vector]:
     return m - 1.0, where(subnormal, k_float - fmt.mantissa, k_float)
 
 
-def exponent(u: Vector, fmt: Format) -> Vector:
+def exponent(u: Number, fmt: Format) -> Number:
     """Return the integer k that brings u 2**-k closest to 1: into [sqrt(1/2), sqrt(2))."""
     bits = u.as_int()
     sqrt_half = u.splat(0.5**0.5).as_int()
     return bits.apply("shr", bits - sqrt_half, fmt.mantissa)
 
 
-def log_near_one(f: Vector, k: Vector) -> Vector:
+def log_near_one(f: Number, k: Number) -> Number:
     """Return k log 2 + log(1 + f)."""
     high, low = FORMATS[f.bits].ln2
     return log_with(f, lambda rest: fma(k, low, rest), lambda near: fma(k, high, near))
 
 
-def log_with(f: Vector, add_low: Callable[[Vector], Vector], add_high: Callable[[Vector], Vector]) -> Vector:
+def log_with(f: Number, add_low: Callable[[Number], Number], add_high: Callable[[Number], Number]) -> Number:
     """Return log(1 + f) with the two parts of a multiple of log 2 added, the small one to what is small."""
     if f.bits == 32:
         return add_high(add_low(f * f * fma(f, estrin(f, FORMATS[32].log_terms), -0.5)) + f)
@@ -260,7 +253,7 @@ def log_with(f: Vector, add_low: Callable[[Vector], Vector], add_high: Callable[
     return add_high(f - (half_square - add_low(rest)))
 
 
-def log_rest(f: Vector) -> Vector:
+def log_rest(f: Number) -> Number:
     """Return log(1 + f) - f + f**2 / 2."""
     fmt = FORMATS[f.bits]
     if f.bits == 32:
@@ -271,7 +264,7 @@ def log_rest(f: Vector) -> Vector:
     return s * fma(z, estrin(z, fmt.log_terms), f * f * 0.5)
 
 
-def log_in_two(f: Vector, k: Vector) -> tuple[Vector, Vector]:
+def log_in_two(f: Number, k: Number) -> tuple[Number, Number]:
     """Return k log 2 + log(1 + f) as the sum of two numbers, some 5 digits more exact than one."""
     fmt = FORMATS[f.bits]
     square = f * f
@@ -282,7 +275,7 @@ def log_in_two(f: Vector, k: Vector) -> tuple[Vector, Vector]:
     return two_sum(high, rest + (near_low + fma(k, fmt.ln2[1], log_rest(f))))
 
 
-def at_poles(x: Vector, result: Vector) -> Vector:
+def at_poles(x: Number, result: Number) -> Number:
     """Put the values of log(x) in where x is inf, 0, negative or NaN."""
     finite = where(x == float("inf"), float("inf"), result)
     return where(x > 0.0, finite, where(x == 0.0, x.splat(float("-inf")), x.splat(float("nan"))))
