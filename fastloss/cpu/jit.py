@@ -100,10 +100,15 @@ def _fingerprint() -> str:
     """Everything beside the spec that the machine code depends on."""
     asked = [os.environ.get(name) for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
     digest = hashlib.sha256(f"{version('numba')} {llvmlite.__version__} {sys.platform} {_cpu()} {asked}".encode())
-    folder = Path(__file__).parent
-    for path in (*sorted(folder.glob("*.py")), *(folder.parent / name for name in ("ops.py", "step.py", "vmath.py"))):
+    for path in sources():
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def sources() -> list[Path]:
+    """Return the files that write machine code."""
+    folder = Path(__file__).parent
+    return [*sorted(folder.glob("*.py")), *(folder.parent / name for name in ("ops.py", "step.py", "vmath.py"))]
 
 
 @cache
