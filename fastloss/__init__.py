@@ -1,7 +1,7 @@
 """Losses on large image batches, and their gradients: as fast as memory allows, no temporaries, right to the last digits."""
 
 from fastloss.cpu.pool import get_num_threads, set_num_threads
-from fastloss.loss import Loss, elementwise_loss
+from fastloss.loss import Loss, elementwise_loss, raise_deferred
 from fastloss.losses.latent import VAEGradient, VAEValue, gaussian_kl_loss, vae_loss
 from fastloss.losses.logistic import (
     binary_cross_entropy,
@@ -33,6 +33,7 @@ __all__ = [
     "log_cosh_loss",
     "mse_loss",
     "mse_with_logits_loss",
+    "raise_deferred",
     "set_num_threads",
     "sigmoid_focal_loss",
     "smooth_l1_loss",

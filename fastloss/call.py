@@ -35,24 +35,25 @@ class Definition(NamedTuple):
     bounds: Bounds  # of parameters: the least and the largest number
     unit: tuple[str, ...]  # operands that belong in [0, 1], which `validate` checks
     options: tuple[str, ...]  # the names that are accepted beside those of the arrays
+    operands: tuple[str, str] = ("input", "target")  # what the caller knows them by
     buffers: int = 1  # how many arrays `out` is
 
 
 class Call:
-    """One call's arrays and options, sorted into what is read, what is a number, and how the result is reduced."""
+    """One call's arrays and options, sorted into what is read, what is a number, and how the result is reduced.
+
+    The arrays are NumPy's; calls of another kind of arrays are classes of their own, which replace what touches the elements.
+    """
 
     __slots__ = (
-        "arrays", "empty_like", "kept", "loss", "must_count", "names", "numbers", "out", "parameters", "reduction", "shape", "upstream",
-        "validate"
+        "arrays", "kept", "loss", "must_count", "names", "numbers", "out", "parameters", "reduction", "shape", "upstream", "validate"
     )  # fmt: skip
 
     def __init__(
-        self, loss: Definition, input: Any, target: Any, weight: Any, reduction: Any, options: Mapping[str, Any],
-        empty_like: Callable[[Array], Array] = np.empty_like
+        self, loss: Definition, input: Any, target: Any, weight: Any, reduction: Any, options: Mapping[str, Any]
     ) -> None:  # fmt: skip
-        self.loss, self.reduction, self.empty_like = loss, reduction, empty_like
-        x = input if type(input) is np.ndarray else as_array("input", input)
-        t = target if type(target) is np.ndarray else as_array("target", target)
+        self.loss, self.reduction = loss, reduction
+        x, t = self.as_array(loss.operands[0], input), self.as_array(loss.operands[1], target)
         self.names, self.arrays = INPUT_AND_TARGET, [x, t]
         self.shape = x.shape
         self.kept = kept_axes(reduction, x.shape)
@@ -66,12 +67,46 @@ class Call:
         if len(options) > (self.out is not None):
             self.take(options)
 
+    @staticmethod
+    def as_array(name: str, value: Any) -> Any:
+        """Return the caller's array without a copy."""
+        return value if type(value) is np.ndarray else as_array(name, value)
+
+    @staticmethod
+    def is_number(value: Any) -> bool:
+        """Whether an option is one number, and not an array or a list of them."""
+        return isinstance(value, (int, float)) or np.ndim(value) == 0
+
+    @staticmethod
+    def check_buffer(name: str, out: Any) -> None:
+        """Refuse what cannot be written to."""
+        if type(out) is not np.ndarray and (not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray)):
+            raise TypeError(f"{name} must be a numpy.ndarray, not {type(out).__name__}")
+        if not out.flags.writeable:
+            raise ValueError(f"{name} is read-only")
+
+    @staticmethod
+    def empty_like(array: Any) -> Any:
+        """Return an array to write to."""
+        return np.empty_like(array)
+
+    @staticmethod
+    def as_upstream(array: Any) -> Any:
+        """Return what gradients are multiplied by, one number a sample."""
+        return array.astype(np.float64)
+
+    @staticmethod
+    def warn_of_nothing(counted: Any) -> None:
+        """Warn where a mean is of no element, and so NaN."""
+        if not np.all(counted):
+            warn_of_nothing()
+
     def add(self, name: str, value: Any) -> None:
         """Add an array that is read."""
         if isinstance(value, str):  # PyTorch's regression losses have `reduction` in the place of `weight`
             raise TypeError(f"{name} is {value!r}; accepted: an array or a number (a reduction is given by name, reduction={value!r})")
         self.names += (name,)
-        self.arrays.append(as_array(name, value))
+        self.arrays.append(self.as_array(name, value))
 
     def take(self, options: Mapping[str, Any]) -> None:
         """Sort the options into arrays and numbers."""
@@ -85,7 +120,7 @@ class Call:
             self.ignore(to_float("ignore_index", ignored))
         if (upstream := options.get("grad_output")) is not None:
             self.take_upstream(upstream)
-        self.validate = bool(options.get("validate") and self.loss.unit)
+        self.validate = bool(take_validate(options.get("validate")) and self.loss.unit)
         self.must_count = self.excludes and self.reduction in ("mean", "sample_mean")
 
     def take_parameters(self, values: Mapping[str, Any]) -> None:
@@ -94,7 +129,7 @@ class Call:
         for name, default in self.loss.formula.defaults.items():
             if (value := values.get(name)) is None:
                 continue
-            if not is_number(value):
+            if not self.is_number(value):
                 self.add(name, value)
             elif (number := self.number(name, value)) != default:
                 self.numbers[name] = number
@@ -111,16 +146,16 @@ class Call:
 
     def take_upstream(self, grad_output: Any) -> None:
         """Take the derivative of what follows the loss: a number, or an array of the loss's shape."""
-        if is_number(grad_output):
+        if self.is_number(grad_output):
             self.upstream = to_float("grad_output", grad_output)
             return
-        array = as_array("grad_output", grad_output)
+        array = self.as_array("grad_output", grad_output)
         shape = self.shape if self.reduction == "none" else self.shape[: self.kept]
         check_upstream(array, shape, self.reduction)
         if self.reduction == "none":
             self.add("grad_output", array)
         else:
-            self.upstream = array.astype(np.float64)
+            self.upstream = self.as_upstream(array)
 
     def number(self, name: str, value: Any) -> float:
         """Return an option that is a plain number, if it lies where it may."""
@@ -138,7 +173,7 @@ class Call:
         """Return what the caller gave to be written."""
         if self.out is None:
             return ()
-        return as_buffers(self.out, self.loss.buffers)
+        return as_buffers(self.out, self.loss.buffers, self.check_buffer)
 
     def compute(self, summed: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[Any, list[Array]]:
         """Return the reduced value, if it is summed, and the arrays that are wanted."""
@@ -188,8 +223,9 @@ class Call:
     def derive(self, loss: Definition, arrays: Mapping[str, Array]) -> Call:
         """Return a call of another formula on the same arrays and options, with its parameters given as arrays."""
         other = copy.copy(self)
-        other.loss, other.parameters = loss, tuple(arrays)
-        other.names, other.arrays = (*self.names, *arrays), [*self.arrays, *map(np.asarray, arrays.values())]
+        other.loss, other.parameters, other.kept = loss, tuple(arrays), 0
+        given = [self.as_array(name, x) for name, x in arrays.items()]
+        other.names, other.arrays = (*self.names, *arrays), [*self.arrays, *given]
         return other
 
     @property
@@ -219,8 +255,7 @@ class Call:
         """Return the reduced value from the sum."""
         if not self.kept and counted:
             return np.float64(total / counted)
-        if not np.all(counted):
-            warn_of_nothing()
+        self.warn_of_nothing(counted)
         with np.errstate(all="ignore"):
             return np.divide(total, counted)
 
@@ -239,7 +274,7 @@ class Call:
                 if (bad := self.outside_unit(name, part)).any():
                     where = np.unravel_index(np.argmax(bad), bad.shape)
                     index = (int(where[0]) + first, *map(int, where[1:]))[: len(self.shape)]
-                    raise ValueError(self.complaint(name, index, part[name][where]))
+                    raise ValueError(complaint(name, index, part[name][where], "target_scale" in self.numbers))
         raise ValueError("a target is outside [0, 1] by a rounding error; accepted: targets in [0, 1]")
 
     def outside_unit(self, name: str, part: dict[str, Array]) -> Any:
@@ -250,13 +285,6 @@ class Call:
             bad &= part["target"] != self.numbers["ignore_index"]
         return bad
 
-    def complaint(self, name: str, index: tuple[int, ...], found: Any) -> str:
-        """Say which element is outside [0, 1]."""
-        whole = found.dtype.kind in "iu" and "target_scale" not in self.numbers
-        hint = "; for images stored as whole numbers pass target_scale=1/255" if whole else ""
-        logits = "; for logits use binary_cross_entropy_with_logits" if name == "input" else ""
-        return f"{name}[{', '.join(map(str, index))}] is {found!s}; accepted: {name}s in [0, 1]{hint}{logits}"
-
 
 @functools.lru_cache(maxsize=1024)
 def find_launch(*request: Any) -> Any:
@@ -265,6 +293,13 @@ def find_launch(*request: Any) -> Any:
     from fastloss.cpu.launch import Launch, Nothing  # brings llvmlite, and Numba where a kernel is compiled
 
     return Launch(plan) if plan.size else Nothing(plan)
+
+
+def complaint(name: str, index: tuple[int, ...], found: Any, is_scaled: bool) -> str:
+    """Say which element is outside [0, 1]."""
+    hint = "; for images stored as whole numbers pass target_scale=1/255" if found.dtype.kind in "iu" and not is_scaled else ""
+    logits = "; for logits use binary_cross_entropy_with_logits" if name == "input" else ""
+    return f"{name}[{', '.join(map(str, index))}] is {found!s}; accepted: {name}s in [0, 1]{hint}{logits}"
 
 
 def refuse_unknown(options: Mapping[str, Any], accepted: tuple[str, ...]) -> None:
@@ -297,24 +332,16 @@ def check_upstream(array: Array, shape: tuple[int, ...], reduction: str) -> None
     check_dtype("grad_output", array.dtype)
 
 
-def as_buffers(out: Any, count: int) -> tuple[Array, ...]:
+def as_buffers(out: Any, count: int, check: Callable[[str, Any], None]) -> tuple[Array, ...]:
     """Return `out` as so many arrays that can be written to; one is given by itself, several as a tuple or a list."""
     if count == 1:
-        check_buffer("out", out)
+        check("out", out)
         return (out,)
     if not isinstance(out, (tuple, list)) or len(out) != count:
         raise TypeError(f"out must be {count} arrays, one a gradient, not {type(out).__name__}")
     for k, buffer in enumerate(out):
-        check_buffer(f"out[{k}]", buffer)
+        check(f"out[{k}]", buffer)
     return tuple(out)
-
-
-def check_buffer(name: str, out: Any) -> None:
-    """Refuse what cannot be written to."""
-    if type(out) is not np.ndarray and (not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray)):
-        raise TypeError(f"{name} must be a numpy.ndarray, not {type(out).__name__}")
-    if not out.flags.writeable:
-        raise ValueError(f"{name} is read-only")
 
 
 def check_apart(buffers: tuple[Array, ...], reads: Mapping[str, Array], own: tuple[str, ...]) -> None:
@@ -340,11 +367,6 @@ def as_array(name: str, value: Any) -> Array:
     return np.asarray(value)
 
 
-def is_number(value: Any) -> bool:
-    """Whether an option is one number, and not an array or a list of them."""
-    return isinstance(value, (int, float)) or np.ndim(value) == 0
-
-
 def bounded(name: str, value: Any, bounds: tuple[float, float]) -> float:
     """Return an option that is a plain number, if it lies within its bounds."""
     number, (low, high) = to_float(name, value), bounds
@@ -360,6 +382,15 @@ def check_flag(name: str, value: Any) -> None:
     """Refuse an option that is neither True nor False."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
+def take_validate(value: Any) -> bool:
+    """Return whether elements are looked at; "defer" says that the error may come later, which only a GPU makes use of."""
+    if value is None or (isinstance(value, str) and value == "defer"):
+        return value is not None
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"validate is {value!r}; accepted: True, False, 'defer'")
+    return bool(value)
 
 
 def to_float(name: str, value: Any) -> float:

@@ -27,7 +27,22 @@ def find_door(array: Any) -> Any:
         from fastloss.torch import autograd  # not import_module, which torch.compile refuses, nor sys.modules, on which it guards
 
         return autograd
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(array, getattr(cupy, "ndarray", ())):
+        from fastloss.cuda import door
+
+        return door
     return None
+
+
+def raise_deferred() -> None:
+    """Wait for the GPU, and raise the error of a bad element that a call with `validate` has found on it, if there was one.
+
+    On a GPU such a call does not wait to see whether it has to raise: the error comes with the next call that validates, or
+    here. Without a GPU this does nothing.
+    """
+    if (calls := sys.modules.get("fastloss.cuda.call")) is not None:
+        calls.raise_deferred()
 
 
 class AnyLoss:
@@ -79,9 +94,9 @@ class AnyLoss:
 
     def _compute(
         self, summed: tuple[str, ...], wanted: tuple[str, ...], first: Any, second: Any, weight: Any, reduction: str,
-        options: dict[str, Any], empty_like: Callable[[Array], Array] = np.empty_like
+        options: dict[str, Any], call: type[Call] = Call
     ) -> tuple[Any, list[Array]]:  # fmt: skip
-        """Do the same for NumPy's arrays; `empty_like` makes those that the caller has given no buffer for."""
+        """Do the same for arrays: NumPy's, or those that another kind of call is for."""
         raise NotImplementedError
 
 
@@ -111,7 +126,9 @@ class Loss(AnyLoss):
         out: array of the input's shape and dtype for the gradient or curvature, or with "none" for the value. It may be the
             input, which is then overwritten; any other overlap with what is read is an error.
         validate: whether an element outside [0, 1] is an error; only the cross-entropies have that condition. The check is
-            part of the same pass, or with `out` a pass before it, so that nothing is written.
+            part of the same pass, or with `out` a pass before it, so that nothing is written. On a GPU the call does not
+            wait to see: the error comes from the next call that validates, or from `fastloss.raise_deferred()`. "defer" says
+            that this is known; on a CPU it is as True.
 
     Raises:
         ValueError: shapes that do not fit, an unknown reduction, a number out of its bounds (arrays of parameters are not
@@ -174,9 +191,9 @@ class Loss(AnyLoss):
 
     def _compute(
         self, summed: tuple[str, ...], wanted: tuple[str, ...], first: Any, second: Any, weight: Any, reduction: str,
-        options: dict[str, Any], empty_like: Callable[[Array], Array] = np.empty_like
+        options: dict[str, Any], call: type[Call] = Call
     ) -> tuple[Any, list[Array]]:  # fmt: skip
-        return Call(self._definition, first, second, weight, reduction, options, empty_like).compute(summed, wanted)
+        return call(self._definition, first, second, weight, reduction, options).compute(summed, wanted)
 
 
 def refuse_grad_output(options: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import prod
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -325,7 +326,7 @@ def refuse_overlap(plan: Plan, k: int, output: int, arrays: list[Array], same_st
 
 def same_elements(out: Array, array: Array) -> bool:
     """Whether two arrays are the same elements, each at the same place."""
-    return out.ctypes.data == array.ctypes.data and same_walk(out, array)
+    return memory_of(out).ctypes.data == memory_of(array).ctypes.data and same_walk(out, array)
 
 
 def same_walk(out: Array, array: Array) -> bool:
@@ -337,6 +338,14 @@ def same_walk(out: Array, array: Array) -> bool:
 def shares_memory(out: Array, array: Array) -> bool:
     """Whether two arrays have a byte in common; where that takes long to find out, they are taken to."""
     try:
-        return np.shares_memory(out, array, max_work=1 << 16)  # type: ignore[arg-type]
+        return np.shares_memory(memory_of(out), memory_of(array), max_work=1 << 16)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
+
+
+def memory_of(array: Any) -> Array:
+    """Return an array to ask NumPy where it lies: itself, or one at the address of a device's, which must not be read."""
+    if isinstance(array, np.ndarray):
+        return array
+    where = {"data": (array.data.ptr, False), "shape": array.shape, "strides": array.strides}
+    return np.asarray(SimpleNamespace(__array_interface__={**where, "typestr": f"|V{array.dtype.itemsize}", "version": 3}))

@@ -42,6 +42,8 @@ def quantities(spec: Spec, loaded: Mapping[str, Any], number: Mapping[str, Any])
 
 def stored(spec: Spec, found: Mapping[str, Any], loaded: Mapping[str, Any], scale: Any, counted: Any) -> Iterator[tuple[Operand, Any]]:
     """Yield what each output stores: slopes and curvatures with all the factors of the chain rule, a value with its weight."""
+    if not spec.outputs:
+        return
     weight = loaded.get("weight")
     factor = multiply(multiply(weight, scale), loaded.get("grad_output"))
     for output in spec.outputs:

@@ -110,7 +110,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
 
 
 # who may import whom: the layers from the bottom up; a module imports from lower layers, or from its own folder
-LAYERS = [["ops"], ["formula"], ["vmath", "plan"], ["step"], ["cpu", "cuda"], ["call"], ["loss"], ["losses"], ["__init__"], ["torch"]]
+LAYERS = [["ops"], ["formula"], ["vmath", "plan"], ["step"], ["cpu"], ["call"], ["cuda"], ["loss"], ["losses"], ["__init__"], ["torch"]]
 LAYERS += [["demo", "bench"], ["__main__"]]
 ALONE = ["reference"]
 DOORS = {("fastloss.loss", "fastloss.torch")}  # the one import upwards, made when the first tensor comes

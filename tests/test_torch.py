@@ -112,7 +112,7 @@ OPTIONS = {
     "weight": {"weight": torch.linspace(0, 2, 3, dtype=torch.float64)},
     "mask": {"mask": torch.tensor([True, False, True])},
     "ignore_index": {"ignore_index": 0.5},
-    "weight, mask": {"weight": torch.rand(2, 3, dtype=torch.float64), "mask": torch.rand(2, 2, 1) > 0.3},
+    "weight, mask": {"weight": torch.rand(2, 3, dtype=torch.float64), "mask": torch.tensor([[True, False], [True, True]])[..., None]},
 }
 
 

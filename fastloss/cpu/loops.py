@@ -281,7 +281,7 @@ def emit_step(step: Step, numbers: dict[str, ir.Value], scale: ir.Value, how: ir
         lambda stored, widened: is_not(step, stored, widened, numbers["ignore_index"]),
     )  # fmt: skip
     found = element.quantities(spec, loaded, number)
-    scales = spread_number(builder, scale, spec) if spec.outputs else everywhere
+    scales = spread_number(builder, scale, spec)
     for k, (output, result) in enumerate(element.stored(spec, found, loaded, scales, counted), len(spec.operands)):
         step.store(k, output, step.convert(result, spec.compute, output.code).value, how)
     values, factors = element.summands(spec, found, loaded.get("weight"), counted)

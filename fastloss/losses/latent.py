@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastloss.call import LARGEST, Call, Definition, as_array, as_buffers, bounded, check_apart, refuse_unknown, to_float
+from fastloss.call import LARGEST, Call, Definition, as_buffers, bounded, check_apart, refuse_unknown, to_float
 from fastloss.formula import Formula
 from fastloss.loss import AnyLoss, find_door, refuse_grad_output, signature
 from fastloss.losses.logistic import binary_cross_entropy_with_logits, mse_with_logits_loss
@@ -35,7 +35,7 @@ class LatentLoss(AnyLoss):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         formula = Formula(function)
-        self._definition = Definition(formula, {}, (), ("weight", "reduction", *_OPTIONS), buffers=2)
+        self._definition = Definition(formula, {}, (), ("weight", "reduction", *_OPTIONS), self.operands, buffers=2)
         functools.update_wrapper(self, function, updated=())
         self.__signature__ = signature(("mu", "logvar"), "mean", dict.fromkeys(_OPTIONS))
         self._register(self._definition)
@@ -74,13 +74,13 @@ class LatentLoss(AnyLoss):
 
     def _compute(
         self, summed: tuple[str, ...], wanted: tuple[str, ...], first: Any, second: Any, weight: Any, reduction: str,
-        options: dict[str, Any], empty_like: Callable[[Array], Array] = np.empty_like
+        options: dict[str, Any], call: type[Call] = Call
     ) -> tuple[Any, list[Array]]:  # fmt: skip
-        mu, logvar = as_array("mu", first), as_array("logvar", second)
+        mu, logvar = call.as_array("mu", first), call.as_array("logvar", second)
         check_latents(mu, logvar)
-        call = Call(self._definition, mu, logvar, weight, reduction, options, empty_like)
-        check_apart(call.buffers(), {"mu": mu, "logvar": logvar}, ("mu", "logvar"))
-        return call.compute(summed, wanted)
+        one = call(self._definition, mu, logvar, weight, reduction, options)
+        check_apart(one.buffers(), {"mu": mu, "logvar": logvar}, ("mu", "logvar"))
+        return one.compute(summed, wanted)
 
 
 def check_latents(mu: Array, logvar: Array) -> None:
@@ -230,22 +230,29 @@ class VAELoss:
         **options: Any,
     ) -> tuple[VAEValue, VAEGradient]:
         """Return the objective with its two parts, and the three gradients."""
-        if (door := find_door(reconstruction_logits)) is not None:
-            operands = {"reconstruction_logits": reconstruction_logits, "images": images, "mu": mu, "logvar": logvar}
-            options |= {"reconstruction": reconstruction, "beta": beta, "grad_output": grad_output, "out": out}
-            result: tuple[VAEValue, VAEGradient] = door.through_arrays(self.value_and_grad, operands, options)
-            return result
+        operands = {"reconstruction_logits": reconstruction_logits, "images": images, "mu": mu, "logvar": logvar}
+        options |= {"reconstruction": reconstruction, "beta": beta, "grad_output": grad_output, "out": out}
+        if (door := find_door(reconstruction_logits)) is None:
+            return self._compute(**operands, **options)
+        result: tuple[VAEValue, VAEGradient] = door.through_arrays(self._compute, operands, options)
+        return result
+
+    def _compute(
+        self, reconstruction_logits: Any, images: Any, mu: Any, logvar: Any, *, reconstruction: str, beta: float, grad_output: float,
+        out: Any, call: type[Call] = Call, **options: Any
+    ) -> tuple[VAEValue, VAEGradient]:  # fmt: skip
+        """Do the same for arrays."""
         refuse_unknown(options, (*_VAE_OPTIONS, "grad_output", "out"))
         loss, beta = _part(reconstruction), bounded("beta", beta, (0.0, LARGEST))
         upstream = to_float("grad_output", grad_output)
-        _check_batch(reconstruction_logits, mu, logvar)
+        _check_batch(reconstruction_logits, mu, logvar, call)
         # the latents are small: their gradients are copied once the images' pass has not raised, so that nothing is half written
         divergence, slopes = gaussian_kl_loss.value_and_grad(mu, logvar, reduction="batchmean", grad_output=beta * upstream)
         if not beta:  # then the latents do not count, not even if their divergence is infinite
             slopes = np.zeros_like(slopes[0]), np.zeros_like(slopes[1])
         reads = {"reconstruction_logits": reconstruction_logits, "images": images, "mu": mu, "logvar": logvar}
         reads |= {name: options[name] for name in ("weight", "mask") if options.get(name) is not None}
-        buffers = _check_buffers(out, slopes, {name: as_array(name, x) for name, x in reads.items()})
+        buffers = _check_buffers(out, slopes, {name: call.as_array(name, x) for name, x in reads.items()}, call)
         value, slope = loss.value_and_grad(
             reconstruction_logits, images, reduction="batchmean", grad_output=upstream, out=buffers[0], **options
         )
@@ -269,11 +276,11 @@ def _together(reconstruction: Any, beta: float, divergence: Any) -> VAEValue:
         return VAEValue(reconstruction + (beta * divergence if beta else 0.0), reconstruction, divergence)
 
 
-def _check_batch(reconstruction_logits: Any, mu: Any, logvar: Any) -> None:
+def _check_batch(reconstruction_logits: Any, mu: Any, logvar: Any, call: type[Call] = Call) -> None:
     """Refuse latents of another batch than the images'."""
     logits = reconstruction_logits
     if find_door(mu) is None:
-        logits, mu, logvar = as_array("reconstruction_logits", logits), as_array("mu", mu), as_array("logvar", logvar)
+        logits, mu, logvar = call.as_array("reconstruction_logits", logits), call.as_array("mu", mu), call.as_array("logvar", logvar)
         check_latents(mu, logvar)
     images, codes = tuple(logits.shape), tuple(mu.shape)
     if not codes or images[:1] != codes[:1]:
@@ -281,11 +288,11 @@ def _check_batch(reconstruction_logits: Any, mu: Any, logvar: Any) -> None:
         raise ValueError(f"{found}; their first axes, the batch, must be equal")
 
 
-def _check_buffers(out: Any, slopes: tuple[Array, Array], reads: dict[str, Array]) -> list[Any]:
+def _check_buffers(out: Any, slopes: tuple[Array, Array], reads: dict[str, Array], call: type[Call]) -> list[Any]:
     """Return the caller's three buffers, or three times None; what the images' loss checks itself is left to it."""
     if out is None:
         return [None] * 3
-    buffers = as_buffers(out, 3)
+    buffers = as_buffers(out, 3, call.check_buffer)
     for k, (buffer, slope) in enumerate(zip(buffers[1:], slopes, strict=True), 1):
         check_output(f"out[{k}]", buffer.shape, buffer.strides, buffer.dtype, slope.shape, slope.dtype)
     check_apart(buffers, reads, ("reconstruction_logits", "mu", "logvar"))

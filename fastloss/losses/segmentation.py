@@ -6,7 +6,7 @@ became of the sums as parameters that broadcast.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
 from typing import Any, NamedTuple
 
@@ -16,14 +16,11 @@ from fastloss.call import (
     LARGEST,
     Call,
     Definition,
-    as_array,
     bounded,
     check_flag,
     check_reduction,
     check_upstream,
-    is_number,
     to_float,
-    warn_of_nothing,
 )
 from fastloss.formula import OPTIONS, Formula
 from fastloss.loss import AnyLoss, refuse_grad_output, signature
@@ -104,9 +101,9 @@ class DiceLoss(AnyLoss):
 
     def _compute(
         self, summed: tuple[str, ...], wanted: tuple[str, ...], first: Any, second: Any, weight: Any, reduction: str,
-        options: dict[str, Any], empty_like: Callable[[Array], Array] = np.empty_like
+        options: dict[str, Any], call: type[Call] = Call
     ) -> tuple[Any, list[Array]]:  # fmt: skip
-        passes = _Passes(self, first, second, weight, reduction, dict(options), empty_like)
+        passes = _Passes(self, first, second, weight, reduction, dict(options), call)
         return passes.value() if summed else None, passes.slopes(wanted) if wanted else []
 
     def writes_value(self, reduction: str) -> bool:
@@ -141,12 +138,11 @@ class _Passes:
     """One call: the sums, made at once, and from them the value and the slope."""
 
     def __init__(
-        self, loss: DiceLoss, input: Any, target: Any, weight: Any, reduction: Any, options: dict[str, Any],
-        empty_like: Callable[[Array], Array]
+        self, loss: DiceLoss, input: Any, target: Any, weight: Any, reduction: Any, options: dict[str, Any], call: type[Call]
     ) -> None:  # fmt: skip
         self.loss, self.set, self.reduction = loss, loss.settings(options), reduction
         upstream = options.pop("grad_output", None)
-        self.call = Call(loss.first, input, target, weight, "sum", options, empty_like)
+        self.call = call(loss.first, input, target, weight, "sum", options)
         self.shape = self.call.shape
         self.call.kept = self.leading_axes()
         self.check_reduction()
@@ -170,9 +166,9 @@ class _Passes:
 
     def take_upstream(self, grad_output: Any) -> Any:
         """Take the derivative of what follows the loss: a number, or an array of the loss's shape."""
-        if is_number(grad_output):
+        if self.call.is_number(grad_output):
             return to_float("grad_output", grad_output)
-        array = as_array("grad_output", grad_output)
+        array = self.call.as_array("grad_output", grad_output)
         check_upstream(array, self.shape_of_value(), self.reduction)
         return array.astype(np.float64)
 
@@ -185,7 +181,9 @@ class _Passes:
         names = ("overlap", "missed", *(("entropy",) if self.loss.with_entropy else ()), *(("count",) if self.call.excludes else ()))
         sums = self.call.run(names, (), [], validate=self.call.validate)
         named = {name: np.reshape(x, self.shape[: self.call.kept]) for name, x in zip(names, sums, strict=False)}
-        self.counted = named.get("count", np.full(self.shape[: self.call.kept], float(prod(self.shape[self.call.kept :]))))
+        if "count" not in named:
+            named["count"] = np.full_like(named["missed"], float(prod(self.shape[self.call.kept :])))
+        self.counted = named["count"]
         self.entropy = named.get("entropy", self.counted)
         overlap, missed, counted = (self.over_batch(x) for x in (named["overlap"], named["missed"], self.counted))
         right = 2 * overlap + self.set["smooth"]
@@ -202,13 +200,12 @@ class _Passes:
         """Return the reduced value."""
         if self.reduction == "none":
             return self.dice.loss[()]
-        if not np.all(self.divisor(self.counted)):
-            warn_of_nothing()
+        self.call.warn_of_nothing(self.divisor(self.counted))
         parts = [("dice_weight", self.dice.loss, self.present), ("bce_weight", self.entropy, self.counted)]
         weights = {"dice_weight": 1.0, "bce_weight": 0.0} | self.set
         with np.errstate(all="ignore"):  # a part of weight 0 does not count, not even where it is infinite
             terms = [weights[name] * self.reduced(*part) for name, *part in parts if weights[name]]
-            return np.add.reduce([*terms, np.zeros(self.shape_of_value())])[()]
+            return sum(terms, start=np.zeros_like(self.dice.loss, shape=self.shape_of_value()))[()]
 
     def reduced(self, sums: Array, counts: Array) -> Any:
         """Return the sum of the groups' sums, over as many elements as the reduction says."""
@@ -228,7 +225,6 @@ class _Passes:
         """Make the second pass, and return the gradients that are wanted."""
         with np.errstate(all="ignore"):
             call = self.call.derive(self.loss.second, self.slope_parameters())
-        call.kept = 0
         outputs = call.make_outputs(wanted)
         call.run((), wanted, outputs, borrowed=call.out is not None)
         return outputs
@@ -250,17 +246,19 @@ class _Passes:
         wide = np.float64 in (self.call.arrays[0].dtype, self.call.arrays[1].dtype)
         return float(np.finfo(np.float64 if wide else np.float32).max)
 
-    def spread(self, x: Any) -> Array:
+    def spread(self, x: Any) -> Any:
         """Return numbers that go with the value, one for all or one a sample (or group, unreduced), to broadcast with the input."""
-        return self.spread_groups(x) if self.reduction == "none" else self.trail(np.asarray(x))
+        return self.spread_groups(x) if self.reduction == "none" else self.trail(x)
 
-    def spread_groups(self, x: Any) -> Array:
+    def spread_groups(self, x: Any) -> Any:
         """Return numbers that go with the groups, to broadcast with the input."""
         by_channel = self.set["per_channel"] and not self.set["per_sample"]
-        return self.trail(np.asarray(x)[np.newaxis] if by_channel and np.ndim(x) else np.asarray(x))
+        return self.trail(x[np.newaxis] if by_channel and np.ndim(x) else x)
 
-    def trail(self, x: Array) -> Array:
+    def trail(self, x: Any) -> Any:
         """Return the array with axes of length 1 behind its own, as many as the input has."""
+        if isinstance(x, np.floating):
+            x = np.full_like(self.dice.score, x, shape=())  # beside the arrays
         return x.reshape(x.shape + (1,) * (len(self.shape) - x.ndim))
 
 

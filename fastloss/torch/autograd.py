@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 
-from fastloss.call import Call
+from fastloss.call import Call, take_validate
 from fastloss.loss import AnyLoss, Loss
 from fastloss.plan import ONE_RANGE, Array
 from fastloss.torch import operators
@@ -38,6 +38,13 @@ WIDE = (torch.float32, torch.float64)
 WANTED = {(True, False): ("slope",), (False, True): ("target_slope",), (True, True): ("slope", "target_slope"), (False, False): ()}
 
 
+class TensorCall(Call):
+    """A call of tensors on the CPU, as arrays: what is written lies in memory that is kept."""
+
+    __slots__ = ()
+    empty_like = staticmethod(empty_like)
+
+
 class Bound(NamedTuple):
     """A loss with everything of a call that is no tensor."""
 
@@ -54,7 +61,7 @@ class Bound(NamedTuple):
         options |= zip(self.names, others, strict=True)
         weight = options.pop("weight", None)
         if first.size:
-            return self.loss._compute(summed, wanted, first, second, weight, self.reduction, options, empty_like)
+            return self.loss._compute(summed, wanted, first, second, weight, self.reduction, options, TensorCall)
         with warnings.catch_warnings():  # in PyTorch the mean of nothing is NaN without a word
             warnings.simplefilter("ignore", RuntimeWarning)
             return self.loss._compute(summed, wanted, first, second, weight, self.reduction, options)
@@ -258,6 +265,8 @@ def sort(options: Mapping[str, Any], names: list[str], tensors: list[Any], setti
             continue
         if name in SPECIAL:
             special[name] = x
+        elif name == "validate":
+            settings[name] = take_validate(x)
         elif isinstance(x, (Tensor, np.ndarray, list)):
             names.append(name)
             tensors.append(x)

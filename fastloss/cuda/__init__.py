@@ -1,0 +1,1 @@
+"""CUDA kernels through CuPy, of the same formulas as the CPU's."""

@@ -1,0 +1,150 @@
+"""`DeviceCall`: a call of CuPy's arrays. The host never waits: whatever depends on an element stays on the device."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import cupy
+import numpy as np
+
+from fastloss.call import Call, complaint, warn_of_nothing
+from fastloss.cuda import device
+from fastloss.cuda.launch import LAUNCHES, Launch, Outcome
+from fastloss.plan import Request, check_overlap, code_of
+
+
+class DeviceCall(Call):
+    """One call's arrays and options on the current device, and the launches on its current stream that are made for it."""
+
+    __slots__ = ()
+
+    @staticmethod
+    def as_array(name: str, value: Any) -> Any:
+        """Return the caller's array; numbers and lists become one."""
+        if not isinstance(value, cupy.ndarray):
+            if not isinstance(value, (int, float, list, tuple)):
+                found = f"{type(value).__module__}.{type(value).__qualname__}"
+                raise TypeError(f"{name} is a {found}, and the input a cupy.ndarray; accepted: cupy.ndarray (cupy.asarray makes one)")
+            return cupy.asarray(value)
+        check_device(name, value)
+        return value
+
+    @staticmethod
+    def is_number(value: Any) -> bool:
+        """Whether an option is a number of the host; one of the device is an array, which the host does not wait for."""
+        return isinstance(value, (int, float)) or (not isinstance(value, cupy.ndarray) and np.ndim(value) == 0)
+
+    @staticmethod
+    def check_buffer(name: str, out: Any) -> None:
+        """Refuse what cannot be written to."""
+        if not isinstance(out, cupy.ndarray):
+            raise TypeError(f"{name} must be a cupy.ndarray, as the input is, not {type(out).__name__}")
+        check_device(name, out)
+
+    @staticmethod
+    def empty_like(array: Any) -> Any:
+        """Return an array to write to."""
+        return cupy.empty_like(array)
+
+    @staticmethod
+    def empty_value(shape: tuple[int, ...], like: Any) -> Any:
+        """Return an array for the reduced value of an input."""
+        return cupy.ndarray(shape, np.float64)
+
+    @staticmethod
+    def as_upstream(array: Any) -> Any:
+        """Return what gradients are multiplied by: kernels read any dtype."""
+        return array
+
+    @staticmethod
+    def warn_of_nothing(counted: Any) -> None:
+        """Warn where a mean is of no element, as far as the host knows."""
+        if not isinstance(counted, cupy.ndarray) and not np.all(counted):
+            warn_of_nothing()
+
+    def compute(self, summed: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[Any, list[Any]]:
+        """Return the reduced value, if it is summed, and the arrays that are wanted."""
+        is_mean = self.must_count and not wanted  # gradients have to know the count beforehand
+        counted = 1 if is_mean else self.count()
+        outputs = self.make_outputs(wanted)
+        value = self.empty_value(self.shape[: self.kept], self.arrays[0]) if summed else None
+        self.launch((*summed, "count") if is_mean else summed, wanted, outputs, value, counted, is_mean, self.validate)
+        if summed:
+            self.warn_of_nothing(counted)
+        return value, outputs
+
+    def run(
+        self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Any], scale: Any = 1.0, validate: bool = False,
+        borrowed: bool = False
+    ) -> Any:  # fmt: skip
+        """Make one pass; return the sums, an array of each."""
+        sums = cupy.ndarray((len(summed), *self.shape[: self.kept]), np.float64) if summed else None
+        self.launch(summed, wanted, outputs, sums, 1, False, validate)
+        return sums
+
+    def launch(
+        self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Any], results: Any, counted: Any, is_mean: bool,
+        validate: bool
+    ) -> None:  # fmt: skip
+        """Launch one pass, which divides sums and gradients by what is counted."""
+        upstream: Any
+        upstream, has_counts = self.upstream if wanted else 1.0, isinstance(counted, cupy.ndarray)
+        is_array = isinstance(upstream, cupy.ndarray)
+        outcome = Outcome(code_of(results.dtype) if summed else "f8", is_mean, code_of(upstream.dtype) if is_array else "", has_counts)
+        arrays = self.arrays + outputs
+        layouts = tuple([(a.dtype, a.shape, a.strides) for a in arrays])
+        checked = self.loss.unit if validate else ()
+        launch = find_launch(
+            outcome, self.loss.formula, self.shape, self.kept, summed, checked, wanted, self.parameters, tuple(self.numbers), self.names,
+            layouts
+        )  # fmt: skip
+        addresses = [a.data.ptr for a in arrays]
+        if self.out is not None and wanted:
+            check_overlap(launch.plan, arrays, addresses)
+        if checked:
+            raise_recorded()
+        launch.run(
+            addresses,
+            self.numbers.values(),
+            results.data.ptr if summed else 0,
+            1.0 if is_array else upstream,
+            1.0 if has_counts else counted,
+            (upstream.data.ptr, upstream.strides[0] if upstream.ndim else 0) if is_array else (0, 0),
+            counted.data.ptr if has_counts else 0,
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def find_launch(outcome: Outcome, *request: Any) -> Launch:
+    """Return what runs a request, given by its fields."""
+    return Launch(Request(*request), outcome)
+
+
+def check_device(name: str, array: Any) -> None:
+    """Refuse arrays on another device than the current one."""
+    here, there = device.current(), array.data.device_id
+    if here != there:
+        raise ValueError(
+            f"{name} is on CUDA device {there}, and the current device is {here}; accepted: arrays on the current device "
+            f"(with cupy.cuda.Device({there}): ...)"
+        )
+
+
+def raise_recorded() -> None:
+    """Raise the error of a bad element, if a launch that has ended found one."""
+    if (record := device.take_record()) is None:
+        return
+    launch = LAUNCHES.get(record.launch)
+    if launch is None:
+        raise ValueError("an earlier call with validate has found an element outside [0, 1]")
+    name, index = launch.bad_element(record.key)
+    dtype = launch.request.layouts[launch.request.operands.index(name)][0]
+    message = complaint(name, index, dtype.type(record.found), "target_scale" in launch.request.numbers)
+    raise ValueError(f"{message} (found on the GPU by an earlier call of {launch.request.formula.function.__name__})")
+
+
+def raise_deferred() -> None:
+    """Wait for the current device, and raise the error of a bad element, if there was one."""
+    cupy.cuda.runtime.deviceSynchronize()
+    raise_recorded()

@@ -1,0 +1,165 @@
+"""Run a plan on a device: cut it into ranges, choose the kernel, lay out its arguments, launch it."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import weakref
+from collections.abc import Iterable, Sequence
+from math import gcd
+from typing import Any, NamedTuple
+
+import cupy
+import numpy as np
+
+from fastloss.cuda import device
+from fastloss.cuda.source import THREADS, WORD, Variant, pack_of, source
+from fastloss.plan import Plan, Request, make_plan
+
+MOST_RANGES = device.GROUPS  # a group of several is more than such a part of everything: there are fewer of these
+BLOCKS = 8  # a processor: of 256 threads, no device has room for more
+INT32 = 2**31 - 2**20  # elements: the loop looks some steps ahead
+OPTIONS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
+HIP_OPTIONS = ("--std=c++17", "-ffp-contract=off")
+
+
+LAUNCHES: weakref.WeakValueDictionary[int, Launch] = weakref.WeakValueDictionary()  # by the number that a record has
+_numbers = itertools.count(1)
+
+
+class Outcome(NamedTuple):
+    """What becomes of the sums and gradients, as far as it decides the kernel: the last fields of a `Variant`."""
+
+    result: str = "f8"
+    is_mean: bool = False
+    upstream: str = ""
+    has_counts: bool = False
+
+
+class Cut(NamedTuple):
+    """Groups, segments, packs and ranges; in the order of `Arguments` in elements.cuh, which says what they are."""
+
+    groups: int
+    group_size: int
+    group_packs: int
+    group_segments: int
+    segment_size: int
+    segment_packs: int
+    row_segments: int
+    group_ranges: int
+    range_packs: int
+
+
+def cut(plan: Plan) -> Cut:
+    """Cut a walk, by its sizes alone, so that sums depend neither on the device nor on addresses."""
+    pack, size = pack_of(plan.spec), max(1, min(plan.row_size, plan.group_size))
+    group_segments, segment_packs = plan.group_size // size, -(-size // pack)
+    group_packs = group_segments * segment_packs
+    even = max(THREADS, -(-plan.groups * group_packs // MOST_RANGES))
+    range_packs = -(-even // THREADS) * THREADS
+    return Cut(
+        groups=plan.groups,
+        group_size=plan.group_size,
+        group_packs=group_packs,
+        group_segments=group_segments,
+        segment_size=size,
+        segment_packs=segment_packs,
+        row_segments=max(1, plan.row_size // size),
+        group_ranges=max(1, -(-group_packs // range_packs)),
+        range_packs=range_packs,
+    )
+
+
+class Launch:
+    """A plan with its kernels, and the part of their arguments that is the same in every call."""
+
+    def __init__(self, request: Request, outcome: Outcome) -> None:
+        self.request, self.plan, self.outcome = request, make_plan(request), outcome
+        self.cut, plan = cut(self.plan), self.plan
+        self.number = next(_numbers)
+        LAUNCHES[self.number] = self
+        spec, arrays = plan.spec, len(plan.spec.arrays)
+        self.ranges = self.cut.groups * self.cut.group_ranges
+        self.partials = 8 * (len(spec.summed) + 2 * bool(spec.checked)) * self.ranges if self.cut.group_ranges > 1 else 0
+        self.reduces = bool(spec.summed or spec.checked)
+        self.alignments = [self.alignment(k) for k in range(arrays)]
+        self.kernels: dict[tuple[int, ...], Any] = {}
+        axes = [x for length, by in plan.axes for x in (length, *by)] or [0] * (1 + arrays)
+        fields = [self.number, *self.cut, plan.run_size, *plan.row_strides, *plan.turn_strides, *axes]
+        self.fixed = struct.pack(f"{len(fields)}q", *fields)
+        self.own = struct.Struct(f"{arrays + 8}q{2 + max(1, len(spec.numbers))}d")
+        self.no_numbers = (0.0,) * (not spec.numbers)
+        self.frame = np.dtype((np.void, self.own.size + len(self.fixed)))
+
+    def alignment(self, k: int) -> int:
+        """Return by how many bytes array k can be loaded along a row, if its first element allows it."""
+        operand, plan, pack = self.plan.spec.arrays[k], self.plan, pack_of(self.plan.spec)
+        size = int(operand.code[1])
+        if operand.access != "contiguous":
+            return size
+        steps = [pack * size, *(by[k] for _, by in plan.axes)]
+        if self.cut.row_segments > 1:
+            steps.append(self.cut.segment_size * size)
+        return gcd(WORD, *steps)
+
+    def kernel(self, addresses: Sequence[int]) -> Any:
+        """Return the kernel for arrays that begin at such addresses."""
+        widths = tuple([gcd(width, address) for width, address in zip(self.alignments, addresses, strict=True)])
+        found = self.kernels.get(widths)
+        if found is None:
+            variant = self.variant(widths)
+            options = HIP_OPTIONS if cupy.cuda.runtime.is_hip else OPTIONS
+            found = self.kernels[widths] = cupy.RawModule(code=source(variant), options=options).get_function(variant.name)
+        return found
+
+    def variant(self, widths: tuple[int, ...]) -> Variant:
+        """Return what decides the kernel's text."""
+        whole = self.cut.groups * self.cut.group_packs * pack_of(self.plan.spec)
+        ragged = self.cut.segment_size % pack_of(self.plan.spec) != 0
+        return Variant(self.plan.spec, len(self.plan.axes), whole > INT32, ragged, widths, *self.outcome)
+
+    def run(
+        self, addresses: Sequence[int], numbers: Iterable[float], results: int = 0, numerator: float = 1.0, divisor: float = 1.0,
+        upstream: tuple[int, int] = (0, 0), counts: int = 0
+    ) -> None:  # fmt: skip
+        """Launch on the current stream of the current device; arrays, results and what gradients are scaled by are given by address."""
+        if not self.ranges:
+            return
+        here, starts = device.current(), self.plan.starts
+        firsts = [address + start for address, start in zip(addresses, starts, strict=True)]
+        partials = finished = is_recorded = record = 0
+        if self.reduces:
+            space = device.workspace(here)
+            partials, finished = space.reserve(self.partials), space.finished.ptr
+            if self.plan.spec.checked:
+                is_recorded, record = space.is_recorded.ptr, space.record_at()
+        own = self.own.pack(
+            *firsts, *upstream, counts, results, partials, finished, is_recorded, record, numerator, divisor, *numbers, *self.no_numbers
+        )
+        frame = np.frombuffer(own + self.fixed, self.frame)
+        blocks = min(self.ranges, BLOCKS * device.processors(here))
+        self.kernel(firsts)((blocks,), (THREADS,), (frame,))
+
+    def bad_element(self, key: int) -> tuple[str, tuple[int, ...]]:
+        """Return the name of the operand in which an element is bad, and the element's index; of elements that are one, the first."""
+        checked, plan = self.request.checked, self.plan
+        name, linear = checked[key % len(checked)], key // len(checked)
+        k = self.request.operands.index(name)
+        row, column = divmod(linear, plan.row_size)
+        run, within = divmod(column, plan.run_size)
+        offset = plan.starts[k] + run * plan.turn_strides[k] + within * plan.row_strides[k]
+        for length, by in plan.axes:
+            row, at = divmod(row, length)
+            offset += at * by[k]
+        return name, index_at(offset, *self.request.layouts[k][1:])
+
+
+def index_at(offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the index of the element that lies so many bytes from an array's first."""
+    index = [0] * len(shape)
+    offset -= sum(stride * (length - 1) for length, stride in zip(shape, strides, strict=True) if stride < 0)
+    for axis in sorted(range(len(shape)), key=lambda k: -abs(strides[k])):
+        if strides[axis] and shape[axis] > 1:
+            steps, offset = divmod(offset, abs(strides[axis]))
+            index[axis] = steps if strides[axis] > 0 else shape[axis] - 1 - steps
+    return tuple(index)

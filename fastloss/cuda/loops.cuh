@@ -1,0 +1,188 @@
+// --- the loop, which is the same for every loss --------------------------------------------------------------------------
+//
+// Design: a) A group is what has one reduced value; it is cut into ranges, by sizes alone, and blocks take ranges in turn. b)
+// The threads of a block lie beside each other, a pack each: they ask for several packs before they compute the first, since
+// what limits them is how much memory is on its way. c) A thread sums a few elements in the type of the arithmetic, its range
+// in float64, a block over its threads by halves. Whichever block finishes a group's last range adds up what the ranges left,
+// in their order, and divides: one launch, no atomic operation on a number, the same bits in every run and on every device. d)
+// No width of a warp is assumed, and nothing waits for the host.
+
+DEVICE Place locate(const Arguments& a, const index_t group, index_t pack) {
+    Place place;
+    index_t segment = group * (index_t)a.group_segments, first = 0;
+#if AXES
+    const index_t inner = pack / (index_t)a.segment_packs;
+    segment += inner;
+    pack -= inner * (index_t)a.segment_packs;
+    index_t row = segment / (index_t)a.row_segments;
+    first = (segment - row * (index_t)a.row_segments) * (index_t)a.segment_size;
+#pragma unroll
+    for (int k = 0; k < ARRAYS; ++k) place.offsets[k] = 0;
+#pragma unroll
+    for (int axis = 0; axis < AXES; ++axis) {
+        const index_t length = (index_t)a.axes[axis].length, outer = axis + 1 < AXES ? row / length : 0;
+        const index_t index = row - outer * length;
+        row = outer;
+#pragma unroll
+        for (int k = 0; k < ARRAYS; ++k) place.offsets[k] += (long long)index * a.axes[axis].strides[k];
+    }
+#else
+    first = segment * (index_t)a.segment_size;  // there is one row, and a group is a part of it
+#endif
+    place.column = first + pack * PACK;
+    place.linear = segment * (index_t)a.segment_size + pack * PACK;
+    const index_t left = (index_t)a.segment_size - pack * PACK;
+    place.count = IS_RAGGED && left < PACK ? (int)left : PACK;
+    return place;
+}
+
+// Some packs of a thread: all loads first, as many as are in flight together.
+DEVICE void work(const Arguments& a, const Numbers& number, const index_t group, const index_t first, const index_t stop, Sums& sums) {
+    Pack packs[PACKS];
+    Place places[PACKS];
+#pragma unroll
+    for (int p = 0; p < PACKS; ++p)
+        if (first + p * THREADS < stop) {
+            places[p] = locate(a, group, first + p * THREADS);
+            load(packs[p], a, places[p]);
+        }
+#pragma unroll
+    for (int p = 0; p < PACKS; ++p)
+        if (first + p * THREADS < stop) {
+#pragma unroll
+            for (int j = 0; j < PACK; ++j) compute(packs[p], j, !IS_RAGGED || j < places[p].count, places[p].linear + j, number, sums);
+            store(packs[p], a, places[p]);
+        }
+}
+
+DEVICE Totals nothing() {
+    Totals totals = {};
+    if (IS_CHECKED) totals.x[SUMS] = NONE;
+    return totals;
+}
+
+// A thread's part of a range.
+DEVICE Totals sum_thread(const Arguments& a, const Numbers& number, const index_t group, const index_t first, const index_t stop) {
+    Totals totals = nothing();
+    double key = NONE, found = 0.0;
+    for (index_t at = first + threadIdx.x; at < stop; at += THREADS * PACKS * STEPS) {
+        Sums sums = {};
+        sums.key = key;
+        sums.found = found;
+        for (int step = 0; step < STEPS; ++step) work(a, number, group, at + step * THREADS * PACKS, stop, sums);
+        fold(totals, sums);
+        key = sums.key;
+        found = sums.found;
+    }
+    if (IS_CHECKED) {
+        totals.x[SUMS] = key;
+        totals.x[TOTALS - 1] = found;
+    }
+    return totals;
+}
+
+#if TOTALS
+
+__shared__ double shared[TOTALS][THREADS];
+
+DEVICE void add(Totals& totals, const Totals& other) {
+#pragma unroll
+    for (int k = 0; k < SUMS; ++k) totals.x[k] += other.x[k];
+    if (IS_CHECKED && other.x[SUMS] < totals.x[SUMS]) {
+        totals.x[SUMS] = other.x[SUMS];
+        totals.x[TOTALS - 1] = other.x[TOTALS - 1];
+    }
+}
+
+DEVICE Totals read_shared(const int thread) {
+    Totals totals;
+#pragma unroll
+    for (int k = 0; k < TOTALS; ++k) totals.x[k] = shared[k][thread];
+    return totals;
+}
+
+DEVICE void write_shared(const Totals& totals) {
+#pragma unroll
+    for (int k = 0; k < TOTALS; ++k) shared[k][threadIdx.x] = totals.x[k];
+    __syncthreads();
+}
+
+// The threads' totals, half to half; the first thread is given them all.
+DEVICE Totals sum_block(Totals totals) {
+    write_shared(totals);
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+        if (threadIdx.x < half) add(totals, read_shared(threadIdx.x + half));
+        __syncthreads();
+        write_shared(totals);
+    }
+    return totals;
+}
+
+DEVICE void finish(const Arguments& a, const index_t group, const Totals& totals) {
+#if IS_MEAN
+    write_result(a, group, totals.x[0] / totals.x[1]);
+#else
+    for (int k = 0; k < SUMS; ++k) write_result(a, k * (index_t)a.groups + group, totals.x[k] / divisor(a, group));
+#endif
+#if IS_CHECKED
+    if (totals.x[SUMS] < NONE && atomicExch((int*)a.is_recorded, 1) == 0) {
+        volatile double* record = (volatile double*)a.record;
+        record[1] = totals.x[SUMS];
+        record[2] = totals.x[TOTALS - 1];
+        __threadfence_system();
+        *(volatile long long*)record = a.launch;  // last: the host looks at it
+    }
+#endif
+}
+
+// What the ranges of a group left, by the block that finishes the last of them.
+DEVICE Totals sum_ranges(const Arguments& a, const index_t group) {
+    const volatile double* partials = (const volatile double*)a.partials + group * (index_t)a.group_ranges * TOTALS;
+    Totals totals = nothing();
+    for (index_t range = threadIdx.x; range < (index_t)a.group_ranges; range += THREADS) {
+        Totals other;
+#pragma unroll
+        for (int k = 0; k < TOTALS; ++k) other.x[k] = partials[range * TOTALS + k];
+        add(totals, other);
+    }
+    return sum_block(totals);
+}
+
+DEVICE bool is_last_range(const Arguments& a, const index_t group) {
+    __shared__ bool is_last;
+    if (threadIdx.x == 0) {
+        __threadfence();
+        is_last = atomicAdd((unsigned int*)a.finished + group, 1u) == (unsigned int)a.group_ranges - 1;
+        __threadfence();
+    }
+    __syncthreads();
+    return is_last;
+}
+
+DEVICE void reduce(const Arguments& a, const index_t range, const index_t group, Totals totals) {
+    totals = sum_block(totals);
+    if (a.group_ranges > 1) {
+        if (threadIdx.x == 0)
+            for (int k = 0; k < TOTALS; ++k) ((volatile double*)a.partials)[range * TOTALS + k] = totals.x[k];
+        if (!is_last_range(a, group)) return;
+        totals = sum_ranges(a, group);
+        if (threadIdx.x == 0) ((unsigned int*)a.finished)[group] = 0;
+    }
+    if (threadIdx.x == 0) finish(a, group, totals);
+    __syncthreads();
+}
+
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(const Arguments a) {
+    const index_t group_ranges = (index_t)a.group_ranges;
+    for (index_t range = blockIdx.x; range < (index_t)a.groups * group_ranges; range += gridDim.x) {
+        const index_t group = range / group_ranges;
+        const index_t first = (range - group * group_ranges) * (index_t)a.range_packs, end = first + (index_t)a.range_packs;
+        const Numbers number = read_numbers(a, numerator(a, group) / divisor(a, group));
+        const Totals totals = sum_thread(a, number, group, first, end < (index_t)a.group_packs ? end : (index_t)a.group_packs);
+#if TOTALS
+        reduce(a, range, group, totals);
+#endif
+    }
+}

@@ -1,0 +1,203 @@
+"""From a `Variant` to the text of its kernel.
+
+Design: a) A `Variant` says everything that decides the text: a `Spec`, as on the CPU, and what only a GPU has to know. b) The
+text is `elements.cuh`, which has the types and the loads and stores, then what is written here, then `loops.cuh`, the loop.
+c) What is written here are straight lines for one element: the formula is called with `Scalar` arguments and writes its own
+(`text.py`), and `step.py`, which the CPU's kernels share, says what becomes of the results.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fastloss import step, vmath
+from fastloss.cuda.text import TYPES, Scalar
+from fastloss.plan import Operand, Spec
+
+WORD = 16  # bytes of the widest load and store
+THREADS = 256  # of a block
+SUMMED = 64  # elements that a thread sums in the type of the arithmetic, and then in float64: see BLOCK of cpu/loops.py
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Everything that decides a kernel's text."""
+
+    spec: Spec
+    axes: int  # how many there are outside the rows
+    is_wide: bool  # whether elements have to be counted in 64 bits
+    is_ragged: bool  # whether some packs are not whole
+    widths: tuple[int, ...]  # bytes that each array is loaded and stored by along a row
+    result: str = "f8"  # type of the reduced value, by NumPy's code
+    is_mean: bool = False  # whether the result is the first sum over the second, the count
+    upstream: str = ""  # type of the array of what follows the loss; "" if that is a number
+    has_counts: bool = False  # whether the number that sums and gradients are divided by is in an array
+
+    @property
+    def pack(self) -> int:
+        """How many elements of a row a thread loads together."""
+        return pack_of(self.spec)
+
+    @property
+    def packs(self) -> int:
+        """How many packs a thread asks for before it computes."""
+        return 4 if self.pack <= 4 else 2
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, as profilers show it."""
+        return "fastloss_" + re.sub(r"\W+", "_", self.spec.formula.function.__name__).strip("_")
+
+
+def pack_of(spec: Spec) -> int:
+    """Return how many elements of a row a thread loads together: a word of the input, or of what is written, if that is wider."""
+    sizes = [int(op.code[1]) for op in spec.arrays if op.name == "input" or op in spec.outputs]
+    return WORD // max(sizes, default=2)
+
+
+@cache
+def part(name: str) -> str:
+    """Return a part of the text that is the same for all kernels."""
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def source(variant: Variant) -> str:
+    """Return the text of a kernel."""
+    own = [storage(variant.spec), element(variant.spec), folding(variant.spec), scaling(variant)]
+    return "\n".join([constants(variant), part("elements.cuh"), *own, part("loops.cuh")])
+
+
+def constants(variant: Variant) -> str:
+    """Return the names under which the other parts know the variant."""
+    spec = variant.spec
+    named = {
+        "KERNEL": variant.name,
+        "compute_t": TYPES[spec.compute],
+        "index_t": "unsigned long long" if variant.is_wide else "unsigned int",
+        "THREADS": THREADS,
+        "PACK": variant.pack,
+        "PACKS": variant.packs,
+        "STEPS": max(1, SUMMED // (variant.pack * variant.packs)),
+        "ARRAYS": len(spec.arrays),
+        "AXES": variant.axes,
+        "NUMBERS": len(spec.numbers),
+        "SUMS": len(spec.summed),
+        "FACTORS": len(spec.multiplied),
+        "IS_RAGGED": int(variant.is_ragged),
+        "IS_CHECKED": int(bool(spec.checked)),
+        "IS_MEAN": int(variant.is_mean),
+    }
+    widths = "".join(f"#define WIDTH_{k} {width}\n" for k, width in enumerate(variant.widths))
+    return "".join(f"#define {name} {value}\n" for name, value in named.items()) + widths
+
+
+def function(head: str, lines: Iterable[str]) -> str:
+    """Return the text of a function."""
+    return f"DEVICE {head} {{\n" + "".join(f"    {line}\n" for line in lines) + "}\n"
+
+
+def storage(spec: Spec) -> str:
+    """Return the type of a pack, and how it is loaded and stored."""
+    arrays = list(enumerate(spec.arrays))
+    members = [f"    {TYPES[op.code]} x{k}[{1 if op.access == 'constant' else 'PACK'}];\n" for k, op in arrays]
+    reads = len(spec.operands)
+    return "\n".join(
+        [
+            f"struct Pack {{\n{''.join(members)}}};\n",
+            function("void load(Pack& pack, const Arguments& a, const Place& place)", (move("load", k, op) for k, op in arrays[:reads])),
+            function(
+                "void store(const Pack& pack, const Arguments& a, const Place& place)", (move("store", k, op) for k, op in arrays[reads:])
+            ),
+        ]
+    )
+
+
+def move(verb: str, k: int, operand: Operand) -> str:
+    """Return the line that loads or stores a pack of an array."""
+    width = f"<WIDTH_{k}>" if operand.access == "contiguous" else ""
+    return f"{verb}_{operand.access}{width}(pack.x{k}, a, place, {k});"
+
+
+def element(spec: Spec) -> str:
+    """Return what kernels know of the options that are numbers, and the function that computes an element and adds it to the sums."""
+    compute, lines = TYPES[spec.compute], list[str]()
+    raw = {op.name: named(lines, op, k) for k, op in enumerate(spec.operands)}
+    number = {name: Scalar(lines, f"number.{name}", compute) for name in spec.numbers}
+    everywhere = Scalar(lines, "is_inside", "bool", compute)
+    codes = {op.name: op.code for op in spec.operands}
+
+    def differs(stored: Scalar, widened: Scalar) -> Any:
+        if codes["target"][0] in "iub":  # integers as they are stored, floating-point numbers as they are widened
+            return stored != Scalar(lines, "number.ignored", stored.type)
+        return widened != number["ignore_index"]
+
+    loaded, counted = step.load(spec, raw, number, everywhere, lambda x, code: x.convert(code, spec.compute), differs)
+    found = step.quantities(spec, loaded, number)
+    scale = Scalar(lines, "number.scale", compute)
+    for k, (output, result) in enumerate(step.stored(spec, found, loaded, scale, counted), len(spec.operands)):
+        lines.append(f"pack.x{k}[j] = {result.convert(spec.compute, output.code).name};")
+    values, factors = step.summands(spec, found, loaded.get("weight"), counted)
+    for sums, added, as_factors in (("total", values, False), ("factor", factors, True)):
+        for k, x in enumerate(added):
+            total = step.accumulate(Scalar(lines, f"sums.{sums}[{k}]", compute), counted.match(x), as_factors)
+            lines.append(f"sums.{sums}[{k}] = {total.name};")
+    for k, name in enumerate(spec.checked):
+        bad = step.is_bad(loaded[name], counted)
+        lines.append(
+            f"if ({bad.name}) note(sums, {len(spec.checked)}.0 * (double)linear + {k}.0, {raw[name].convert(codes[name], 'f8').name});"
+        )
+    head = "void compute(Pack& pack, const int j, const bool is_inside, const index_t linear, const Numbers& number, Sums& sums)"
+    return "\n".join([numbers(spec, codes), function(head, lines)])
+
+
+def named(lines: list[str], operand: Operand, k: int) -> Scalar:
+    """Write down what is loaded of an operand under its own name."""
+    type, index = TYPES[operand.code], "0" if operand.access == "constant" else "j"
+    lines.append(f"const {type} {operand.name}_ = pack.x{k}[{index}];")
+    return Scalar(lines, f"{operand.name}_", type)
+
+
+def numbers(spec: Spec, codes: dict[str, str]) -> str:
+    """Return the type of the options that are numbers, and the function that reads them."""
+    compute = TYPES[spec.compute]
+    members = {"scale": (compute, "scale"), **{name: (compute, f"a.numbers[{k}]") for k, name in enumerate(spec.numbers)}}
+    if "ignore_index" in spec.numbers:
+        members["ignored"] = (TYPES[codes["target"]], f"a.numbers[{spec.numbers.index('ignore_index')}]")
+    text = "".join(f"    {type} {name};\n" for name, (type, _) in members.items())
+    lines = ["Numbers number;", *(f"number.{name} = ({type}){value};" for name, (type, value) in members.items()), "return number;"]
+    return f"struct Numbers {{\n{text}}};\n\n" + function("Numbers read_numbers(const Arguments& a, const double scale)", lines)
+
+
+def folding(spec: Spec) -> str:
+    """Return the function that adds a thread's sums to its totals in float64."""
+    lines = [f"totals.x[{k}] += (double)sums.total[{k}];" for k in range(len(spec.summed))]
+    for k, name in enumerate(spec.multiplied):
+        logarithm = vmath.log1p_of_product(Scalar(lines, f"sums.factor[{k}]", TYPES[spec.compute]))
+        lines.append(f"totals.x[{spec.summed.index(name)}] += (double){logarithm.name};")
+    return function("void fold(Totals& totals, const Sums& sums)", lines)
+
+
+def scaling(variant: Variant) -> str:
+    """Return the functions that say what sums and gradients are multiplied by and divided by, and how a result is written."""
+    lines: list[str] = []
+    type = TYPES[variant.upstream or "f8"]
+    read = Scalar(lines, f"*(const {type}*)(a.upstream + (long long)group * a.upstream_step)", type).convert(variant.upstream or "f8", "f8")
+    lines.append(f"return {read.name if variant.upstream else 'a.numerator'};")
+    divisor = "((const double*)a.counts)[group]" if variant.has_counts else "a.divisor"
+    rounded: list[str] = []
+    result = (
+        Scalar(rounded, "x", "double").convert("f8", variant.result) if variant.result != "f4" else Scalar(rounded, "(float)x", "float")
+    )
+    rounded.append(f"(({TYPES[variant.result]}*)a.results)[index] = {result.name};")
+    return "\n".join(
+        [
+            function("double numerator(const Arguments& a, const index_t group)", lines),
+            function("double divisor(const Arguments& a, const index_t group)", [f"return {divisor};"]),
+            function("void write_result(const Arguments& a, const index_t index, const double x)", rounded),
+        ]
+    )

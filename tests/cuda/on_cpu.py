@@ -1,0 +1,348 @@
+"""A stand-in for CuPy, for machines without a GPU: arrays in the host's memory, and kernels compiled by the C++ compiler.
+
+It has what fastloss uses of CuPy, and is strict where CuPy is: its arrays are not mixed with NumPy's, and do not become them
+unless they are asked to (`get`). Whatever would make the host wait for the device is counted in `waits`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import itertools
+import os
+import subprocess
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FOLDER = Path(__file__).parent
+COMPILER = os.environ.get("CXX", "g++")
+FLAGS = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-shared", "-fPIC"]
+
+waits = 0  # how often the host waited for the device
+launches: list[str] = []  # the kernels that ran, by name
+
+
+def wait() -> None:
+    """Note that the host waits."""
+    global waits
+    waits += 1
+
+
+class CUDARuntimeError(RuntimeError):
+    """As CuPy has it."""
+
+
+class MemoryPointer:
+    """Memory of the device, at an address."""
+
+    def __init__(self, mem: Any, offset: int) -> None:
+        self.mem, self.ptr, self.device_id = mem, mem.ptr + offset, mem.device_id
+
+    def __add__(self, offset: int) -> MemoryPointer:
+        return MemoryPointer(self.mem, self.ptr - self.mem.ptr + offset)
+
+    def memset_async(self, value: int, size: int, stream: Any = None) -> None:
+        """Fill."""
+        ctypes.memset(self.ptr, value, size)
+
+
+class Memory:
+    """Memory that is filled with garbage, as a device's may be."""
+
+    def __init__(self, size: int) -> None:
+        self.bytes = np.full(size + 512, 0xA5, np.uint8)
+        self.ptr = -(-self.bytes.ctypes.data // 512) * 512
+        self.size, self.device_id = size, current.device
+
+
+class UnownedMemory:
+    """Memory of somebody else's."""
+
+    def __init__(self, ptr: int, size: int, owner: Any, device_id: int = 0) -> None:
+        self.ptr, self.size, self.owner, self.device_id = ptr, size, owner, device_id
+
+
+current = types.SimpleNamespace(device=0, stream=None, allocator=None, is_full=False)
+
+
+def alloc(size: int) -> MemoryPointer:
+    """Return memory from the pool."""
+    if current.is_full:
+        raise OutOfMemoryError(f"Out of memory allocating {size:,} bytes")
+    return current.allocator(size) if current.allocator else MemoryPointer(Memory(size), 0)
+
+
+class OutOfMemoryError(MemoryError):
+    """As CuPy has it."""
+
+
+class ndarray:  # noqa: N801 (CuPy's name)
+    """An array on the device."""
+
+    def __init__(self, shape: Any, dtype: Any = float, memptr: Any = None, strides: Any = None) -> None:
+        dtype = np.dtype(dtype)
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.data = alloc(max(1, int(np.prod(shape)) * dtype.itemsize)) if memptr is None else memptr
+        self._host = view_of(self.data.ptr, shape, dtype, strides)
+
+    shape = property(lambda self: self._host.shape)
+    strides = property(lambda self: self._host.strides)
+    dtype = property(lambda self: self._host.dtype)
+    ndim = property(lambda self: self._host.ndim)
+    size = property(lambda self: self._host.size)
+    nbytes = property(lambda self: self._host.nbytes)
+    T = property(lambda self: wrap(self._host.T, self.data))
+
+    def get(self) -> Any:
+        """Return a copy on the host."""
+        wait()
+        return self._host.copy()
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct a NumPy array explicitly.")
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        return wrapped(getattr(ufunc, method)(*map(unwrap, inputs), **{k: unwrap(v) for k, v in kwargs.items()}))
+
+    def __array_function__(self, function: Any, kinds: Any, args: Any, kwargs: Any) -> Any:
+        return wrapped(function(*map(unwrap, args), **{k: unwrap(v) for k, v in kwargs.items()}))
+
+    def __float__(self) -> float:
+        wait()
+        return float(self._host)
+
+    def __bool__(self) -> bool:
+        wait()
+        return bool(self._host)
+
+    def __iter__(self) -> Any:
+        return (self[k] for k in range(len(self._host)))
+
+    def __len__(self) -> int:
+        return len(self._host)
+
+    def __getitem__(self, index: Any) -> Any:
+        part = self._host[unwrap(index)]
+        return wrap(part, self.data) if isinstance(part, np.ndarray) and part.base is not None else wrapped(part)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._host[unwrap(index)] = unwrap(value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("astype", "reshape", "sum", "transpose", "copy", "view", "max", "all", "any"):
+            raise AttributeError(name)
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            result = getattr(self._host, name)(*args, **kwargs)
+            shares = isinstance(result, np.ndarray) and np.may_share_memory(result, self._host)
+            return wrap(result, self.data) if shares else wrapped(result)
+
+        return method
+
+
+for _name in ("add", "sub", "mul", "truediv", "radd", "rsub", "rmul", "rtruediv", "gt", "ge", "lt", "le", "eq", "ne", "pow", "neg", "and"):
+
+    def _operator(self: Any, *others: Any, name: str = f"__{_name}__") -> Any:
+        return wrapped(getattr(self._host, name)(*map(unwrap, others)))
+
+    setattr(ndarray, f"__{_name}__", _operator)
+
+
+def view_of(address: int, shape: Any, dtype: Any, strides: Any = None) -> Any:
+    """Return a NumPy array on memory."""
+    if strides is None:
+        strides = np.cumprod([dtype.itemsize, *shape[:0:-1]])[::-1].tolist() if shape else ()
+    interface = {
+        "shape": tuple(shape),
+        "typestr": np.dtype(f"V{dtype.itemsize}").str,
+        "strides": tuple(strides),
+        "data": (address, False),
+        "version": 3,
+    }
+    return np.asarray(types.SimpleNamespace(__array_interface__=interface)).view(dtype) if 0 not in shape else np.empty(shape, dtype)
+
+
+def wrap(host: Any, owner: Any) -> ndarray:
+    """Return a device's array that is a view of memory."""
+    made = ndarray.__new__(ndarray)
+    made._host, made.data = host, MemoryPointer(UnownedMemory(host.ctypes.data, host.nbytes, owner, owner.device_id), 0)
+    return made
+
+
+def wrapped(result: Any) -> Any:
+    """Return a result as an array of the device."""
+    if isinstance(result, (tuple, list)):
+        return type(result)(map(wrapped, result))
+    if isinstance(result, (np.ndarray, np.generic)):
+        return asarray(result)
+    return result
+
+
+def unwrap(x: Any) -> Any:
+    """Return what an operation works on; arrays of the host are refused."""
+    if isinstance(x, ndarray):
+        return x._host
+    if isinstance(x, (tuple, list)):
+        return type(x)(map(unwrap, x))
+    if isinstance(x, np.ndarray):
+        raise TypeError(f"Unsupported type {type(x)}")
+    return x
+
+
+def asarray(x: Any) -> ndarray:
+    """Copy an array to the device, in the same order of memory."""
+    host = np.asarray(x)
+    made = empty_like(wrap(host, types.SimpleNamespace(device_id=0, ptr=0)))
+    made._host[...] = host
+    return made
+
+
+def empty_like(array: ndarray) -> ndarray:
+    """Return an array of the same shape and order."""
+    like = np.empty_like(array._host)
+    return ndarray(like.shape, like.dtype, strides=like.strides)
+
+
+def empty(shape: Any, dtype: Any = float) -> ndarray:
+    """Return an array."""
+    return ndarray(shape, dtype)
+
+
+def broadcast_to(array: ndarray, shape: tuple[int, ...]) -> ndarray:
+    """Return a view that repeats an array."""
+    return wrap(np.broadcast_to(array._host, shape), array.data)
+
+
+def zeros(shape: Any, dtype: Any = float) -> ndarray:
+    """Return an array of zeros."""
+    made = ndarray(shape, dtype)
+    made._host[...] = 0
+    return made
+
+
+class RawModule:
+    """CUDA text, compiled by the C++ compiler."""
+
+    def __init__(self, *, code: str, options: tuple[str, ...] = ()) -> None:
+        self.code = code
+
+    def get_function(self, name: str) -> Any:
+        """Return what launches a kernel."""
+        library = compiled(self.code, name)
+
+        def launch(grid: tuple[int], block: tuple[int], args: tuple[Any, ...]) -> None:
+            launches.append(name)
+            (frame,) = args
+            assert frame.nbytes == library.size_of_arguments(), (frame.nbytes, library.size_of_arguments())
+            library.launch(ctypes.c_void_p(frame.ctypes.data), grid[0], block[0], next(SEEDS))
+
+        return launch
+
+
+SEEDS = itertools.count()
+
+
+@functools.cache
+def compiled(code: str, name: str) -> Any:
+    """Return the library of a kernel, from a folder where it was left, or compiled."""
+    text = f'#include "{FOLDER}/shim.h"\n{code}\n' + (
+        f"static void body(const void* arguments) {{ {name}(*(const Arguments*)arguments); }}\n"
+        'extern "C" void launch(const void* a, unsigned blocks, unsigned threads, unsigned seed) '
+        "{ shim::body = body; shim::run(a, blocks, threads, seed); }\n"
+        'extern "C" long size_of_arguments() { return sizeof(Arguments); }\n'
+    )
+    from fastloss.cpu.jit import cache_folder
+
+    path = cache_folder() / "kernels" / hashlib.sha256((text + (FOLDER / "shim.h").read_text() + repr(FLAGS)).encode()).hexdigest()
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own = path.with_suffix(f".{os.getpid()}")
+        subprocess.run([COMPILER, *FLAGS, "-x", "c++", "-o", str(own), "-"], input=text.encode(), check=True)
+        own.replace(path)
+    return ctypes.CDLL(str(path))
+
+
+class Stream:
+    """A stream; without a device, everything is done at once."""
+
+    def __init__(self, ptr: int = 0) -> None:
+        self.ptr, self.captures = ptr, False
+
+    def is_capturing(self) -> bool:
+        """Whether launches are recorded."""
+        return self.captures
+
+    def __enter__(self) -> Stream:
+        self.before, current.stream = current.stream, self
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        current.stream = self.before
+
+
+current.stream = Stream()
+
+
+class Device:
+    """A device."""
+
+    def __init__(self, id: int) -> None:
+        self.id = id
+
+    def __enter__(self) -> Device:
+        self.before, current.device = current.device, self.id
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        current.device = self.before
+
+    def synchronize(self) -> None:
+        """Wait."""
+        wait()
+
+
+@contextlib.contextmanager
+def using_allocator(allocator: Any) -> Any:
+    """Allocate by another allocator."""
+    before, current.allocator = current.allocator, allocator
+    try:
+        yield
+    finally:
+        current.allocator = before
+
+
+class PythonFunctionAllocator:
+    """Memory by two functions."""
+
+    def __init__(self, malloc: Any, free: Any) -> None:
+        self.malloc_, self.free = malloc, free
+
+    def malloc(self, size: int) -> MemoryPointer:
+        """Return memory."""
+        return MemoryPointer(UnownedMemory(self.malloc_(size, current.device), size, None, current.device), 0)
+
+
+def alloc_pinned_memory(size: int) -> Any:
+    """Return memory of the host that a device can write to."""
+    return Memory(size)
+
+
+def memcpy(to: int, source: int, size: int, way: int) -> None:
+    """Copy bytes between the host and the device."""
+    ctypes.memmove(to, source, size)
+
+
+runtime = types.SimpleNamespace(
+    is_hip=False, getDevice=lambda: current.device, getDeviceCount=lambda: 2, deviceGetAttribute=lambda attribute, device: 3,
+    CUDARuntimeError=CUDARuntimeError, deviceSynchronize=wait, memcpy=memcpy,
+)  # fmt: skip
+cuda = types.SimpleNamespace(
+    runtime=runtime, memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError), alloc=alloc, MemoryPointer=MemoryPointer,
+    alloc_pinned_memory=alloc_pinned_memory, UnownedMemory=UnownedMemory, Stream=Stream, ExternalStream=Stream, Device=Device,
+    get_current_stream=lambda: current.stream, using_allocator=using_allocator, PythonFunctionAllocator=PythonFunctionAllocator,
+)  # fmt: skip
