@@ -19,9 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from fastloss.cpu.jit import cache_folder
+
 FOLDER = Path(__file__).parent
 COMPILER = os.environ.get("CXX", "g++")
-FLAGS = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-shared", "-fPIC"]
+FLAGS = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC"]
 
 waits = 0  # how often the host waited for the device
 launches: list[str] = []  # the kernels that ran, by name
@@ -249,22 +251,33 @@ SEEDS = itertools.count()
 
 @functools.cache
 def compiled(code: str, name: str) -> Any:
-    """Return the library of a kernel, from a folder where it was left, or compiled."""
-    text = f'#include "{FOLDER}/shim.h"\n{code}\n' + (
-        f"static void body(const void* arguments) {{ {name}(*(const Arguments*)arguments); }}\n"
-        'extern "C" void launch(const void* a, unsigned blocks, unsigned threads, unsigned seed) '
-        "{ shim::body = body; shim::run(a, blocks, threads, seed); }\n"
-        'extern "C" long size_of_arguments() { return sizeof(Arguments); }\n'
-    )
-    from fastloss.cpu.jit import cache_folder
+    """Return the library of a kernel."""
+    blocks()
+    library = build(f'''#include "{FOLDER}/shim.h"
+{code}
+extern "C" void body(const void* a) {{ {name}(*(const Arguments*)a); }}
+extern "C" long size_of_arguments() {{ return sizeof(Arguments); }}
+''')
+    library.launch = functools.partial(blocks().launch, library.body)
+    return library
 
-    path = cache_folder() / "kernels" / hashlib.sha256((text + (FOLDER / "shim.h").read_text() + repr(FLAGS)).encode()).hexdigest()
+
+@functools.cache
+def blocks() -> Any:
+    """Return the library that runs blocks, whose threads' numbers the kernels find in it."""
+    return build((FOLDER / "block.cpp").read_text(), ctypes.RTLD_GLOBAL)
+
+
+def build(text: str, mode: int = ctypes.DEFAULT_MODE) -> Any:
+    """Compile a library, or take it from the folder where it was left."""
+    digest = hashlib.sha256((text + (FOLDER / "shim.h").read_text() + repr(FLAGS)).encode()).hexdigest()
+    path = cache_folder() / "kernels" / digest
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         own = path.with_suffix(f".{os.getpid()}")
         subprocess.run([COMPILER, *FLAGS, "-x", "c++", "-o", str(own), "-"], input=text.encode(), check=True)
         own.replace(path)
-    return ctypes.CDLL(str(path))
+    return ctypes.CDLL(str(path), mode)
 
 
 class Stream:

@@ -1,118 +1,40 @@
-// What a C++ compiler needs to take a kernel of fastloss/cuda for a function of the CPU.
-//
-// The threads of a block are fibers, which are switched at barriers alone: a block runs from barrier to barrier, thread by thread,
-// in an order that `seed` shuffles. A barrier that some threads of a block do not reach is an error, as on a device.
-
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <random>
-#include <algorithm>
-#include <ucontext.h>
-#include <vector>
-
-using std::copysign;
-using std::fabs;
-using std::fma;
-using std::sqrt;
+// What a C++ compiler needs to take a kernel of fastloss/cuda for a function of the CPU. No header: hundreds of kernels are compiled.
 
 #define __device__
 #define __global__
 #define __shared__ static
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
+#define memcpy __builtin_memcpy
+#define NAN __builtin_nanf("")
+#define INFINITY __builtin_inff()
 
-namespace shim {
+inline float fabs(float x) { return __builtin_fabsf(x); }
+inline double fabs(double x) { return __builtin_fabs(x); }
+inline float sqrt(float x) { return __builtin_sqrtf(x); }
+inline double sqrt(double x) { return __builtin_sqrt(x); }
+inline float fma(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
+inline double fma(double x, double y, double z) { return __builtin_fma(x, y, z); }
+inline float copysign(float x, float y) { return __builtin_copysignf(x, y); }
+inline double copysign(double x, double y) { return __builtin_copysign(x, y); }
 
 struct Index {
     unsigned int x;
 };
 
-constexpr size_t STACK = 1 << 16;
-enum State { READY, AT_BARRIER, DONE };
+// of block.cpp
+extern "C" Index threadIdx, blockIdx, gridDim;
+extern "C" void __syncthreads();
 
-struct Fiber {
-    ucontext_t context;
-    State state;
-};
-
-static std::vector<Fiber> fibers;
-static std::vector<char> stacks;
-static ucontext_t scheduler;
-static Index thread, block, grid;
-static void (*body)(const void*);
-static const void* arguments;
-
-static void enter() {
-    body(arguments);
-    fibers[thread.x].state = DONE;
-    swapcontext(&fibers[thread.x].context, &scheduler);
-}
-
-static void barrier() {
-    const unsigned int own = thread.x;
-    fibers[own].state = AT_BARRIER;
-    swapcontext(&fibers[own].context, &scheduler);
-}
-
-// All threads of a block until each has ended or waits; returns whether they wait. They have to agree.
-static bool run_to_barrier(std::mt19937& random) {
-    std::vector<unsigned int> order(fibers.size());
-    for (unsigned int k = 0; k < order.size(); ++k) order[k] = k;
-    std::shuffle(order.begin(), order.end(), random);
-    size_t waiting = 0;
-    for (const unsigned int k : order) {
-        thread.x = k;
-        swapcontext(&scheduler, &fibers[k].context);
-        waiting += fibers[k].state == AT_BARRIER;
-    }
-    if (waiting != 0 && waiting != fibers.size()) {
-        fprintf(stderr, "%zu of %zu threads wait at a barrier\n", waiting, fibers.size());
-        abort();
-    }
-    return waiting != 0;
-}
-
-static void run(const void* given, const unsigned int blocks, const unsigned int threads, const unsigned int seed) {
-    std::mt19937 random(seed);
-    arguments = given;
-    grid.x = blocks;
-    fibers.resize(threads);
-    stacks.resize(threads * STACK);
-    std::vector<unsigned int> order(blocks);
-    for (unsigned int k = 0; k < blocks; ++k) order[k] = k;
-    std::shuffle(order.begin(), order.end(), random);
-    for (const unsigned int k : order) {
-        block.x = k;
-        for (size_t t = 0; t < threads; ++t) {
-            getcontext(&fibers[t].context);
-            fibers[t].context.uc_stack.ss_sp = stacks.data() + t * STACK;
-            fibers[t].context.uc_stack.ss_size = STACK;
-            fibers[t].context.uc_link = nullptr;
-            fibers[t].state = READY;
-            makecontext(&fibers[t].context, enter, 0);
-        }
-        while (run_to_barrier(random)) {
-        }
-    }
-}
+inline void __threadfence() {}
+inline void __threadfence_system() {}
 
 template <class T>
-static T exchange(T* at, const T value) {
+inline T exchange(T* at, const T value) {
     const T before = *at;
     *at = value;
     return before;
 }
 
-}  // namespace shim
-
-#define threadIdx shim::thread
-#define blockIdx shim::block
-#define gridDim shim::grid
-
-static void __syncthreads() { shim::barrier(); }
-static void __threadfence() {}
-static void __threadfence_system() {}
-static unsigned int atomicAdd(unsigned int* at, const unsigned int value) { return shim::exchange(at, *at + value); }
-static int atomicExch(int* at, const int value) { return shim::exchange(at, value); }
+inline unsigned int atomicAdd(unsigned int* at, const unsigned int value) { return exchange(at, *at + value); }
+inline int atomicExch(int* at, const int value) { return exchange(at, value); }
