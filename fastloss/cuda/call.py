@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import cupy
@@ -99,6 +100,10 @@ class DeviceCall(Call):
             outcome, self.loss.formula, self.shape, self.kept, summed, checked, wanted, self.parameters, tuple(self.numbers), self.names,
             layouts
         )  # fmt: skip
+        if not launch.plan.size:
+            if summed:
+                results.fill(0.0 / counted if not (is_mean or has_counts) and counted else math.nan)
+            return
         addresses = [a.data.ptr for a in arrays]
         if self.out is not None and wanted:
             check_overlap(launch.plan, arrays, addresses)

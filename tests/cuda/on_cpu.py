@@ -86,6 +86,8 @@ class OutOfMemoryError(MemoryError):
 class ndarray:  # noqa: N801 (CuPy's name)
     """An array on the device."""
 
+    __module__ = "cupy"
+
     def __init__(self, shape: Any, dtype: Any = float, memptr: Any = None, strides: Any = None) -> None:
         dtype = np.dtype(dtype)
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
@@ -136,7 +138,7 @@ class ndarray:  # noqa: N801 (CuPy's name)
         self._host[unwrap(index)] = unwrap(value)
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("astype", "reshape", "sum", "transpose", "copy", "view", "max", "all", "any"):
+        if name not in ("astype", "reshape", "sum", "transpose", "copy", "view", "max", "all", "any", "fill"):
             raise AttributeError(name)
 
         def method(*args: Any, **kwargs: Any) -> Any:

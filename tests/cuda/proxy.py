@@ -32,6 +32,8 @@ class OnDevice:
     def _carry(self, method: Any, args: Any, options: Any) -> Any:
         trip = Trip(self._cp, [*args, *options.values()])
         result = method(*map(trip.there, args), **{name: trip.there(x) for name, x in options.items()})
+        if options.get("validate"):
+            fl.raise_deferred()
         return trip.back(result)
 
 

@@ -1,0 +1,260 @@
+"""What only a device has: streams, alignment, ranges over blocks, errors that come later, a host that never waits."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+import fastloss as fl
+from tests.cuda import on_cpu
+from tests.ulp import SUM, assert_close
+
+LOGISTIC = fl.binary_cross_entropy_with_logits
+ODD = [1, 2, 3, 5, 63, 1023, 1024, 1025, 4099, 262_147]
+
+
+def batch(cp, rng, shape, dtype=np.float32, target_dtype=np.float32):
+    """Return logits and targets on the host, and on the device."""
+    z, t = (3 * rng.standard_normal(shape)).astype(dtype), rng.random(shape)
+    t = (255 * t).astype(target_dtype) if np.dtype(target_dtype).kind == "u" else t.astype(target_dtype)
+    return z, t, cp.asarray(z), cp.asarray(t)
+
+
+@pytest.fixture
+def stand_in(cp):
+    """What stands in for CuPy, and can be asked what happened."""
+    if cp is not on_cpu:
+        pytest.skip("asks the stand-in")
+    return cp
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Forget the launches, so that what is patched decides them."""
+    from fastloss.cuda import call
+
+    call.find_launch.cache_clear()
+    yield monkeypatch
+    call.find_launch.cache_clear()
+
+
+def test_results_are_arrays_of_the_device(cp, rng):
+    _, _, z, t = batch(cp, rng, (4, 3, 5))
+    value, grad = LOGISTIC.value_and_grad(z, t)
+    assert isinstance(value, cp.ndarray)
+    assert (value.shape, value.dtype, grad.shape, grad.dtype) == ((), np.float64, z.shape, z.dtype)
+    assert LOGISTIC(z, t, reduction="sample_mean").shape == (4,)
+    total, grads = fl.vae_loss.value_and_grad(z, t, z[:, 0], t[:, 0])
+    assert all(isinstance(x, cp.ndarray) for x in (*total, *grads))
+
+
+def test_the_host_never_waits(stand_in, rng):
+    _, _, z, t = batch(stand_in, rng, (4, 3, 50))
+    mask, out = stand_in.asarray(rng.random((4, 3, 50)) < 0.5), stand_in.empty_like(z)
+    upstream = stand_in.asarray(np.array(0.5, np.float32))
+    before = stand_in.waits
+    LOGISTIC.value_and_grad(z, t, mask=mask, out=out, validate=True, grad_output=upstream, pos_weight=upstream)
+    LOGISTIC(z, t, mask=mask)
+    LOGISTIC.grad(z, t, mask=mask, reduction="sample_mean", grad_output=stand_in.asarray(np.ones(4)))
+    fl.dice_bce_with_logits_loss.value_and_grad(z, t, mask=mask, grad_output=upstream)
+    fl.vae_loss.value_and_grad(z, t, z[:, 0], t[:, 0], mask=mask, grad_output=2.0)
+    assert stand_in.waits == before
+
+
+def test_one_launch_a_pass(stand_in, rng):
+    _, _, z, t = batch(stand_in, rng, (4, 3, 50_000))
+    del stand_in.launches[:]
+    LOGISTIC.value_and_grad(z, t)
+    assert stand_in.launches == ["fastloss_binary_cross_entropy_with_logits"]
+
+
+@pytest.mark.parametrize("size", ODD)
+@pytest.mark.parametrize(("dtype", "target_dtype"), [(np.float32, np.float32), (np.float16, np.uint8), (np.float64, np.float32)])
+def test_any_size(cp, rng, size, dtype, target_dtype):
+    a, b, z, t = batch(cp, rng, size, dtype, target_dtype)
+    options = {"target_scale": 1 / 255} if b.dtype.kind == "u" else {}
+    value, grad = LOGISTIC.value_and_grad(z, t, **options)
+    want, want_grad = LOGISTIC.value_and_grad(a, b, **options)
+    assert_close(value.get(), want, SUM[np.result_type(dtype, np.float32)])
+    assert_close(grad.get(), want_grad, SUM[np.dtype(np.float32)] if dtype != np.float16 else np.finfo(np.float16).eps)
+    assert_close(LOGISTIC(z, t, **options).get(), want, SUM[np.result_type(dtype, np.float32)])
+
+
+@pytest.mark.parametrize("offsets", [(0, 0, 1), (0, 1, 0), (1, 0, 0), (2, 2, 2), (1, 2, 3)])
+@pytest.mark.parametrize(("dtype", "target_dtype"), [(np.float32, np.uint8), (np.float16, np.float16), (np.float64, np.float64)])
+def test_any_alignment(cp, rng, offsets, dtype, target_dtype):
+    size = 4097
+    a, b, z, t = batch(cp, rng, size + 3, dtype, target_dtype)
+    first, second, third = (slice(k, k + size) for k in offsets)
+    memory = cp.zeros(size + 5, dtype)
+    grad = fl.mse_loss.grad(z[first], t[second], out=memory[1:-1][third])
+    want = fl.mse_loss.grad(a[first], b[second])
+    np.testing.assert_array_equal(grad.get(), want)
+    whole = memory.get()
+    assert not whole[: third.start + 1].any()
+    assert not whole[third.stop + 1 :].any()
+
+
+def test_sums_do_not_depend_on_the_device(stand_in, fresh, rng):
+    a, b, z, t = batch(stand_in, rng, (3, 2, 200, 701))
+    found = []
+    for processors in (1, 3, 1000):
+        fresh.setattr("fastloss.cuda.device.processors", lambda device, n=processors: n)
+        found += [LOGISTIC(z, t).get(), LOGISTIC(z, t, reduction="sample_sum").get().sum()]
+    assert len(set(map(float, found[::2]))) == len(set(map(float, found[1::2]))) == 1
+    assert_close(found[0], LOGISTIC(a, b), SUM[z.dtype])
+
+
+def test_sums_do_not_depend_on_the_address(cp, rng):
+    _, _, z, t = batch(cp, rng, 100_000)
+    other = cp.zeros(100_001, np.float32)
+    other[1:] = z
+    assert float(LOGISTIC(z, t).get()) == float(LOGISTIC(other[1:], t).get())
+
+
+def test_elements_counted_in_64_bits(cp, fresh, rng):
+    a, b, z, t = batch(cp, rng, (5, 3, 41, 33))
+    w = rng.random((3, 1, 1)).astype(np.float32)
+    want = LOGISTIC.value_and_grad(z, t, cp.asarray(w), "sample_mean")
+    fresh.setattr("fastloss.cuda.launch.INT32", 0)
+    from fastloss.cuda import call
+
+    call.find_launch.cache_clear()
+    got = LOGISTIC.value_and_grad(z, t, cp.asarray(w), "sample_mean")
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_array_equal(x.get(), y.get())
+
+
+def test_many_samples_and_few_of_many_ranges(cp, rng):
+    for shape in ((3000, 5), (2, 700_001), (1500, 700)):
+        a, b, z, t = batch(cp, rng, shape)
+        value, grad = fl.mse_loss.value_and_grad(z, t, reduction="sample_mean")
+        want, want_grad = fl.mse_loss.value_and_grad(a, b, reduction="sample_mean")
+        assert_close(value.get(), want, SUM[z.dtype])
+        np.testing.assert_array_equal(grad.get(), want_grad)
+
+
+def test_a_bad_target_is_told_later(cp, rng):
+    _, b, z, t = batch(cp, rng, (3, 40, 50))
+    t[1, 2, 3] = 7.0
+    t[2, 0, 0] = -1.0
+    LOGISTIC(z, t, validate="defer")
+    with pytest.raises(ValueError, match=r"^target\[1, 2, 3\] is 7.0; accepted: targets in \[0, 1\] \(found on the GPU by an earlier"):
+        fl.raise_deferred()
+    fl.raise_deferred()  # once
+    LOGISTIC(z, cp.asarray(b), validate=True)
+    fl.raise_deferred()
+    probabilities = cp.asarray(b)
+    probabilities[0, 0, 1] = 1.5
+    fl.binary_cross_entropy.grad(probabilities, cp.asarray(b), validate=True, out=probabilities)
+    with pytest.raises(ValueError, match=r"input\[0, 0, 1\] is 1.5; .*; for logits use binary_cross_entropy_with_logits"):
+        fl.raise_deferred()
+
+
+@pytest.mark.parametrize("view", [np.s_[:], np.s_[::-1, :, ::-2], np.s_[:, None, 1:]])
+def test_the_bad_element_is_found_through_any_view(cp, rng, view):
+    b = rng.random((5, 9, 8))
+    b[3, 4, 3] = 2.0
+    t = cp.asarray(b)[view]
+    place = tuple(int(k) for k in np.argwhere(b[view] == 2.0)[0])
+    LOGISTIC(cp.zeros(t.shape, np.float32), t, validate=True, reduction="sample_sum")
+    with pytest.raises(ValueError, match=rf"target\[{', '.join(map(str, place))}\] is 2.0"):
+        fl.raise_deferred()
+
+
+def test_a_scaled_target_is_shown_as_it_is_stored(cp):
+    images = cp.asarray(np.array([[3, 255]], np.uint8))
+    LOGISTIC(cp.zeros((1, 2), np.float32), images, target_scale=1 / 100, validate=True)
+    with pytest.raises(ValueError, match=r"target\[0, 1\] is 255; accepted: targets in \[0, 1\] \(found"):
+        fl.raise_deferred()
+    LOGISTIC(cp.zeros((1, 2), np.float32), images, validate=True)
+    with pytest.raises(ValueError, match=r"target\[0, 0\] is 3; .* pass target_scale=1/255"):
+        fl.raise_deferred()
+
+
+def test_the_next_call_that_validates_tells(cp):
+    zeros = cp.zeros(3, np.float32)
+    LOGISTIC(zeros, cp.asarray(np.array([0.0, 5.0, 0.0])), validate=True)
+    cp.cuda.runtime.deviceSynchronize()
+    with pytest.raises(ValueError, match=r"target\[1\] is 5.0"):
+        LOGISTIC(zeros, zeros, validate=True)
+
+
+def test_what_is_not_on_the_device(cp):
+    z, host = cp.zeros((2, 3), np.float32), np.zeros((2, 3), np.float32)
+    with pytest.raises(TypeError, match=r"target is a numpy.ndarray, and the input a cupy.ndarray; accepted: cupy.ndarray"):
+        fl.mse_loss(z, host)
+    with pytest.raises(TypeError, match=r"target is a cupy.ndarray; accepted: numpy.ndarray"):
+        fl.mse_loss(host, z)
+    with pytest.raises(TypeError, match=r"weight is a numpy.ndarray, and the input a cupy.ndarray"):
+        fl.mse_loss(z, z, weight=host)
+    with pytest.raises(TypeError, match=r"out must be a cupy.ndarray, as the input is, not ndarray"):
+        fl.mse_loss.grad(z, z, out=host)
+
+
+def test_another_device_than_the_current_one(stand_in):
+    z = stand_in.zeros(3, np.float32)
+    with stand_in.cuda.Device(1), pytest.raises(ValueError, match=r"input is on CUDA device 0, and the current device is 1; .*Device\(0\)"):
+        fl.mse_loss(z, z)
+    with stand_in.cuda.Device(1):
+        t = stand_in.zeros(3, np.float32)
+    with pytest.raises(ValueError, match="target is on CUDA device 1, and the current device is 0"):
+        fl.mse_loss(z, t)
+    with pytest.raises(ValueError, match="out is on CUDA device 1, and the current device is 0"):
+        fl.mse_loss.grad(z, z, out=t)
+
+
+def test_no_memory_left(stand_in, monkeypatch, rng):
+    _, _, z, t = batch(stand_in, rng, 100)
+    del stand_in.launches[:]
+    monkeypatch.setattr(stand_in.current, "is_full", True)
+    with pytest.raises(MemoryError, match="Out of memory allocating 400 bytes"):
+        LOGISTIC.value_and_grad(z, t)
+    assert not stand_in.launches
+
+
+def test_each_stream_has_a_workspace_and_each_captured_launch(stand_in, rng):
+    from fastloss.cuda import device
+
+    a, b, z, t = batch(stand_in, rng, (2, 300, 211))
+    found = []
+    for pointer in (0, 111, 222, 111):
+        with stand_in.cuda.Stream(pointer):
+            LOGISTIC(z, t)
+            found.append(device.workspace(0))
+    assert len(set(map(id, found))) == 3
+    assert found[1] is found[3]
+    with stand_in.cuda.Stream(111) as stream:
+        stream.captures = True
+        value = LOGISTIC(z, t)
+    assert_close(value.get(), LOGISTIC(a, b), SUM[z.dtype])
+    captured = device._captured[-1]
+    assert captured not in found
+    assert captured.partials.ptr not in [x.partials.ptr for x in found]
+
+
+def test_workspaces_are_small_and_not_kept_for_ever(stand_in, rng):
+    from fastloss.cuda import device
+
+    _, _, z, t = batch(stand_in, rng, (2, 300, 211))
+    for pointer in range(1000, 1000 + 2 * device.STREAMS):
+        with stand_in.cuda.Stream(pointer):
+            LOGISTIC(z, t)
+    assert len(device._workspaces) <= device.STREAMS
+    assert all(x.size <= 64 << 10 for x in device._workspaces.values())
+
+
+def test_cupy_is_not_imported_for_others():
+    from tests.test_process import run_python
+
+    assert run_python("import sys, fastloss as fl; fl.mse_loss(1.0, 2.0); fl.raise_deferred(); print('cupy' in sys.modules)").strip() == "False"
+
+
+def test_numbers_beside_arrays(cp, rng):
+    a, b, z, t = batch(cp, rng, (2, 3))
+    np.testing.assert_array_equal(fl.mse_loss.grad(z, t, weight=2.0).get(), fl.mse_loss.grad(a, b, weight=2.0))
+    np.testing.assert_array_equal(fl.mse_loss.grad(z, t, weight=[1.0, 2.0, 3.0]).get(), fl.mse_loss.grad(a, b, weight=[1.0, 2.0, 3.0]))
+    np.testing.assert_array_equal(fl.huber_loss.grad(z, t, delta=cp.asarray(0.5)).get(), fl.huber_loss.grad(a, b, delta=0.5))
+    assert "cupy" in sys.modules
