@@ -19,6 +19,7 @@ class DeviceCall(Call):
     """One call's arrays and options on the current device, and the launches on its current stream that are made for it."""
 
     __slots__ = ()
+    value_dtype: Any = np.float64  # of reduced values
 
     @staticmethod
     def as_array(name: str, value: Any) -> Any:
@@ -49,11 +50,6 @@ class DeviceCall(Call):
         return cupy.empty_like(array)
 
     @staticmethod
-    def empty_value(shape: tuple[int, ...], like: Any) -> Any:
-        """Return an array for the reduced value of an input."""
-        return cupy.ndarray(shape, np.float64)
-
-    @staticmethod
     def as_upstream(array: Any) -> Any:
         """Return what gradients are multiplied by: kernels read any dtype."""
         return array
@@ -69,7 +65,7 @@ class DeviceCall(Call):
         is_mean = self.must_count and not wanted  # gradients have to know the count beforehand
         counted = 1 if is_mean else self.count()
         outputs = self.make_outputs(wanted)
-        value = self.empty_value(self.shape[: self.kept], self.arrays[0]) if summed else None
+        value = cupy.ndarray(self.shape[: self.kept], self.value_dtype) if summed else None
         self.launch((*summed, "count") if is_mean else summed, wanted, outputs, value, counted, is_mean, self.validate)
         if summed:
             self.warn_of_nothing(counted)

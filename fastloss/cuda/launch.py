@@ -70,6 +70,12 @@ def cut(plan: Plan) -> Cut:
     )
 
 
+def compile_kernel(text: str, name: str) -> Any:
+    """Return what launches a kernel; CuPy keeps what is compiled, on the disk too."""
+    options = HIP_OPTIONS if cupy.cuda.runtime.is_hip else OPTIONS
+    return cupy.RawModule(code=text, options=options).get_function(name)
+
+
 class Launch:
     """A plan with its kernels, and the part of their arguments that is the same in every call."""
 
@@ -108,8 +114,7 @@ class Launch:
         found = self.kernels.get(widths)
         if found is None:
             variant = self.variant(widths)
-            options = HIP_OPTIONS if cupy.cuda.runtime.is_hip else OPTIONS
-            found = self.kernels[widths] = cupy.RawModule(code=source(variant), options=options).get_function(variant.name)
+            found = self.kernels[widths] = compile_kernel(source(variant), variant.name)
         return found
 
     def variant(self, widths: tuple[int, ...]) -> Variant:

@@ -7,13 +7,15 @@ under torch.compile, and to differentiate twice, there are the operators of `ope
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastloss.call import Call, take_validate
@@ -23,9 +25,9 @@ from fastloss.torch import operators
 from fastloss.torch.memory import empty_like
 from fastloss.torch.tensors import (
     HALVES,
-    Tensor,
     check_tensors,
     has_memory,
+    is_on_gpu,
     refuse_gradient,
     refuse_leaf,
     refuse_transforms,
@@ -45,6 +47,18 @@ class TensorCall(Call):
     empty_like = staticmethod(empty_like)
 
 
+@contextlib.contextmanager
+def place_of(tensor: Any, dtype: torch.dtype) -> Iterator[type[Call]]:
+    """Be where a tensor is, and give the kind of call that is made there for values of a dtype."""
+    if not is_on_gpu(tensor):
+        yield TensorCall
+        return
+    from fastloss.torch import device
+
+    with device.current(tensor):
+        yield device.call_of(dtype)
+
+
 class Bound(NamedTuple):
     """A loss with everything of a call that is no tensor."""
 
@@ -56,15 +70,16 @@ class Bound(NamedTuple):
 
     def compute(self, summed: tuple[str, ...], wanted: tuple[str, ...], tensors: Sequence[Any], **options: Any) -> tuple[Any, list[Array]]:
         """Return the reduced value, if it is summed, and the arrays that are wanted, all NumPy's."""
-        first, second, *others = [to_array(x) for x in tensors]
-        options |= self.settings
-        options |= zip(self.names, others, strict=True)
-        weight = options.pop("weight", None)
-        if first.size:
-            return self.loss._compute(summed, wanted, first, second, weight, self.reduction, options, TensorCall)
-        with warnings.catch_warnings():  # in PyTorch the mean of nothing is NaN without a word
-            warnings.simplefilter("ignore", RuntimeWarning)
-            return self.loss._compute(summed, wanted, first, second, weight, self.reduction, options)
+        with place_of(tensors[0], self.dtype) as call:
+            first, second, *others = [to_array(x) for x in tensors]
+            options |= self.settings
+            options |= zip(self.names, others, strict=True)
+            weight = options.pop("weight", None)
+            if first.size:
+                return self.loss._compute(summed, wanted, first, second, weight, self.reduction, options, call)
+            with warnings.catch_warnings():  # in PyTorch the mean of nothing is NaN without a word
+                warnings.simplefilter("ignore", RuntimeWarning)
+                return self.loss._compute(summed, wanted, first, second, weight, self.reduction, options, call)
 
     def value(self, tensors: Sequence[Any]) -> Any:
         """Return the value as a tensor."""
@@ -78,9 +93,7 @@ class Bound(NamedTuple):
 
     def as_value(self, value: Any) -> Any:
         """Return a reduced value as a tensor."""
-        if isinstance(value, float):
-            return torch.scalar_tensor(value, dtype=self.dtype, device="cpu")
-        return torch.from_numpy(value).to(self.dtype)
+        return as_value(value, self.dtype)
 
     def is_early(self, first: Any, second: Any) -> bool:
         """Whether slopes are computed along with the value, before it is known what they are to be multiplied by.
@@ -89,6 +102,13 @@ class Bound(NamedTuple):
         are multiplied by the scale of the loss that is there for this very reason.
         """
         return self.reduction != "none" and first.dtype not in HALVES and second.dtype not in HALVES
+
+
+def as_value(value: Any, dtype: torch.dtype) -> Any:
+    """Return a reduced value as a tensor."""
+    if isinstance(value, float):
+        return torch.scalar_tensor(value, dtype=dtype, device="cpu")
+    return to_tensor(value).to(dtype)
 
 
 class LossFunction(torch.autograd.Function):
@@ -153,6 +173,7 @@ class ShortFunction(torch.autograd.Function):
         """Whether a call without options, of tensors that can be read, is plain and small."""
         return (
             input.requires_grad
+            and not is_on_gpu(input)
             and not target.requires_grad
             and torch.is_grad_enabled()
             and 0 < input.numel() <= ONE_RANGE
@@ -208,6 +229,12 @@ def scaled(slope: Any, upstream: Any) -> Any:
     than the loss.
     """
     kept = keeps_graph()
+    if is_on_gpu(slope) and not kept and not upstream.dim():
+        from fastloss.torch import device
+
+        return device.scale(slope, upstream)
+    if is_on_gpu(slope):
+        return slope * beside(upstream.to(slope.dtype), slope)
     if torch.all(upstream == 1.0) if upstream.dim() else upstream.item() == 1.0:
         return slope.clone() if kept else slope
     factor = beside(upstream.to(slope.dtype), slope)
@@ -276,7 +303,7 @@ def sort(options: Mapping[str, Any], names: list[str], tensors: list[Any], setti
 
 def value_dtype(first: Any) -> torch.dtype:
     """Return a value's dtype: the first operand's, but under autocast float32 instead of 16 bits, as PyTorch has it of losses."""
-    return torch.float32 if first.dtype in HALVES and torch.is_autocast_enabled("cpu") else first.dtype
+    return torch.float32 if first.dtype in HALVES and torch.is_autocast_enabled(first.device.type) else first.dtype
 
 
 def differentiable(bound: Bound, tensors: list[Any], inplace_grad: bool) -> Any:
@@ -334,7 +361,8 @@ def through_arrays(method: Callable[..., Any], operands: Mapping[str, Any], opti
         if not isinstance(out, (tuple, list)):
             raise TypeError(f"out must be tensors, one a gradient, not {type(out).__name__}")
         arrays["out"] = as_buffers(out, [f"out[{k}]" for k in range(len(out))])
-    result = method(**{**options, **arrays})
+    with place_of(first, value_dtype(first)) as call:
+        result = method(**{**options, **arrays, "call": call})
     buffers = {} if out is None else {id(array): x for array, x in zip(arrays["out"], out, strict=True)}
     for x in buffers.values():
         increment_version(x)
@@ -342,9 +370,9 @@ def through_arrays(method: Callable[..., Any], operands: Mapping[str, Any], opti
     def convert(x: Any) -> Any:
         if isinstance(x, tuple):
             return type(x)(*map(convert, x)) if hasattr(x, "_fields") else tuple(map(convert, x))
-        if isinstance(x, np.ndarray):
-            return buffers[id(x)] if id(x) in buffers else to_tensor(x)
-        return torch.scalar_tensor(x, dtype=value_dtype(first), device="cpu")
+        if id(x) in buffers:
+            return buffers[id(x)]
+        return as_value(x, value_dtype(first)) if isinstance(x, float) or not x.ndim else to_tensor(x)
 
     return convert(result)
 

@@ -12,12 +12,12 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import _reduction
 
 import fastloss
 from fastloss.call import check_reduction, outside, to_float
 from fastloss.plan import REDUCTIONS, check_shapes
-from fastloss.torch.tensors import Tensor
 
 
 def binary_cross_entropy_with_logits(

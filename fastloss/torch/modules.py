@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 import fastloss
 from fastloss.torch import functional
-from fastloss.torch.tensors import Tensor
 
 
 class WithOptions(torch.nn.Module):

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fastloss.call import refuse_unknown
 from fastloss.loss import LOSSES, AnyLoss
 from fastloss.losses.segmentation import DiceLoss
 from fastloss.plan import belongs_to, check_shapes
 from fastloss.torch import textbook
-from fastloss.torch.tensors import Tensor, to_array, to_tensor
+from fastloss.torch.tensors import to_array, to_tensor
 
 if TYPE_CHECKING:
     from fastloss.torch.autograd import Bound
@@ -57,8 +58,9 @@ def passes(
         raise NotImplementedError("out is not for compiled code, which plans its memory itself; leave it out")
     upstream = special.get("grad_output")
     tensors = [x.detach() for x in tensors]
-    if upstream is not None:
-        upstream = upstream.detach() if isinstance(upstream, Tensor) else torch.scalar_tensor(upstream, dtype=torch.float64, device="cpu")
+    if upstream is not None and not isinstance(upstream, Tensor):
+        upstream = torch.scalar_tensor(upstream, dtype=torch.float64, device=tensors[0].device)
+    upstream = None if upstream is None else upstream.detach()
     slopes = [name for name in wanted if name != "value"]
     whole = value(bound, tensors) if summed or "value" in wanted else None
     computed = derivatives(bound, slopes, upstream, tensors)
@@ -74,6 +76,7 @@ def bind(loss: str, reduction: str, others: Sequence[Any], names: Sequence[str],
     return Bound(LOSSES[loss], reduction, tuple(names[: len(others)]), settings, dtype)
 
 
+@torch.library.impl(LIBRARY, "loss", "CUDA")
 @torch.library.impl(LIBRARY, "loss", "CPU")
 def _loss(
     loss: str, reduction: str, first: Any, second: Any, others: list[Any], names: list[str], numbers: list[float], dtype: torch.dtype
@@ -94,6 +97,7 @@ def _(
     return first.new_empty(known.loss.value_shape(first.shape, reduction, known.settings), dtype=dtype)
 
 
+@torch.library.impl(LIBRARY, "derivatives", "CUDA")
 @torch.library.impl(LIBRARY, "derivatives", "CPU")
 def _derivatives(
     loss: str, reduction: str, first: Any, second: Any, others: list[Any], names: list[str], numbers: list[float], wanted: list[str],

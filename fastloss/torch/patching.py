@@ -10,9 +10,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastloss.torch import functional
-from fastloss.torch.tensors import HALVES, Tensor, has_memory, is_transformed
+from fastloss.torch.tensors import HALVES, has_memory, is_on_gpu, is_transformed
 
 NAMES = ("binary_cross_entropy", "binary_cross_entropy_with_logits", "huber_loss", "l1_loss", "mse_loss", "smooth_l1_loss")
 DTYPES = (torch.float32, torch.float64, *(HALVES if importlib.util.find_spec("ml_dtypes") else ()))
@@ -48,9 +49,9 @@ def patch() -> Patch:
         fastloss.torch.patch()                # from now on; .undo() of what it returns ends it
         with fastloss.torch.patch(): ...      # in the block alone
 
-    What fastloss does not serve goes on to PyTorch's own: other devices, other or mixed dtypes, other shapes, tensors that are
-    no plain ones, a weight that requires a gradient, torch.func's transforms, torch.jit.trace. Not for torch.jit.script. Names
-    that were imported before (`from torch.nn.functional import mse_loss`) stay what they were.
+    What fastloss does not serve goes on to PyTorch's own: other devices (GPUs too, without CuPy), other or mixed dtypes, other
+    shapes, tensors that are no plain ones, a weight that requires a gradient, torch.func's transforms, torch.jit.trace. Not for
+    torch.jit.script. Names that were imported before (`from torch.nn.functional import mse_loss`) stay what they were.
     """
     return Patch()
 
@@ -72,7 +73,7 @@ def serves(input: Any, target: Any, options: dict[str, Any]) -> bool:
     """Whether fastloss computes what PyTorch would."""
     weights = [options[name] for name in ("weight", "pos_weight") if options.get(name) is not None]
     tensors = [input, target, *weights]
-    if not all(isinstance(x, Tensor) and x.is_cpu and x.layout is torch.strided and x.dtype in DTYPES for x in tensors):
+    if not all(isinstance(x, Tensor) and is_served(x) and x.layout is torch.strided and x.dtype in DTYPES for x in tensors):
         return False
     if not torch.compiler.is_compiling() and (is_transformed(tensors) or not has_memory(tensors)):
         return False
@@ -86,9 +87,20 @@ def serves(input: Any, target: Any, options: dict[str, Any]) -> bool:
     )
 
 
+def is_served(tensor: Any) -> bool:
+    """Whether a tensor is where fastloss computes: on the CPU, or on a GPU if CuPy is there."""
+    return bool(tensor.is_cpu) or (is_on_gpu(tensor) and has_cupy())
+
+
+@functools.cache
+def has_cupy() -> bool:
+    """Whether CuPy is installed."""
+    return importlib.util.find_spec("cupy") is not None
+
+
 def agree(input: Any, other: Any) -> bool:
     """Whether both have one dtype, or will have under autocast."""
-    widened = torch.is_autocast_enabled("cpu") and torch.float64 not in (input.dtype, other.dtype)
+    widened = torch.is_autocast_enabled(input.device.type) and torch.float64 not in (input.dtype, other.dtype)
     return input.dtype is other.dtype or widened
 
 

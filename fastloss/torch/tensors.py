@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch._C import _get_tracing_state as tracing_state
 from torch._C import _len_torch_dispatch_stack as dispatch_modes
@@ -15,18 +16,27 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from fastloss.plan import Array
+from fastloss.torch.dtypes import bfloat16
 
-Tensor = torch.Tensor
 PLAIN, STRIDED = (torch.Tensor, torch.nn.Parameter), torch.strided
 HALVES = (torch.float16, torch.bfloat16)
 
 
+def is_on_gpu(tensor: Any) -> bool:
+    """Whether a tensor lies in a GPU's memory."""
+    return bool(tensor.is_cuda)
+
+
 def to_array(tensor: Any) -> Array:
-    """Return an array on a CPU tensor's memory; of a tensor that is negated lazily, on that of its negation."""
+    """Return an array on a tensor's memory, CuPy's on a GPU; of a tensor that is negated lazily, on that of its negation."""
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
+    if is_on_gpu(tensor):
+        from fastloss.torch.device import to_array
+
+        return to_array(tensor)
     if tensor.dtype is torch.bfloat16:
         bits: Array = tensor.view(torch.int16).numpy()
         return bits.view(bfloat16())
@@ -36,30 +46,25 @@ def to_array(tensor: Any) -> Array:
 
 def to_tensor(array: Array) -> Any:
     """Return a tensor on an array's memory."""
+    if not isinstance(array, np.ndarray):
+        from fastloss.torch.device import to_tensor
+
+        return to_tensor(array)
     if array.dtype.kind == "V":  # bfloat16: its name takes longer to ask for
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
-def bfloat16() -> np.dtype[Any]:
-    """Return the dtype that NumPy does not have."""
-    try:
-        from ml_dtypes import bfloat16
-    except ImportError:
-        raise ImportError("bfloat16 tensors are read through ml_dtypes; install it, or fastloss[torch]") from None
-    return np.dtype(bfloat16)
-
-
 def check_tensors(named: Iterable[tuple[str, Any]]) -> None:
-    """Refuse what is no tensor, and tensors that do not lie together in this machine's memory."""
-    meta = None
+    """Refuse what is no tensor, and tensors that do not lie together."""
+    place: Any = None
     for name, x in named:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__qualname__}, and the input a tensor; accepted: torch.Tensor")
-        if not x.is_cpu and x.device.type != "meta":
-            raise NotImplementedError(f"{name} is on {x.device}; accepted: tensors on the CPU")
-        if x.is_meta is not (meta := x.is_meta if meta is None else meta):
-            raise ValueError(f"{name} is on {x.device}, and the input is not; accepted: tensors on one device")
+        if not (x.is_cpu or x.is_meta or is_on_gpu(x)):
+            raise NotImplementedError(f"{name} is on {x.device}; accepted: tensors on the CPU or on a CUDA device")
+        if x.device != (place := x.device if place is None else place):
+            raise ValueError(f"{name} is on {x.device}, and the input on {place}; accepted: tensors on one device")
         if x.layout is not STRIDED:
             raise TypeError(f"{name} has layout {x.layout}; accepted: torch.strided")
 
@@ -69,7 +74,9 @@ def has_memory(tensors: Sequence[Any]) -> bool:
     if is_compiling():
         return False
     for x in tensors:
-        if type(x) not in PLAIN or not x.is_cpu or x.layout is not STRIDED or x.is_neg():  # of which only the sign is noted
+        if type(x) not in PLAIN or x.layout is not STRIDED or x.is_neg():  # of which only the sign is noted
+            return False
+        if not x.is_cpu and not (is_on_gpu(x) and x.device == tensors[0].device):
             return False
     return not (may_transform() or dispatch_modes() or pre_dispatch_modes())
 

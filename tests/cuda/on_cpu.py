@@ -27,6 +27,7 @@ FLAGS = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fno-strict
 
 waits = 0  # how often the host waited for the device
 launches: list[str] = []  # the kernels that ran, by name
+streams: list[int] = []  # and on which stream
 
 
 def wait() -> None:
@@ -115,6 +116,12 @@ class ndarray:  # noqa: N801 (CuPy's name)
 
     def __array_function__(self, function: Any, kinds: Any, args: Any, kwargs: Any) -> Any:
         return wrapped(function(*map(unwrap, args), **{k: unwrap(v) for k, v in kwargs.items()}))
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._host.__dlpack__()
+
+    def __dlpack_device__(self) -> Any:
+        return self._host.__dlpack_device__()
 
     def __float__(self) -> float:
         wait()
@@ -241,6 +248,7 @@ class RawModule:
 
         def launch(grid: tuple[int], block: tuple[int], args: tuple[Any, ...]) -> None:
             launches.append(name)
+            streams.append(current.stream.ptr)
             (frame,) = args
             assert frame.nbytes == library.size_of_arguments(), (frame.nbytes, library.size_of_arguments())
             library.launch(ctypes.c_void_p(frame.ctypes.data), grid[0], block[0], next(SEEDS))

@@ -115,7 +115,7 @@ def test_sums_do_not_depend_on_the_address(cp, rng):
 
 
 def test_elements_counted_in_64_bits(cp, fresh, rng):
-    a, b, z, t = batch(cp, rng, (5, 3, 41, 33))
+    __, _, z, t = batch(cp, rng, (5, 3, 41, 33))
     w = rng.random((3, 1, 1)).astype(np.float32)
     want = LOGISTIC.value_and_grad(z, t, cp.asarray(w), "sample_mean")
     fresh.setattr("fastloss.cuda.launch.INT32", 0)
@@ -249,7 +249,10 @@ def test_workspaces_are_small_and_not_kept_for_ever(stand_in, rng):
 def test_cupy_is_not_imported_for_others():
     from tests.test_process import run_python
 
-    assert run_python("import sys, fastloss as fl; fl.mse_loss(1.0, 2.0); fl.raise_deferred(); print('cupy' in sys.modules)").strip() == "False"
+    assert (
+        run_python("import sys, fastloss as fl; fl.mse_loss(1.0, 2.0); fl.raise_deferred(); print('cupy' in sys.modules)").strip()
+        == "False"
+    )
 
 
 def test_numbers_beside_arrays(cp, rng):

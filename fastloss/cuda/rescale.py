@@ -1,0 +1,28 @@
+"""Multiply a gradient in place by a number that the host does not know."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from typing import Any
+
+import numpy as np
+
+from fastloss.cuda import device
+from fastloss.cuda.launch import BLOCKS, compile_kernel
+from fastloss.cuda.source import THREADS, part
+from fastloss.cuda.text import TYPES
+
+
+def rescale(address: int, size: int, code: str, factor: int, factor_code: str) -> None:
+    """Multiply `size` elements that lie beside each other by a number, both given by address and NumPy's code of float32 or float64."""
+    blocks = min(-(-size // THREADS), BLOCKS * device.processors(device.current()))
+    arguments = np.frombuffer(struct.pack("3q", address, size, factor), np.dtype((np.void, 24)))
+    kernel(code, factor_code)((max(1, blocks),), (THREADS,), (arguments,))
+
+
+@functools.cache
+def kernel(code: str, factor_code: str) -> Any:
+    """Return the kernel for numbers of these types."""
+    text = f"#define THREADS {THREADS}\n#define element_t {TYPES[code]}\n#define factor_t {TYPES[factor_code]}\n" + part("rescale.cuh")
+    return compile_kernel(text, "fastloss_rescale")
