@@ -174,7 +174,7 @@ DEVICE void reduce(const Arguments& a, const index_t range, const index_t group,
 
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(const Arguments a) {
+extern "C" __global__ void __launch_bounds__(BOUNDS) KERNEL(const Arguments a) {
     const index_t group_ranges = (index_t)a.group_ranges;
     for (index_t range = blockIdx.x; range < (index_t)a.groups * group_ranges; range += gridDim.x) {
         const index_t group = range / group_ranges;

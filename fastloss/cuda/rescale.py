@@ -24,5 +24,10 @@ def rescale(address: int, size: int, code: str, factor: int, factor_code: str) -
 @functools.cache
 def kernel(code: str, factor_code: str) -> Any:
     """Return the kernel for numbers of these types."""
-    text = f"#define THREADS {THREADS}\n#define element_t {TYPES[code]}\n#define factor_t {TYPES[factor_code]}\n" + part("rescale.cuh")
-    return compile_kernel(text, "fastloss_rescale")
+    return compile_kernel(text_of(code, factor_code), "fastloss_rescale")
+
+
+def text_of(code: str, factor_code: str) -> str:
+    """Return the kernel's text."""
+    constants = {"THREADS": THREADS, "element_t": TYPES[code], "factor_t": TYPES[factor_code]}
+    return "".join(f"#define {name} {value}\n" for name, value in constants.items()) + part("rescale.cuh")

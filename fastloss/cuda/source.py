@@ -80,6 +80,8 @@ def constants(variant: Variant) -> str:
         "compute_t": TYPES[spec.compute],
         "index_t": "unsigned long long" if variant.is_wide else "unsigned int",
         "THREADS": THREADS,
+        # two blocks on a processor: left to itself the compiler spills some of 8 bytes to have room for a third
+        "BOUNDS": f"{THREADS}, 2" if any(op.code[1] == "8" for op in spec.arrays) else THREADS,
         "PACK": variant.pack,
         "PACKS": variant.packs,
         "STEPS": max(1, SUMMED // (variant.pack * variant.packs)),

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from math import inf, isnan
 from typing import Any
 
+import numpy as np
+
 from fastloss import vmath
 from fastloss.ops import Symbol
 
@@ -20,6 +22,7 @@ TYPES = {
     "u1": "unsigned char", "u2": "unsigned short", "u4": "unsigned int", "u8": "unsigned long long",
 }  # fmt: skip
 FLOATS, INTS = {"float": 32, "double": 64}, {"int": 32, "long long": 64}
+TYPE_CODES = {"float": "f4", "double": "f8"}
 CONVERSIONS = {"f2": "from_half", "B2": "from_bfloat16"}
 
 
@@ -116,8 +119,9 @@ def literal(number: float, type: str) -> str:
     """Return a number as it stands in the text, to the last bit."""
     if type not in FLOATS:
         return f"({type}){int(number)}"
-    if isnan(number) or number in (inf, -inf):
-        return f"({type}){'NAN' if isnan(number) else 'INFINITY' if number > 0 else '-INFINITY'}"
+    if isnan(number) or number in (inf, -inf):  # NVRTC has no names for them
+        bits = np.array(number, TYPE_CODES[type]).view(f"u{FLOATS[type] // 8}")
+        return f"as_float(({of_width(INTS, FLOATS[type])}){hex(int(bits))})"
     return f"({type}){float(number).hex()}"
 
 

@@ -4,10 +4,8 @@
 #define __global__
 #define __shared__ static
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define memcpy __builtin_memcpy
-#define NAN __builtin_nanf("")
-#define INFINITY __builtin_inff()
 
 inline float fabs(float x) { return __builtin_fabsf(x); }
 inline double fabs(double x) { return __builtin_fabs(x); }

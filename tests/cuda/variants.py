@@ -1,0 +1,161 @@
+"""Every kind of kernel, compiled by NVRTC for one architecture: `python -m tests.cuda.variants 90` prints what each needs.
+
+No GPU and no driver is needed. A process of its own, because here CuPy is CuPy, and not what stands in for it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import files
+from pathlib import Path
+from typing import Any
+
+import cupy  # noqa: F401 (finds NVRTC)
+import numpy as np
+from cupy_backends.cuda.libs import nvrtc
+
+import fastloss as fl
+from fastloss.call import Call
+from fastloss.cuda.launch import OPTIONS, Launch, Outcome
+from fastloss.cuda.rescale import text_of
+from fastloss.cuda.source import source
+from fastloss.plan import Request
+from tests.table import LOSSES
+
+SHAPE = (8, 3, 32, 32)
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+INTEGERS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
+BOTH, OTHERS = ("slope", "target_slope"), ("value", "curvature", "cross_curvature", "target_curvature")
+LOGISTIC = fl.binary_cross_entropy_with_logits
+
+
+def array(dtype: str, shape: tuple[int, ...] = SHAPE) -> Any:
+    """Return an array that is never read."""
+    if dtype == "bfloat16":
+        from ml_dtypes import bfloat16
+
+        return np.empty(shape, bfloat16)
+    return np.empty(shape, dtype)
+
+
+def launch(
+    definition: Any, input: Any, target: Any, summed: tuple[str, ...] = (), wanted: tuple[str, ...] = (), reduction: str = "mean",
+    checked: tuple[str, ...] = (), outcome: Outcome | None = None, **options: Any
+) -> Launch:  # fmt: skip
+    """Return what would launch a call."""
+    weight = options.pop("weight", None)
+    call = Call(definition, input, target, weight, reduction, options)
+    arrays = [*call.arrays, *(np.empty_like(target if name.startswith("target_") else input) for name in wanted)]
+    layouts = tuple((a.dtype, a.shape, a.strides) for a in arrays)
+    numbers = tuple(call.numbers)
+    request = Request(definition.formula, call.shape, call.kept, summed, checked, wanted, call.parameters, numbers, call.names, layouts)
+    return Launch(request, outcome or Outcome())
+
+
+def launches() -> Iterator[tuple[str, Launch]]:
+    """Yield every kind of launch, with a name."""
+    single, double = (array(dtype) for dtype in ("float32", "float64"))
+    for name in [*LOSSES, "gaussian_kl_loss"]:
+        one = getattr(fl, name)._definition
+        for z in (single, double):
+            yield f"{name} {z.dtype}: value and slope", launch(one, z, z, ("value",), ("slope",))
+            yield f"{name} {z.dtype}: value", launch(one, z, z, ("value",))
+            yield f"{name} {z.dtype}: slopes", launch(one, z, z, (), BOTH)
+            yield f"{name} {z.dtype}: value and curvatures of each", launch(one, z, z, (), OTHERS, reduction="none")
+    for loss in (fl.dice_with_logits_loss, fl.dice_bce_with_logits_loss):
+        for z in (single, double):
+            yield f"{loss.__name__} {z.dtype}: sums", launch(loss.first, z, z, ("overlap", "missed", "entropy", "count"), mask=z > 0)
+            groups = dict.fromkeys(loss.second.formula.defaults, array("float64", (8, 3, 1, 1)))
+            call = Call(loss.first, z, z, None, "sum", {}).derive(loss.second, groups)
+            layouts = tuple((a.dtype, a.shape, a.strides) for a in [*call.arrays, z, z])
+            request = Request(loss.second.formula, SHAPE, 0, (), (), BOTH, call.parameters, (), call.names, layouts)
+            yield f"{loss.__name__} {z.dtype}: slopes", Launch(request, Outcome())
+    one = LOGISTIC._definition
+    for dtype in FLOATS:
+        for target in (*FLOATS, *INTEGERS):
+            yield f"{dtype} and {target}", launch(one, array(dtype), array(target), ("value",), ("slope",))
+    yield from options(one)
+
+
+def options(one: Any) -> Iterator[tuple[str, Launch]]:
+    """Yield every option, and every way through memory."""
+    z, images, channel = array("float32"), array("uint8"), array("float32", (3, 1, 1))
+    value_and_slope: dict[str, Any] = {"summed": ("value",), "wanted": ("slope",)}
+    yield "weight", launch(one, z, z, **value_and_slope, weight=z)
+    yield "weight by channel", launch(one, z, z, **value_and_slope, weight=channel)
+    yield "weight by channel, transposed", launch(one, z.T.copy().T, z.T.copy().T, **value_and_slope, weight=channel)
+    yield "pos_weight", launch(one, z, z, **value_and_slope, pos_weight=channel, label_smoothing=0.1)
+    yield "mask", launch(one, z, z, ("value", "count"), mask=z > 0, outcome=Outcome(is_mean=True))
+    yield "ignored, counts", launch(one, z, images, **value_and_slope, ignore_index=255, outcome=Outcome(has_counts=True))
+    yield "target_scale, checked", launch(one, z, images, **value_and_slope, checked=("target",), target_scale=1 / 255)
+    yield "samples", launch(one, z, z, **value_and_slope, reduction="sample_mean", outcome=Outcome(upstream="f4", result="f4"))
+    yield "samples of 16 bits", launch(one, z, z, **value_and_slope, reduction="sample_mean", outcome=Outcome(upstream="B2", result="f2"))
+    yield "grad_output of each", launch(one, z, z, (), ("slope", "value"), reduction="none", grad_output=z)
+    yield "strided", launch(one, z[..., ::2], z[..., 1::2], **value_and_slope)
+    yield "transposed", launch(one, z, z.transpose(0, 1, 3, 2), **value_and_slope)
+    yield "ragged", launch(one, z[..., :31], z[..., 1:], **value_and_slope, weight=channel)
+    yield (
+        "short rows",
+        launch(one, array("float32", (9, 50, 3)), array("float32", (9, 50, 3)), **value_and_slope, weight=array("float32", (3,))),
+    )
+    yield "six axes", launch(one, *(array("float32", (2, 4, 2, 4, 2, 4))[:, ::2, :, ::2, :, ::2] for _ in range(2)), **value_and_slope)
+    everything = {"weight": z, "mask": z > 0, "pos_weight": channel, "label_smoothing": 0.1, "target_scale": 0.5, "ignore_index": 3}
+    yield "everything", launch(one, z, images, ("value", "count"), ("slope",), checked=("target",), **everything)
+
+
+def texts() -> Iterator[tuple[str, str, str]]:
+    """Yield what each kernel is, its text, and its name in the text."""
+    for what, one in launches():
+        variant = one.variant(tuple(one.alignments))
+        yield what, source(variant), variant.name
+    for what, one in launches():
+        if what in ("float32 and float32", "float16 and uint8", "ragged"):
+            sizes = tuple(int(op.code[1]) for op in one.plan.spec.arrays)
+            variant = one.variant(sizes)
+            yield f"{what}, not aligned", source(variant), variant.name
+            yield f"{what}, 64 bits", source(replace(variant, is_wide=True)), variant.name
+    for codes in (("f4", "f4"), ("f8", "f4")):
+        yield f"rescale {codes}", text_of(*codes), "fastloss_rescale"
+
+
+def cubin(text: str, architecture: str) -> bytes:
+    """Return machine code."""
+    program = nvrtc.createProgram(text, "kernel.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, (f"-arch=sm_{architecture}", *OPTIONS))
+        return bytes(nvrtc.getCUBIN(program)) + b"\0"  # CuPy cuts off the last byte
+    except nvrtc.NVRTCError:
+        raise RuntimeError(nvrtc.getProgramLog(program)) from None
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def resources(code: bytes) -> dict[str, int]:
+    """Return a kernel's registers, and the bytes of its stack, where registers are spilled to."""
+    tool = next(file.locate() for file in files("nvidia-cuda-cuobjdump") or [] if file.name == "cuobjdump")
+    Path(tool).chmod(0o755)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(code)
+        shown = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    fields = dict(field.split(":") for field in shown.split() if field.count(":") == 1 and not field.endswith(":"))
+    return {"registers": int(fields["REG"]), "stack": int(fields["STACK"]), "local": int(fields["LOCAL"]), "shared": int(fields["SHARED"])}
+
+
+def main() -> None:
+    """Compile all, and print a line each."""
+    for what, text, name in texts():
+        start = time.perf_counter()
+        code = cubin(text, sys.argv[1])
+        seconds = round(time.perf_counter() - start, 2)
+        print(json.dumps({"kernel": what, "name": name, "seconds": seconds, **resources(code)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Every kind of kernel through NVRTC, for every architecture, without a GPU; and CuPy has what the stand-in for it has."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+
+
+def run(*args):
+    result = subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="CuPy and NVRTC are installed on Linux alone")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_compiles_and_none_spills(architecture):
+    kernels = [json.loads(line) for line in run("-m", "tests.cuda.variants", str(architecture)).splitlines()]
+    assert len(kernels) > 150
+    spilled = [k["kernel"] for k in kernels if k["stack"] or k["local"]]
+    assert not spilled
+    assert max(k["shared"] for k in kernels) <= 16 << 10
+    assert max(k["registers"] for k in kernels) <= 168  # of 65,536: a block of 256 threads, and another beside most
+
+
+NAMES = """
+ndarray.get ndarray.fill ndarray.astype ndarray.reshape RawModule.get_function asarray empty empty_like zeros broadcast_to
+cuda.alloc cuda.alloc_pinned_memory cuda.MemoryPointer.memset_async cuda.UnownedMemory cuda.Stream.is_capturing cuda.ExternalStream
+cuda.Device cuda.Device.synchronize cuda.get_current_stream cuda.using_allocator cuda.PythonFunctionAllocator.malloc
+cuda.runtime.getDevice cuda.runtime.getDeviceCount cuda.runtime.deviceGetAttribute cuda.runtime.deviceSynchronize cuda.runtime.memcpy
+cuda.runtime.is_hip cuda.runtime.CUDARuntimeError cuda.memory.OutOfMemoryError
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="CuPy and NVRTC are installed on Linux alone")
+def test_cupy_has_what_is_used_of_it():
+    code = f"""
+import functools, cupy, ml_dtypes, numpy as np
+for name in {NAMES.split()}:
+    functools.reduce(getattr, name.split("."), cupy)
+memory = cupy.cuda.UnownedMemory(4096, 1024, None, 0)
+array = cupy.ndarray((3, 4), ml_dtypes.bfloat16, cupy.cuda.MemoryPointer(memory, 0) + 16, (2, 6))
+print(array.data.ptr, array.data.device_id, array.strides, array.dtype, array[1:, ::2].data.ptr)
+"""
+    assert run("-c", code).split() == ["4112", "0", "(2,", "6)", "bfloat16", "4114"]
+
+
+def test_the_error_without_cupy_names_what_to_install():
+    code = """
+import sys
+sys.modules["cupy"] = None
+try:
+    import fastloss.cuda
+except ImportError as error:
+    print(error)
+"""
+    assert "install fastloss[cuda12] or fastloss[cuda13], by the version of CUDA that the driver has" in run("-c", code)
+
+
+def test_the_error_without_a_gpu_says_so():
+    code = """
+import fastloss.cuda.device as device
+try:
+    print(device.current())
+except RuntimeError as error:
+    print(error)
+"""
+    assert "no GPU can be used: cudaError" in run("-c", code) or run("-c", "import cupy; print(cupy.cuda.runtime.getDeviceCount())") != "0"
