@@ -21,6 +21,13 @@ def main() -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if arguments.command == "bench":
+            device = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            device.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+            where, others = device.parse_known_args(rest)
+            if where.device == "cuda":
+                from fastloss.bench import gpu  # which needs none of the packages that the other does
+
+                return gpu.main(others)
             from fastloss.bench import command
 
             return command.main(rest)

@@ -41,6 +41,7 @@ def main(arguments: list[str]) -> int:
         name = "pass" if axis == "part" else axis
         help_text = f"cells of the table of cases to time, instead of its selections: {', '.join(accepted)}; may be given several times"
         parser.add_argument(f"--{name}", dest=axis, action="append", choices=accepted, metavar=name.upper(), help=help_text)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: on a GPU, see --device cuda --help")
     parser.add_argument("--threads", type=thread_count, default=machine.cpus(), help="for all libraries (default: the CPUs, %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there, with hardware, versions, threads and date")
     parser.add_argument("--png", type=Path, metavar="FOLDER", default=Path(), help="where the pictures go (default: here)")

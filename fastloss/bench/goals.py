@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastloss.bench.cases import BCE, MSE, Case
 from fastloss.bench.ours import PLAIN
@@ -78,10 +78,25 @@ GOALS = [
 ]
 
 
+_GPU = {loss: Case(loss, size="huge") for loss in (BCE, MSE)}
+GPU_GOALS = [
+    *(Goal(case, LIMIT, most=1 / 0.9) for case in _GPU.values()),
+    *(Goal(replace(case, part="value"), LIMIT, most=1 / 0.9) for case in _GPU.values()),
+    *(
+        Goal(replace(case, dtype=dtype), LIMIT, most=1 / 0.85)
+        for case in _GPU.values()
+        for dtype in ("uint8 targets", "float16", "bfloat16")
+    ),
+    *(Goal(case, "torch eager", least=4, row=TENSORS) for case in _GPU.values()),
+    *(Goal(case, "torch.compile", least=1.4, row=TENSORS) for case in _GPU.values()),
+    *(Goal(case, "JAX", least=1.4) for case in _GPU.values()),
+]
+
+
 def verdicts(results: Results) -> list[tuple[Goal, float]]:
     """Return the goals that were measured, with what was."""
     found = []
-    for goal in GOALS:
+    for goal in GPU_GOALS if results.is_gpu else GOALS:
         measured = results.measured.get(goal.case)
         if measured and (ratio := goal.ratio(measured)) is not None:
             found.append((goal, ratio))

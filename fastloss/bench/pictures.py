@@ -47,7 +47,7 @@ def colour(name: str) -> str:
 
 def bars(results: Results) -> Any:
     """Draw how many times as long as the limit every row takes, for BCE and MSE."""
-    found = [results.measured[Case(loss)] for loss in (BCE, MSE) if Case(loss) in results.measured]
+    found = [results.measured[case] for loss in (BCE, MSE) if (case := results.headline(loss)) in results.measured]
     if not found:
         return None
     figure, all_axes = plt.subplots(1, len(found), figsize=(6.2 * len(found), 5), layout="constrained", squeeze=False)
@@ -60,11 +60,11 @@ def bars(results: Results) -> Any:
         axes.barh(names, ratios, color=[colour(name) for name in names], xerr=whiskers, error_kw={"elinewidth": 1, "ecolor": "#555555"})
         for y, (ratio, high) in enumerate(zip(ratios, quartiles[1], strict=True)):
             axes.text(high * 1.1, y, f"{ratio:.3g} x", va="center")
-        axes.set(xscale="log", xlim=(0.5, max(ratios) * LOG_ROOM), xlabel="time over that of the triad (logarithmic; whiskers: quartiles)")
+        axes.set(xscale="log", xlim=(0.5, max(ratios) * LOG_ROOM), xlabel="time over the limit (logarithmic; whiskers: quartiles)")
         axes.axvline(1, color=LIMIT, linewidth=1, linestyle=":")
         axes.set_title(f"{measured.case.subject.short}: value and gradient")
         tidy(axes, "x")
-    figure.suptitle(subtitle(results, Case()))
+    figure.suptitle(subtitle(results, results.headline()))
     return figure
 
 
@@ -117,8 +117,8 @@ def memory(results: Results) -> Any:
 
 def losses(results: Results) -> Any:
     """Draw every loss: ours, and the fastest other, over the limit."""
-    found = [m for m in results.measured.values() if m.case == Case(m.case.loss)]
-    if len(found) < 3 or not all(m.rows.keys() & {"torch.compile", "torch eager", "NumPy, stable"} for m in found):
+    found = [m for m in results.measured.values() if m.case == results.headline(m.case.loss)]
+    if len(found) < 3 or not any(m.rows.keys() & {"torch.compile", "torch eager", "NumPy, stable"} for m in found):
         return None
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     y = np.arange(len(found))
@@ -130,7 +130,7 @@ def losses(results: Results) -> Any:
     axes.axvline(1, color=LIMIT, linewidth=1, linestyle=":", label="limit")
     axes.set(xscale="log", xlabel="time over the limit (logarithmic)", yticks=y, yticklabels=[m.case.subject.short for m in found])
     axes.invert_yaxis()
-    axes.set_title(f"Value and gradient\n{subtitle(results, Case())}")
+    axes.set_title(f"Value and gradient\n{subtitle(results, results.headline())}")
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     tidy(axes, "x")
     axes.grid(axis="y", color="#eeeeee")
@@ -139,7 +139,8 @@ def losses(results: Results) -> Any:
 
 def subtitle(results: Results, case: Case) -> str:
     """Return what a picture's rows have in common."""
-    return f"{' x '.join(map(str, case.shape))}, {case.dtype}, {results.machine['threads']} threads, {results.machine['cpu']}"
+    where = results.machine["gpu"] if results.is_gpu else f"{results.machine['threads']} threads, {results.machine['cpu']}"
+    return f"{' x '.join(map(str, case.shape))}, {case.dtype}, {where}"
 
 
 def tidy(axes: Any, logarithmic: str) -> None:

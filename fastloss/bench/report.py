@@ -60,7 +60,9 @@ class Table:
 
 def tables(results: Results) -> list[Table]:
     """Return all tables that the results have rows for."""
-    made = [details(results.measured[case]) for case in (Case(), Case(size="mnist"), Case(size="1Ki")) if case in results.measured]
+    made = [
+        details(results.measured[case]) for case in (results.headline(), Case(size="mnist"), Case(size="1Ki")) if case in results.measured
+    ]
     return [
         table
         for table in [

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from fastloss.bench.cases import Case
+from fastloss.bench.cases import BCE, FORMAT, Case
 from fastloss.bench.ours import OURS
-from fastloss.bench.suite import FORMAT
 
-LIMITS = ("limit: triad", "limit: dot product", "limit: dot product, then triad")
-PEERS = ("NumPy, stable", "NumPy, naive", "numexpr", "scikit-learn", "torch eager", "torch.compile", "JAX", "optax")
+LIMITS = ("limit: triad", "limit: dot product", "limit: dot product, then triad", "limit: copy", "limit: read")
+PEERS = ("NumPy, stable", "NumPy, naive", "numexpr", "scikit-learn", "torch eager", "torch.compile", "JAX", "optax", "CuPy, naive")
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,15 @@ class Results:
         self.content = content
         self.machine, self.date = content["machine"], content["date"][:10]
         self.measured = {m.case: m for m in map(read_case, content["cases"])}
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it was measured on a GPU."""
+        return "gpu" in self.machine
+
+    def headline(self, loss: str = BCE) -> Case:
+        """Return the case of a loss that is looked at first: what keeps a CPU busy is over on a GPU before it has begun."""
+        return Case(loss, size="huge" if self.is_gpu else Case.size)
 
     @property
     def threads(self) -> list[tuple[Case, int, Timing]]:

@@ -13,11 +13,10 @@ import psutil
 import fastloss as fl
 from fastloss.bench import machine, measure, ours, peers, start
 from fastloss.bench.batch import Batch
-from fastloss.bench.cases import BCE, MSE, Case
+from fastloss.bench.cases import BCE, FORMAT, MSE, Case
 from fastloss.bench.ours import OURS
 from fastloss.bench.row import Expected, Row, WrongError
 
-FORMAT = 1  # of the results file
 LARGE = 16 << 20  # bytes of logits from which memory is measured
 FRUGAL = ("fastloss", "limit")  # rows that need no more than a gradient
 GREEDY = 8  # multiples of the logits that others may need, buffers included

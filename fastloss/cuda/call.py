@@ -113,6 +113,7 @@ class DeviceCall(Call):
             1.0 if has_counts else counted,
             (upstream.data.ptr, upstream.strides[0] if upstream.ndim else 0) if is_array else (0, 0),
             counted.data.ptr if has_counts else 0,
+            (arrays, results, upstream, counted),
         )
 
 

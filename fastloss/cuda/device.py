@@ -26,7 +26,8 @@ class Record(NamedTuple):
 class Workspace:
     """Memory that the launches of a stream share, one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_captured: bool = False) -> None:
+        self.is_captured, self.kept = is_captured, None  # what a graph needs when it is launched again
         self.finished, self.is_recorded = cupy.cuda.alloc(4 * GROUPS), cupy.cuda.alloc(4)
         self.finished.memset_async(0, 4 * GROUPS)
         self.is_recorded.memset_async(0, 4)
@@ -67,7 +68,7 @@ def workspace(device: int) -> Workspace:
     """Return the workspace of the current stream; of a launch that is captured into a graph, one of its own."""
     stream = cupy.cuda.get_current_stream()
     if not cupy.cuda.runtime.is_hip and stream.is_capturing():
-        _captured.append(Workspace())
+        _captured.append(Workspace(is_captured=True))
         return _captured[-1]
     key = device, stream.ptr
     if (found := _workspaces.get(key)) is None:

@@ -125,16 +125,21 @@ class Launch:
 
     def run(
         self, addresses: Sequence[int], numbers: Iterable[float], results: int = 0, numerator: float = 1.0, divisor: float = 1.0,
-        upstream: tuple[int, int] = (0, 0), counts: int = 0
+        upstream: tuple[int, int] = (0, 0), counts: int = 0, keep: Any = None
     ) -> None:  # fmt: skip
-        """Launch on the current stream of the current device; arrays, results and what gradients are scaled by are given by address."""
+        """Launch on the current stream of the current device; arrays, results and what gradients are scaled by are given by address.
+
+        `keep` is what holds the memory: a captured launch runs again.
+        """
         if not self.ranges:
             return
         here, starts = device.current(), self.plan.starts
         firsts = [address + start for address, start in zip(addresses, starts, strict=True)]
         partials = finished = is_recorded = record = 0
+        space = device.workspace(here)
+        if space.is_captured:
+            space.kept = keep
         if self.reduces:
-            space = device.workspace(here)
             partials, finished = space.reserve(self.partials), space.finished.ptr
             if self.plan.spec.checked:
                 is_recorded, record = space.is_recorded.ptr, space.record_at()

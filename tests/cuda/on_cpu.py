@@ -46,6 +46,10 @@ class MemoryPointer:
     def __init__(self, mem: Any, offset: int) -> None:
         self.mem, self.ptr, self.device_id = mem, mem.ptr + offset, mem.device_id
 
+    def copy_from_device_async(self, source: MemoryPointer, size: int) -> None:
+        """Copy."""
+        ctypes.memmove(self.ptr, source.ptr, size)
+
     def __add__(self, offset: int) -> MemoryPointer:
         return MemoryPointer(self.mem, self.ptr - self.mem.ptr + offset)
 
@@ -138,7 +142,9 @@ class ndarray:  # noqa: N801 (CuPy's name)
         return len(self._host)
 
     def __getitem__(self, index: Any) -> Any:
-        part = self._host[unwrap(index)]
+        index = unwrap(index)
+        every = index if isinstance(index, tuple) else (index,)
+        part = self._host[index if any(x is Ellipsis for x in every) else (*every, ...)]  # of one element too, a view
         return wrap(part, self.data) if isinstance(part, np.ndarray) and part.base is not None else wrapped(part)
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -251,7 +257,11 @@ class RawModule:
             streams.append(current.stream.ptr)
             (frame,) = args
             assert frame.nbytes == library.size_of_arguments(), (frame.nbytes, library.size_of_arguments())
-            library.launch(ctypes.c_void_p(frame.ctypes.data), grid[0], block[0], next(SEEDS))
+
+            def work() -> None:
+                library.launch(ctypes.c_void_p(frame.ctypes.data), grid[0], block[0], next(SEEDS))
+
+            current.stream.recorded.append(work) if current.stream.captures else work()
 
         return launch
 
@@ -290,11 +300,43 @@ def build(text: str, mode: int = ctypes.DEFAULT_MODE) -> Any:
     return ctypes.CDLL(str(path), mode)
 
 
+class RawKernel:
+    """A kernel that does nothing."""
+
+    def __init__(self, code: str, name: str) -> None:
+        self.code = code
+
+    def __call__(self, grid: Any, block: Any, args: Any) -> None:
+        pass
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_") or not hasattr(np, name):
+        raise AttributeError(name)
+    return lambda *args, **options: wrapped(getattr(np, name)(*map(unwrap, args), **options))
+
+
 class Stream:
     """A stream; without a device, everything is done at once."""
 
-    def __init__(self, ptr: int = 0) -> None:
-        self.ptr, self.captures = ptr, False
+    null: Any = None
+
+    def __init__(self, ptr: int = 0, non_blocking: bool = False) -> None:
+        self.ptr, self.captures, self.recorded = ptr, False, list[Any]()
+
+    def begin_capture(self) -> None:
+        """Record launches, and do not run them."""
+        self.captures = True
+
+    def end_capture(self) -> Any:
+        """Return a graph of what was recorded."""
+        self.captures, recorded, self.recorded = False, self.recorded, []
+
+        def launch(stream: Any = None) -> None:
+            for work in recorded:
+                work()
+
+        return types.SimpleNamespace(launch=launch)
 
     def is_capturing(self) -> bool:
         """Whether launches are recorded."""
@@ -308,13 +350,15 @@ class Stream:
         current.stream = self.before
 
 
-current.stream = Stream()
+current.stream = Stream.null = Stream()
 
 
 class Device:
     """A device."""
 
-    def __init__(self, id: int) -> None:
+    compute_capability = "00"
+
+    def __init__(self, id: int = 0) -> None:
         self.id = id
 
     def __enter__(self) -> Device:
@@ -363,6 +407,8 @@ def memcpy(to: int, source: int, size: int, way: int) -> None:
 runtime = types.SimpleNamespace(
     is_hip=False, getDevice=lambda: current.device, getDeviceCount=lambda: 2, deviceGetAttribute=lambda attribute, device: 3,
     CUDARuntimeError=CUDARuntimeError, deviceSynchronize=wait, memcpy=memcpy,
+    runtimeGetVersion=lambda: 13010, driverGetVersion=lambda: 13020,
+    getDeviceProperties=lambda device: {"name": b"the stand-in", "multiProcessorCount": 3, "totalGlobalMem": 1 << 30},
 )  # fmt: skip
 cuda = types.SimpleNamespace(
     runtime=runtime, memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError), alloc=alloc, MemoryPointer=MemoryPointer,

@@ -227,8 +227,9 @@ def test_each_stream_has_a_workspace_and_each_captured_launch(stand_in, rng):
     assert len(set(map(id, found))) == 3
     assert found[1] is found[3]
     with stand_in.cuda.Stream(111) as stream:
-        stream.captures = True
+        stream.begin_capture()
         value = LOGISTIC(z, t)
+        stream.end_capture().launch()
     assert_close(value.get(), LOGISTIC(a, b), SUM[z.dtype])
     captured = device._captured[-1]
     assert captured not in found

@@ -27,7 +27,18 @@ def rows(batch: Batch, _threads: int) -> list[Row]:
 
 
 def row(batch: Batch, name: str, formula: Callable[..., Any]) -> Row:
-    """Return the row of a formula, compiled with its gradients as the case asks."""
+    """Return the row of a formula."""
+    function, arrays = compiled(batch, formula)
+
+    def read(result: Any) -> Result:
+        value, grads = split(batch.case.part, result)
+        return value, [np.asarray(g) for g in grads]
+
+    return Row(name, lambda: jax.block_until_ready(function(*arrays)), read)
+
+
+def compiled(batch: Batch, formula: Callable[..., Any]) -> tuple[Callable[..., Any], list[Any]]:
+    """Return a formula compiled with its gradients as the case asks, and its arrays."""
     case = batch.case
     jax.config.update("jax_enable_x64", case.dtype == "float64")
 
@@ -36,11 +47,4 @@ def row(batch: Batch, name: str, formula: Callable[..., Any]) -> Row:
         return reduced(case, formula(*given))
 
     transform: Any = {"value": lambda f, _: f, "grad": jax.grad, "value_and_grad": jax.value_and_grad}[case.part]
-    compiled = jax.jit(transform(loss, case.subject.slopes))
-    arrays = [jnp.asarray(x) for x in batch.arrays]
-
-    def read(result: Any) -> Result:
-        value, grads = split(case.part, result)
-        return value, [np.asarray(g) for g in grads]
-
-    return Row(name, lambda: jax.block_until_ready(compiled(*arrays)), read)
+    return jax.jit(transform(loss, case.subject.slopes)), [jnp.asarray(x) for x in batch.arrays]
