@@ -12,6 +12,25 @@ import pytest
 
 from tests.table import LOSSES
 
+HANGING = 300  # seconds, after which a test is a failure with a name
+
+
+def pytest_configure(config):
+    if not config.pluginmanager.hasplugin("timeout"):
+        config.addinivalue_line("markers", "timeout: of pytest-timeout, which is not installed")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave the others alone where a GPU's tests are asked for: what they import need not be there."""
+    is_for_gpu = config.getoption("markexpr") == "gpu"
+    return True if is_for_gpu and collection_path.suffix == ".py" and collection_path.parent.name != "cuda" else None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(HANGING))
+
 
 @pytest.fixture
 def rng():

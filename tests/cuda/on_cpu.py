@@ -162,7 +162,27 @@ class ndarray:  # noqa: N801 (CuPy's name)
         return method
 
 
-for _name in ("add", "sub", "mul", "truediv", "radd", "rsub", "rmul", "rtruediv", "gt", "ge", "lt", "le", "eq", "ne", "pow", "neg", "and"):
+for _name in "add sub mul truediv radd rsub rmul rtruediv gt ge lt le eq ne pow rpow neg and matmul".split():
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "radd",
+    "rsub",
+    "rmul",
+    "rtruediv",
+    "gt",
+    "ge",
+    "lt",
+    "le",
+    "eq",
+    "ne",
+    "pow",
+    "neg",
+    "and",
+    "matmul",
+    "rpow",
+):
 
     def _operator(self: Any, *others: Any, name: str = f"__{_name}__") -> Any:
         return wrapped(getattr(self._host, name)(*map(unwrap, others)))
@@ -211,9 +231,9 @@ def unwrap(x: Any) -> Any:
     return x
 
 
-def asarray(x: Any) -> ndarray:
+def asarray(x: Any, dtype: Any = None) -> ndarray:
     """Copy an array to the device, in the same order of memory."""
-    host = np.asarray(x)
+    host = np.asarray(x, dtype)
     made = empty_like(wrap(host, types.SimpleNamespace(device_id=0, ptr=0)))
     made._host[...] = host
     return made
@@ -313,6 +333,8 @@ class RawKernel:
 def __getattr__(name: str) -> Any:
     if name.startswith("_") or not hasattr(np, name):
         raise AttributeError(name)
+    if isinstance(getattr(np, name), type):
+        return getattr(np, name)
     return lambda *args, **options: wrapped(getattr(np, name)(*map(unwrap, args), **options))
 
 

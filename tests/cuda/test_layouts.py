@@ -2,6 +2,8 @@
 
 import pytest
 
+pytest.importorskip("hypothesis")
+
 from tests.test_layouts import *  # noqa: F403
 
 pytestmark = pytest.mark.usefixtures("on_device")

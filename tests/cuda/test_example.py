@@ -1,0 +1,37 @@
+"""The example in CuPy: NumPy's, but for the array module, and it learns the same."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.ulp import TRAINING, assert_close
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def code_of(name):
+    """Return an example's code behind its docstring, without its imports."""
+    text = (EXAMPLES / name).read_text().split('"""')[2]
+    return [line for line in text.splitlines() if not line.startswith("import")]
+
+
+def test_only_the_array_module_differs():
+    assert code_of("autoencoder_numpy.py") == code_of("autoencoder_cupy.py")
+
+
+def test_both_learn_the_same(cp, capsys):
+    pytest.importorskip("sklearn")
+    printed = []
+    for name in ("autoencoder_numpy.py", "autoencoder_cupy.py"):
+        text = (EXAMPLES / name).read_text()
+        for long, short in (("range(300)", "range(7)"), ("step == 299", "step == 6"), ("% (len(images)", "% (len(images)")):
+            assert long in text
+            text = text.replace(long, short)
+        exec(compile(text, name, "exec"), {"__name__": "example"})
+        printed.append([float(x) for x in re.findall(r"(\d+\.\d+)", capsys.readouterr().out)])
+    assert len(printed[0]) == 4
+    assert_close(printed[1], printed[0], TRAINING)
+    assert printed[0][2] < printed[0][0]
