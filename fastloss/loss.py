@@ -106,9 +106,10 @@ LOSSES: dict[str, AnyLoss] = {}  # by key: how a compiled graph names them
 class Loss(AnyLoss):
     """A loss function: call it for the value; `grad`, `value_and_grad` and `curvature` take the same arguments.
 
-    Arrays are NumPy's, or PyTorch's tensors on the CPU, all of one kind. Of tensors the value has the input's dtype and autograd
-    attached, to input and target; gradients and curvatures are tensors without. A call of the value takes `inplace_grad` then:
-    whether the gradient may overwrite the input.
+    Arrays are NumPy's, CuPy's or PyTorch's tensors, all of one kind and on one device. On a GPU no call waits for the device: of
+    CuPy's arrays a value is a 0-d array. Of tensors the value has the input's dtype and autograd attached, to input and target;
+    gradients and curvatures are tensors without. A call of the value takes `inplace_grad` then: whether the gradient may
+    overwrite the input.
 
     Args:
         input: any shape and strides; float16, bfloat16 (`ml_dtypes`), float32 or float64. Arithmetic is float32, or float64

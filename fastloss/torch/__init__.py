@@ -6,7 +6,7 @@
     loss = criterion(logits, images)                 # one pass over memory, the gradient in it
     loss.backward()
 
-The functions of `fastloss` itself take tensors too. On the CPU; tensors are read and written where they are.
+The functions of `fastloss` itself take tensors too. On the CPU, and on a GPU through CuPy; tensors are read and written where they are.
 """
 
 from fastloss.losses.latent import gaussian_kl_loss, vae_loss

@@ -162,27 +162,8 @@ class ndarray:  # noqa: N801 (CuPy's name)
         return method
 
 
-for _name in "add sub mul truediv radd rsub rmul rtruediv gt ge lt le eq ne pow rpow neg and matmul".split():
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "radd",
-    "rsub",
-    "rmul",
-    "rtruediv",
-    "gt",
-    "ge",
-    "lt",
-    "le",
-    "eq",
-    "ne",
-    "pow",
-    "neg",
-    "and",
-    "matmul",
-    "rpow",
-):
+_OPERATORS = """add sub mul truediv radd rsub rmul rtruediv gt ge lt le eq ne pow rpow neg and matmul"""
+for _name in _OPERATORS.split():
 
     def _operator(self: Any, *others: Any, name: str = f"__{_name}__") -> Any:
         return wrapped(getattr(self._host, name)(*map(unwrap, others)))
