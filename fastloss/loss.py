@@ -63,7 +63,7 @@ class AnyLoss:
     def _register(self, *definitions: Definition) -> None:
         """Make the loss known, under a key that is another one for another loss of the same name."""
         self.options = definitions[0].options
-        module = getattr(self, "__module__", "")
+        module = getattr(self, "__module__", None) or ""
         own = module.partition(".")[0] == "fastloss"
         text = repr([(d.formula.text, d.bounds, d.unit) for d in definitions])
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -110,8 +110,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
 
 
 # who may import whom: the layers from the bottom up; a module imports from lower layers, or from its own folder
-LAYERS = [["ops"], ["formula"], ["vmath", "plan"], ["step"], ["cpu"], ["call"], ["cuda"], ["loss"], ["losses"], ["__init__"], ["torch"]]
-LAYERS += [["demo", "bench"], ["__main__"]]
+LAYERS = [["ops", "disk"], ["formula"], ["vmath", "plan"], ["step"], ["cpu"], ["call"], ["cuda"], ["loss"], ["losses"], ["__init__"]]
+LAYERS += [["torch"], ["demo", "bench"], ["__main__"]]
 ALONE = ["reference"]
 DOORS = {("fastloss.loss", "fastloss.torch")}  # the one import upwards, made when the first tensor comes
 
@@ -174,7 +174,7 @@ print(loss(np.ones(3), np.zeros(3)), loss.grad(np.ones(1), np.zeros(1))[0])"""
 
 
 def test_without_a_home_nothing_is_kept(monkeypatch):
-    from fastloss.cpu import jit
+    from fastloss import disk
 
     for name in ("FASTLOSS_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
@@ -182,10 +182,10 @@ def test_without_a_home_nothing_is_kept(monkeypatch):
     def no_home():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(jit.Path, "home", no_home)
-    folder = jit.cache_folder.__wrapped__()
-    jit._write(folder / "name", b"code")
-    assert jit._read(folder / "name") is None
+    monkeypatch.setattr(disk.Path, "home", no_home)
+    folder = disk.cache_folder.__wrapped__()
+    disk.write(folder / "name", b"code")
+    assert disk.read(folder / "name") is None
 
 
 def test_help_runs():

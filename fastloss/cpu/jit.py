@@ -8,12 +8,10 @@ kernel. Nothing is ever deleted; a kernel takes 5 to 20 KB.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import os
 import sys
-import tempfile
 import threading
 from functools import cache
 from importlib.metadata import version
@@ -23,6 +21,7 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
+from fastloss.disk import cache_folder, read, write
 from fastloss.plan import Spec
 
 SYMBOL = "fastloss_kernel"
@@ -49,12 +48,12 @@ def _object_code(spec: Spec) -> bytes:
     """Return the machine code of a spec, from the disk if it is there."""
     name = hashlib.sha256(f"{_fingerprint()}{spec.key}".encode()).hexdigest()
     folder = cache_folder()
-    if (code := _read(folder / name)) is not None:
+    if (code := read(folder / name)) is not None:
         statistics["loaded"] += 1
         return code
     code = _compile(spec)
     statistics["compiled"] += 1
-    _write(folder / name, code)
+    write(folder / name, code)
     return code
 
 
@@ -109,35 +108,3 @@ def sources() -> list[Path]:
     """Return the files that write machine code."""
     folder = Path(__file__).parent
     return [*sorted(folder.glob("*.py")), *(folder.parent / name for name in ("ops.py", "step.py", "vmath.py"))]
-
-
-@cache
-def cache_folder() -> Path:
-    """Return where machine code is kept: FASTLOSS_CACHE_DIR, or `fastloss` in the user's cache folder."""
-    if given := os.environ.get("FASTLOSS_CACHE_DIR"):
-        return Path(given).expanduser()
-    if given := os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"):
-        return Path(given) / "fastloss"
-    try:
-        return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "fastloss"
-    except RuntimeError:  # no home: nothing is kept
-        return Path(os.devnull) / "fastloss"
-
-
-def _read(path: Path) -> bytes | None:
-    """Return the code that was written, or None where there is none or it was cut off."""
-    try:
-        digest, code = (content := path.read_bytes())[:32], content[32:]
-    except OSError:
-        return None
-    return code if hashlib.sha256(code).digest() == digest else None
-
-
-def _write(path: Path, code: bytes) -> None:
-    """Keep the code for the next process; a folder that cannot be written only costs the next compilation."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            file = Path(folder) / path.name
-            file.write_bytes(hashlib.sha256(code).digest() + code)
-            file.replace(path)  # whole or not at all, also with several processes at it

@@ -12,7 +12,7 @@ import numpy as np
 from fastloss.call import Call, complaint, warn_of_nothing
 from fastloss.cuda import device
 from fastloss.cuda.launch import LAUNCHES, Launch, Outcome
-from fastloss.plan import Request, check_overlap, code_of
+from fastloss.plan import Request, check_dtype, check_overlap, code_of, shares_memory
 
 
 class DeviceCall(Call):
@@ -25,7 +25,10 @@ class DeviceCall(Call):
     def as_array(name: str, value: Any) -> Any:
         """Return the caller's array; numbers and lists become one."""
         if not isinstance(value, cupy.ndarray):
-            if not isinstance(value, (int, float, list, tuple)):
+            if isinstance(value, (int, float, np.generic)) or (isinstance(value, np.ndarray) and not value.ndim):
+                number = np.asarray(value)
+                return cupy.full((), number[()], number.dtype)  # by a kernel, without a copy
+            if not isinstance(value, (list, tuple)):
                 found = f"{type(value).__module__}.{type(value).__qualname__}"
                 raise TypeError(f"{name} is a {found}, and the input a cupy.ndarray; accepted: cupy.ndarray (cupy.asarray makes one)")
             return cupy.asarray(value)
@@ -50,6 +53,11 @@ class DeviceCall(Call):
         return cupy.empty_like(array)
 
     @staticmethod
+    def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+        """Return an array for a value."""
+        return cupy.ndarray(shape, dtype)
+
+    @staticmethod
     def as_upstream(array: Any) -> Any:
         """Return what gradients are multiplied by: kernels read any dtype."""
         return array
@@ -60,12 +68,21 @@ class DeviceCall(Call):
         if not isinstance(counted, cupy.ndarray) and not np.all(counted):
             warn_of_nothing()
 
+    def take_upstream(self, grad_output: Any) -> None:
+        """Take the derivative of what follows the loss: a number, of the device too, or an array of the loss's shape."""
+        if isinstance(grad_output, cupy.ndarray) and not grad_output.ndim:
+            check_device("grad_output", grad_output)
+            check_dtype("grad_output", grad_output.dtype)
+            self.upstream = grad_output
+        else:
+            super().take_upstream(grad_output)
+
     def compute(self, summed: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[Any, list[Any]]:
         """Return the reduced value, if it is summed, and the arrays that are wanted."""
         is_mean = self.must_count and not wanted  # gradients have to know the count beforehand
         counted = 1 if is_mean else self.count()
         outputs = self.make_outputs(wanted)
-        value = cupy.ndarray(self.shape[: self.kept], self.value_dtype) if summed else None
+        value = self.empty(self.shape[: self.kept], self.value_dtype) if summed else None
         self.launch((*summed, "count") if is_mean else summed, wanted, outputs, value, counted, is_mean, self.validate)
         if summed:
             self.warn_of_nothing(counted)
@@ -87,6 +104,8 @@ class DeviceCall(Call):
         """Launch one pass, which divides sums and gradients by what is counted."""
         upstream: Any
         upstream, has_counts = self.upstream if wanted else 1.0, isinstance(counted, cupy.ndarray)
+        if self.out is not None and isinstance(upstream, cupy.ndarray) and any(shares_memory(upstream, out) for out in outputs):
+            upstream = upstream.copy()  # it is read while they are written
         is_array = isinstance(upstream, cupy.ndarray)
         outcome = Outcome(code_of(results.dtype) if summed else "f8", is_mean, code_of(upstream.dtype) if is_array else "", has_counts)
         arrays = self.arrays + outputs
@@ -113,7 +132,7 @@ class DeviceCall(Call):
             1.0 if has_counts else counted,
             (upstream.data.ptr, upstream.strides[0] if upstream.ndim else 0) if is_array else (0, 0),
             counted.data.ptr if has_counts else 0,
-            (arrays, results, upstream, counted),
+            counted,
         )
 
 
@@ -142,8 +161,15 @@ def raise_recorded() -> None:
         raise ValueError("an earlier call with validate has found an element outside [0, 1]")
     name, index = launch.bad_element(record.key)
     dtype = launch.request.layouts[launch.request.operands.index(name)][0]
-    message = complaint(name, index, dtype.type(record.found), "target_scale" in launch.request.numbers)
-    raise ValueError(f"{message} (found on the GPU by an earlier call of {launch.request.formula.function.__name__})")
+    message = complaint(name, index, as_stored(record.found, dtype), "target_scale" in launch.request.numbers)
+    raise ValueError(f"{message} (found on the GPU, by an earlier call)")
+
+
+def as_stored(found: float, dtype: np.dtype[Any]) -> Any:
+    """Return a number as it is stored; integers beyond 2**53 were rounded on their way."""
+    if dtype.kind not in "iu":
+        return dtype.type(found)
+    return dtype.type(min(max(int(found), np.iinfo(dtype).min), np.iinfo(dtype).max))
 
 
 def raise_deferred() -> None:

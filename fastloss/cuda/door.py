@@ -11,6 +11,8 @@ import numpy as np
 from fastloss.cuda.call import DeviceCall
 from fastloss.plan import is_float
 
+CALL = DeviceCall  # the kind of call that takes these arrays
+
 
 def run(
     loss: Any,
@@ -23,12 +25,12 @@ def run(
     options: dict[str, Any],
 ) -> Any:
     """Return the reduced value, if it is summed, and the arrays that are wanted."""
-    return loss._compute(summed, wanted, first, second, weight, reduction, options, DeviceCall)
+    return loss._compute(summed, wanted, first, second, weight, reduction, options, CALL)
 
 
 def through_arrays(method: Callable[..., Any], operands: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
     """Call a method that takes arrays of any kind."""
-    return method(**operands, **options, call=DeviceCall)
+    return method(**operands, **options, call=CALL)
 
 
 def unread_like(target: Any) -> Any:

@@ -9,20 +9,15 @@ from collections.abc import Iterable, Sequence
 from math import gcd
 from typing import Any, NamedTuple
 
-import cupy
 import numpy as np
 
-from fastloss.cuda import device
+from fastloss.cuda import compiler, device
 from fastloss.cuda.source import THREADS, WORD, Variant, pack_of, source
 from fastloss.plan import Plan, Request, make_plan
 
 MOST_RANGES = device.GROUPS  # a group of several is more than such a part of everything: there are fewer of these
 BLOCKS = 8  # a processor: of 256 threads, no device has room for more
 INT32 = 2**31 - 2**20  # elements: the loop looks some steps ahead
-OPTIONS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
-HIP_OPTIONS = ("--std=c++17", "-ffp-contract=off")
-
-
 LAUNCHES: weakref.WeakValueDictionary[int, Launch] = weakref.WeakValueDictionary()  # by the number that a record has
 _numbers = itertools.count(1)
 
@@ -70,12 +65,6 @@ def cut(plan: Plan) -> Cut:
     )
 
 
-def compile_kernel(text: str, name: str) -> Any:
-    """Return what launches a kernel; CuPy keeps what is compiled, on the disk too."""
-    options = HIP_OPTIONS if cupy.cuda.runtime.is_hip else OPTIONS
-    return cupy.RawModule(code=text, options=options).get_function(name)
-
-
 class Launch:
     """A plan with its kernels, and the part of their arguments that is the same in every call."""
 
@@ -86,10 +75,8 @@ class Launch:
         LAUNCHES[self.number] = self
         spec, arrays = plan.spec, len(plan.spec.arrays)
         self.ranges = self.cut.groups * self.cut.group_ranges
-        self.partials = 8 * (len(spec.summed) + 2 * bool(spec.checked)) * self.ranges if self.cut.group_ranges > 1 else 0
-        self.reduces = bool(spec.summed or spec.checked)
         self.alignments = [self.alignment(k) for k in range(arrays)]
-        self.kernels: dict[tuple[int, ...], Any] = {}
+        self.kernels: dict[tuple[int, tuple[int, ...]], Any] = {}
         axes = [x for length, by in plan.axes for x in (length, *by)] or [0] * (1 + arrays)
         fields = [self.number, *self.cut, plan.run_size, *plan.row_strides, *plan.turn_strides, *axes]
         self.fixed = struct.pack(f"{len(fields)}q", *fields)
@@ -108,14 +95,27 @@ class Launch:
             steps.append(self.cut.segment_size * size)
         return gcd(WORD, *steps)
 
-    def kernel(self, addresses: Sequence[int]) -> Any:
-        """Return the kernel for arrays that begin at such addresses."""
+    def kernel(self, here: int, addresses: Sequence[int]) -> Any:
+        """Return the kernel for arrays that begin at such addresses, on the current device."""
         widths = tuple([gcd(width, address) for width, address in zip(self.alignments, addresses, strict=True)])
-        found = self.kernels.get(widths)
+        found = self.kernels.get((here, widths))
         if found is None:
+            self.check_alignment(widths)
             variant = self.variant(widths)
-            found = self.kernels[widths] = compile_kernel(source(variant), variant.name)
+            found = self.kernels[here, widths] = compiler.kernel(source(variant), variant.name, here)
         return found
+
+    def check_alignment(self, widths: tuple[int, ...]) -> None:
+        """Refuse arrays whose elements lie where a device cannot load them."""
+        for k, operand in enumerate(self.plan.spec.arrays):
+            size = int(operand.code[1])
+            if widths[k] < size or any(stride % size for stride in self.strides(k)):
+                name = "out" if operand in self.plan.spec.outputs else operand.name
+                raise ValueError(f"{name} is not aligned; accepted on a GPU: addresses and strides that are multiples of its {size} bytes")
+
+    def strides(self, k: int) -> list[int]:
+        """Return the strides of an array, in bytes."""
+        return [self.plan.row_strides[k], self.plan.turn_strides[k], *(by[k] for _, by in self.plan.axes)]
 
     def variant(self, widths: tuple[int, ...]) -> Variant:
         """Return what decides the kernel's text."""
@@ -129,26 +129,20 @@ class Launch:
     ) -> None:  # fmt: skip
         """Launch on the current stream of the current device; arrays, results and what gradients are scaled by are given by address.
 
-        `keep` is what holds the memory: a captured launch runs again.
+        `keep` is memory that the caller does not hold: a captured launch runs again.
         """
         if not self.ranges:
             return
         here, starts = device.current(), self.plan.starts
         firsts = [address + start for address, start in zip(addresses, starts, strict=True)]
-        partials = finished = is_recorded = record = 0
         space = device.workspace(here)
         if space.is_captured:
             space.kept = keep
-        if self.reduces:
-            partials, finished = space.reserve(self.partials), space.finished.ptr
-            if self.plan.spec.checked:
-                is_recorded, record = space.is_recorded.ptr, space.record_at()
-        own = self.own.pack(
-            *firsts, *upstream, counts, results, partials, finished, is_recorded, record, numerator, divisor, *numbers, *self.no_numbers
-        )
+        shared = space.partials.ptr, space.finished.ptr, space.is_recorded.ptr, space.slot.address
+        own = self.own.pack(*firsts, *upstream, counts, results, *shared, numerator, divisor, *numbers, *self.no_numbers)
         frame = np.frombuffer(own + self.fixed, self.frame)
         blocks = min(self.ranges, BLOCKS * device.processors(here))
-        self.kernel(firsts)((blocks,), (THREADS,), (frame,))
+        self.kernel(here, firsts)((blocks,), (THREADS,), (frame,))
 
     def bad_element(self, key: int) -> tuple[str, tuple[int, ...]]:
         """Return the name of the operand in which an element is bad, and the element's index; of elements that are one, the first."""
@@ -170,6 +164,7 @@ def index_at(offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> t
     offset -= sum(stride * (length - 1) for length, stride in zip(shape, strides, strict=True) if stride < 0)
     for axis in sorted(range(len(shape)), key=lambda k: -abs(strides[k])):
         if strides[axis] and shape[axis] > 1:
-            steps, offset = divmod(offset, abs(strides[axis]))
+            steps = min(offset // abs(strides[axis]), shape[axis] - 1)
+            offset -= steps * abs(strides[axis])
             index[axis] = steps if strides[axis] > 0 else shape[axis] - 1 - steps
     return tuple(index)

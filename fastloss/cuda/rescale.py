@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import functools
 import struct
-from typing import Any
 
 import numpy as np
 
-from fastloss.cuda import device
-from fastloss.cuda.launch import BLOCKS, compile_kernel
+from fastloss.cuda import compiler, device
+from fastloss.cuda.launch import BLOCKS
 from fastloss.cuda.source import THREADS, part
 from fastloss.cuda.text import TYPES
 
 
 def rescale(address: int, size: int, code: str, factor: int, factor_code: str) -> None:
     """Multiply `size` elements that lie beside each other by a number, both given by address and NumPy's code of float32 or float64."""
-    blocks = min(-(-size // THREADS), BLOCKS * device.processors(device.current()))
+    here = device.current()
+    blocks = min(-(-size // THREADS), BLOCKS * device.processors(here))
     arguments = np.frombuffer(struct.pack("3q", address, size, factor), np.dtype((np.void, 24)))
-    kernel(code, factor_code)((max(1, blocks),), (THREADS,), (arguments,))
+    compiler.kernel(text_of(code, factor_code), "fastloss_rescale", here)((max(1, blocks),), (THREADS,), (arguments,))
 
 
 @functools.cache
-def kernel(code: str, factor_code: str) -> Any:
-    """Return the kernel for numbers of these types."""
-    return compile_kernel(text_of(code, factor_code), "fastloss_rescale")
-
-
 def text_of(code: str, factor_code: str) -> str:
     """Return the kernel's text."""
     constants = {"THREADS": THREADS, "element_t": TYPES[code], "factor_t": TYPES[factor_code]}

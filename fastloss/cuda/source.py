@@ -51,7 +51,7 @@ class Variant:
     @property
     def name(self) -> str:
         """The kernel's name, as profilers show it."""
-        return "fastloss_" + re.sub(r"\W+", "_", self.spec.formula.function.__name__).strip("_")
+        return "fastloss_" + re.sub(r"\W+", "_", self.spec.formula.function.__name__, flags=re.ASCII).strip("_")
 
 
 def pack_of(spec: Spec) -> int:
@@ -129,7 +129,7 @@ def element(spec: Spec) -> str:
     """Return what kernels know of the options that are numbers, and the function that computes an element and adds it to the sums."""
     compute, lines = TYPES[spec.compute], list[str]()
     raw = {op.name: named(lines, op, k) for k, op in enumerate(spec.operands)}
-    number = {name: Scalar(lines, f"number.{name}", compute) for name in spec.numbers}
+    number = {name: Scalar(lines, f"number.n{k}", compute) for k, name in enumerate(spec.numbers)}
     everywhere = Scalar(lines, "is_inside", "bool", compute)
     codes = {op.name: op.code for op in spec.operands}
 
@@ -158,16 +158,16 @@ def element(spec: Spec) -> str:
 
 
 def named(lines: list[str], operand: Operand, k: int) -> Scalar:
-    """Write down what is loaded of an operand under its own name."""
+    """Write down what is loaded of an operand; parameters may be called what they like, and so have numbers here."""
     type, index = TYPES[operand.code], "0" if operand.access == "constant" else "j"
-    lines.append(f"const {type} {operand.name}_ = pack.x{k}[{index}];")
-    return Scalar(lines, f"{operand.name}_", type)
+    lines.append(f"const {type} v{k} = pack.x{k}[{index}];  // {operand.name.encode('ascii', 'replace').decode()}")
+    return Scalar(lines, f"v{k}", type)
 
 
 def numbers(spec: Spec, codes: dict[str, str]) -> str:
     """Return the type of the options that are numbers, and the function that reads them."""
     compute = TYPES[spec.compute]
-    members = {"scale": (compute, "scale"), **{name: (compute, f"a.numbers[{k}]") for k, name in enumerate(spec.numbers)}}
+    members = {"scale": (compute, "scale"), **{f"n{k}": (compute, f"a.numbers[{k}]") for k in range(len(spec.numbers))}}
     if "ignore_index" in spec.numbers:
         members["ignored"] = (TYPES[codes["target"]], f"a.numbers[{spec.numbers.index('ignore_index')}]")
     text = "".join(f"    {type} {name};\n" for name, (type, _) in members.items())

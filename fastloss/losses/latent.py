@@ -205,9 +205,10 @@ class VAELoss:
     ) -> VAEValue:
         """Return the objective and its two parts."""
         refuse_grad_output(options)
-        refuse_unknown(options, _VAE_OPTIONS if find_door(reconstruction_logits) is None else (*_VAE_OPTIONS, "inplace_grad"))
+        door = find_door(reconstruction_logits)
+        refuse_unknown(options, _VAE_OPTIONS if door is None or door.CALL else (*_VAE_OPTIONS, "inplace_grad"))
         loss, beta = _part(reconstruction), bounded("beta", beta, (0.0, LARGEST))
-        _check_batch(reconstruction_logits, mu, logvar)
+        mu, logvar = _check_batch(reconstruction_logits, mu, logvar, Call if door is None else door.CALL)
         divergence = gaussian_kl_loss(mu, logvar, reduction="batchmean")
         value = loss(reconstruction_logits, images, reduction="batchmean", **options)
         return _together(value, beta, divergence)
@@ -245,7 +246,7 @@ class VAELoss:
         refuse_unknown(options, (*_VAE_OPTIONS, "grad_output", "out"))
         loss, beta = _part(reconstruction), bounded("beta", beta, (0.0, LARGEST))
         upstream = to_float("grad_output", grad_output)
-        _check_batch(reconstruction_logits, mu, logvar, call)
+        mu, logvar = _check_batch(reconstruction_logits, mu, logvar, call)
         # the latents are small: their gradients are copied once the images' pass has not raised, so that nothing is half written
         divergence, slopes = gaussian_kl_loss.value_and_grad(mu, logvar, reduction="batchmean", grad_output=beta * upstream)
         if not beta:  # then the latents do not count, not even if their divergence is infinite
@@ -276,16 +277,17 @@ def _together(reconstruction: Any, beta: float, divergence: Any) -> VAEValue:
         return VAEValue(reconstruction + (beta * divergence if beta else 0.0), reconstruction, divergence)
 
 
-def _check_batch(reconstruction_logits: Any, mu: Any, logvar: Any, call: type[Call] = Call) -> None:
-    """Refuse latents of another batch than the images'."""
+def _check_batch(reconstruction_logits: Any, mu: Any, logvar: Any, call: type[Call] | None) -> tuple[Any, Any]:
+    """Return the latents as arrays of the call's kind, or as the tensors that they are; refuse those of another batch."""
     logits = reconstruction_logits
-    if find_door(mu) is None:
+    if call is not None:
         logits, mu, logvar = call.as_array("reconstruction_logits", logits), call.as_array("mu", mu), call.as_array("logvar", logvar)
         check_latents(mu, logvar)
     images, codes = tuple(logits.shape), tuple(mu.shape)
     if not codes or images[:1] != codes[:1]:
         found = f"reconstruction_logits has shape {images} and mu {codes}"
         raise ValueError(f"{found}; their first axes, the batch, must be equal")
+    return mu, logvar
 
 
 def _check_buffers(out: Any, slopes: tuple[Array, Array], reads: dict[str, Array], call: type[Call]) -> list[Any]:

@@ -6,6 +6,8 @@ became of the sums as parameters that broadcast.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping
 from math import prod
 from typing import Any, NamedTuple
@@ -169,7 +171,8 @@ class _Passes:
         if self.call.is_number(grad_output):
             return to_float("grad_output", grad_output)
         array = self.call.as_array("grad_output", grad_output)
-        check_upstream(array, self.shape_of_value(), self.reduction)
+        if array.ndim:  # one of a device may be a number
+            check_upstream(array, self.shape_of_value(), self.reduction)
         return array.astype(np.float64)
 
     def shape_of_value(self) -> tuple[int, ...]:
@@ -205,7 +208,7 @@ class _Passes:
         weights = {"dice_weight": 1.0, "bce_weight": 0.0} | self.set
         with np.errstate(all="ignore"):  # a part of weight 0 does not count, not even where it is infinite
             terms = [weights[name] * self.reduced(*part) for name, *part in parts if weights[name]]
-            return sum(terms, start=np.zeros_like(self.dice.loss, shape=self.shape_of_value()))[()]
+            return functools.reduce(operator.add, terms or [0.0 * self.over_groups(self.present)])[()]
 
     def reduced(self, sums: Array, counts: Array) -> Any:
         """Return the sum of the groups' sums, over as many elements as the reduction says."""
@@ -258,7 +261,7 @@ class _Passes:
     def trail(self, x: Any) -> Any:
         """Return the array with axes of length 1 behind its own, as many as the input has."""
         if isinstance(x, np.floating):
-            x = np.full_like(self.dice.score, x, shape=())  # beside the arrays
+            x = self.call.as_array("rate", x)  # beside the arrays
         return x.reshape(x.shape + (1,) * (len(self.shape) - x.ndim))
 
 

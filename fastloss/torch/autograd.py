@@ -35,6 +35,7 @@ from fastloss.torch.tensors import (
     to_tensor,
 )
 
+CALL = None  # no call takes tensors as they are
 WIDE = (torch.float32, torch.float64)
 # which slopes are wanted, by whether the first operand and the second require a gradient
 WANTED = {(True, False): ("slope",), (False, True): ("target_slope",), (True, True): ("slope", "target_slope"), (False, False): ()}

@@ -20,26 +20,51 @@ CODES = {torch.float32: "f4", torch.float64: "f8"}
 
 def to_array(tensor: Any) -> Any:
     """Return an array on a tensor's memory, which it keeps alive."""
-    dtype, size = numpy_dtype(tensor.dtype), tensor.element_size()
+    dtype, size, index = numpy_dtype(tensor.dtype), tensor.element_size(), tensor.device.index or 0
     if not tensor.numel():
-        return cupy.empty(tuple(tensor.shape), dtype)
+        with cupy.cuda.Device(index):
+            return cupy.empty(tuple(tensor.shape), dtype)
     strides = tuple([size * stride for stride in tensor.stride()])
     extent = size * (1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True)))
-    memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), extent, tensor, tensor.device.index or 0)
+    memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), extent, tensor, index)
     return cupy.ndarray(tuple(tensor.shape), dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
 
 
 def to_tensor(array: Any) -> Any:
-    """Return a tensor on an array's memory."""
-    if array.dtype.kind == "V":
-        return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_dlpack(array)
+    """Return a tensor on an array's memory: the one that it was made of."""
+    owner = getattr(array.data.mem, "_owner", None)
+    if isinstance(owner, torch.Tensor) and (owner.data_ptr(), tuple(owner.shape)) == (array.data.ptr, array.shape):
+        return owner
+    is_bfloat16 = array.dtype.kind == "V"
+    # without a look at streams (-1): what was computed was so on PyTorch's
+    tensor = torch.utils.dlpack.from_dlpack((array.view(np.int16) if is_bfloat16 else array).__dlpack__(stream=-1))
+    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
+
+
+class TensorDeviceCall(DeviceCall):
+    """A call of tensors on a GPU, as arrays: what is written are tensors too."""
+
+    __slots__ = ()
+
+    @staticmethod
+    def empty_like(array: Any) -> Any:
+        """Return an array to write to, like one that was made of a tensor."""
+        owner = array.data.mem._owner if array.size else None
+        return cupy.empty_like(array) if owner is None else to_array(torch.empty_like(owner.detach()))
+
+    @staticmethod
+    def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+        """Return an array for a value."""
+        if 0 in shape:
+            return cupy.empty(shape, dtype)
+        kind = torch.bfloat16 if dtype.kind == "V" else getattr(torch, dtype.name)
+        return to_array(torch.empty(shape, dtype=kind, device=torch.device("cuda", cupy.cuda.runtime.getDevice())))
 
 
 @functools.cache
 def call_of(dtype: torch.dtype) -> type[DeviceCall]:
     """Return the kind of call whose values have a dtype."""
-    return type("TensorDeviceCall", (DeviceCall,), {"__slots__": (), "value_dtype": numpy_dtype(dtype)})
+    return type("TensorDeviceCallOf", (TensorDeviceCall,), {"__slots__": (), "value_dtype": numpy_dtype(dtype)})
 
 
 @contextlib.contextmanager

@@ -28,8 +28,10 @@ FLAGS = ("validate", "per_channel", "per_sample")  # options that are no numbers
 SECOND = {"slope": ("curvature", "cross_curvature"), "target_slope": ("cross_curvature", "target_curvature")}
 
 LIBRARY = torch.library.Library("fastloss", "DEF")
-LIBRARY.define(f"loss({CALL}, ScalarType dtype) -> Tensor")
-LIBRARY.define(f"derivatives({CALL}, str[] wanted, Tensor? upstream) -> Tensor[]")
+# the memory that streams of a GPU keep does not belong to a graph, as `mode="reduce-overhead"` asks of all there is
+TAGS = [tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch._C.Tag, name, None)) is not None]
+LIBRARY.define(f"loss({CALL}, ScalarType dtype) -> Tensor", tags=TAGS)
+LIBRARY.define(f"derivatives({CALL}, str[] wanted, Tensor? upstream) -> Tensor[]", tags=TAGS)
 
 
 def arguments(bound: Bound, tensors: Sequence[Any]) -> tuple[Any, ...]:

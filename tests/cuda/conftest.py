@@ -36,6 +36,8 @@ def cp(request):
 def imported(cp, monkeypatch):
     """Let `import cupy` find it, and losses the arrays that it makes."""
     monkeypatch.setitem(sys.modules, "cupy", cp)
+    if cp is on_cpu:
+        monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs.nvrtc", on_cpu.nvrtc)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fastloss.cpu.jit import cache_folder
+from fastloss.disk import cache_folder
 
 FOLDER = Path(__file__).parent
 COMPILER = os.environ.get("CXX", "g++")
@@ -74,7 +74,7 @@ class UnownedMemory:
     """Memory of somebody else's."""
 
     def __init__(self, ptr: int, size: int, owner: Any, device_id: int = 0) -> None:
-        self.ptr, self.size, self.owner, self.device_id = ptr, size, owner, device_id
+        self.ptr, self.size, self._owner, self.device_id = ptr, size, owner, device_id
 
 
 current = types.SimpleNamespace(device=0, stream=None, allocator=None, is_full=False)
@@ -122,6 +122,8 @@ class ndarray:  # noqa: N801 (CuPy's name)
         return wrapped(getattr(ufunc, method)(*map(unwrap, inputs), **{k: unwrap(v) for k, v in kwargs.items()}))
 
     def __array_function__(self, function: Any, kinds: Any, args: Any, kwargs: Any) -> Any:
+        if kwargs.get("shape") == ():  # CuPy takes it for none
+            kwargs = {name: x for name, x in kwargs.items() if name != "shape"}
         return wrapped(function(*map(unwrap, args), **{k: unwrap(v) for k, v in kwargs.items()}))
 
     def __dlpack__(self, **options: Any) -> Any:
@@ -246,11 +248,43 @@ def zeros(shape: Any, dtype: Any = float) -> ndarray:
     return made
 
 
-class RawModule:
+class NVRTC:
+    """What compiles: here it hands the text on, for `Module`."""
+
+    NVRTCError = RuntimeError
+
+    def __init__(self) -> None:
+        self.options: list[tuple[str, ...]] = []
+
+    def getVersion(self) -> tuple[int, int]:  # noqa: N802
+        return 0, 0
+
+    def getSupportedArchs(self) -> list[int]:  # noqa: N802
+        return [0]
+
+    def createProgram(self, text: str, name: str, headers: Any, names: Any) -> str:  # noqa: N802
+        assert text.isascii()  # NVRTC takes nothing else
+        return text
+
+    def compileProgram(self, program: str, options: tuple[str, ...]) -> None:  # noqa: N802
+        self.options.append(options)
+
+    def getCUBIN(self, program: str) -> bytes:  # noqa: N802
+        return program.encode()
+
+    def destroyProgram(self, program: str) -> None:  # noqa: N802
+        pass
+
+
+nvrtc = NVRTC()
+
+
+class Module:
     """CUDA text, compiled by the C++ compiler."""
 
-    def __init__(self, *, code: str, options: tuple[str, ...] = ()) -> None:
-        self.code = code
+    def load(self, code: bytes) -> None:
+        """Take what NVRTC has handed on."""
+        self.code = code.decode().rstrip("\0")
 
     def get_function(self, name: str) -> Any:
         """Return what launches a kernel."""
@@ -362,7 +396,7 @@ current.stream = Stream.null = Stream()
 class Device:
     """A device."""
 
-    compute_capability = "00"
+    compute_capability = "0"
 
     def __init__(self, id: int = 0) -> None:
         self.id = id
@@ -412,11 +446,12 @@ def memcpy(to: int, source: int, size: int, way: int) -> None:
 
 runtime = types.SimpleNamespace(
     is_hip=False, getDevice=lambda: current.device, getDeviceCount=lambda: 2, deviceGetAttribute=lambda attribute, device: 3,
-    CUDARuntimeError=CUDARuntimeError, deviceSynchronize=wait, memcpy=memcpy,
+    cudaDevAttrMultiProcessorCount=16, CUDARuntimeError=CUDARuntimeError, deviceSynchronize=wait, memcpy=memcpy,
     runtimeGetVersion=lambda: 13010, driverGetVersion=lambda: 13020,
     getDeviceProperties=lambda device: {"name": b"the stand-in", "multiProcessorCount": 3, "totalGlobalMem": 1 << 30},
 )  # fmt: skip
 cuda = types.SimpleNamespace(
+    function=types.SimpleNamespace(Module=Module),
     runtime=runtime, memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError), alloc=alloc, MemoryPointer=MemoryPointer,
     alloc_pinned_memory=alloc_pinned_memory, UnownedMemory=UnownedMemory, Stream=Stream, ExternalStream=Stream, Device=Device,
     get_current_stream=lambda: current.stream, using_allocator=using_allocator, PythonFunctionAllocator=PythonFunctionAllocator,

@@ -9,7 +9,7 @@ import pytest
 
 import fastloss as fl
 from tests.cuda import on_cpu
-from tests.ulp import SUM, assert_close
+from tests.ulp import PEER, SUM, assert_close
 
 LOGISTIC = fl.binary_cross_entropy_with_logits
 ODD = [1, 2, 3, 5, 63, 1023, 1024, 1025, 4099, 262_147]
@@ -141,7 +141,7 @@ def test_a_bad_target_is_told_later(cp, rng):
     t[1, 2, 3] = 7.0
     t[2, 0, 0] = -1.0
     LOGISTIC(z, t, validate="defer")
-    with pytest.raises(ValueError, match=r"^target\[1, 2, 3\] is 7.0; accepted: targets in \[0, 1\] \(found on the GPU by an earlier"):
+    with pytest.raises(ValueError, match=r"^target\[1, 2, 3\] is 7.0; accepted: targets in \[0, 1\] \(found on the GPU, by an earlier"):
         fl.raise_deferred()
     fl.raise_deferred()  # once
     LOGISTIC(z, cp.asarray(b), validate=True)
@@ -234,6 +234,7 @@ def test_each_stream_has_a_workspace_and_each_captured_launch(stand_in, rng):
     captured = device._captured[-1]
     assert captured not in found
     assert captured.partials.ptr not in [x.partials.ptr for x in found]
+    assert captured.slot.address not in [x.slot.address for x in found]
 
 
 def test_workspaces_are_small_and_not_kept_for_ever(stand_in, rng):
@@ -244,7 +245,7 @@ def test_workspaces_are_small_and_not_kept_for_ever(stand_in, rng):
         with stand_in.cuda.Stream(pointer):
             LOGISTIC(z, t)
     assert len(device._workspaces) <= device.STREAMS
-    assert all(x.size <= 64 << 10 for x in device._workspaces.values())
+    assert device.PARTIALS <= 256 << 10
 
 
 def test_cupy_is_not_imported_for_others():
@@ -256,9 +257,93 @@ def test_cupy_is_not_imported_for_others():
     )
 
 
+@pytest.mark.parametrize("name", ["scale", "ignored", "double", "template", "PACK", "NONE", "linear", "v0", "δ"])
+def test_parameters_may_be_called_anything(cp, rng, name):
+    code = f"def größe(z, t, {name}=1.0):\n    return {name} * (z - t) * (z - t), 2.0 * {name} * (z - t)"
+    scope: dict = {}
+    exec(code, scope)
+    loss = fl.elementwise_loss(scope["größe"])
+    a, b, z, t = batch(cp, rng, (5, 7), target_dtype=np.uint8)
+    for given in (2.0, rng.random(7)):
+        options = {name: given, "reduction": "sum", "grad_output": 3.0, "ignore_index": 3}
+        want = loss.value_and_grad(a, b, **options)
+        got = loss.value_and_grad(z, t, **options | {name: cp.asarray(given) if np.ndim(given) else given})
+        assert_close(got[0].get(), want[0], SUM[a.dtype])
+        np.testing.assert_array_equal(got[1].get(), want[1])
+
+
+def test_what_multiplies_the_gradient_may_be_overwritten_by_it(cp, rng):
+    a, b, z, t = batch(cp, rng, (4, 3000))
+    want = fl.mse_loss.grad(a, b, reduction="sample_sum", grad_output=a[:, 0])
+    np.testing.assert_array_equal(fl.mse_loss.grad(z, t, reduction="sample_sum", grad_output=z[:, 0], out=z).get(), want)
+    z = cp.asarray(a)
+    want = fl.mse_loss.grad(a, b, reduction="sum", grad_output=a[1, 5])
+    np.testing.assert_array_equal(fl.mse_loss.grad(z, t, reduction="sum", grad_output=z[1, 5], out=z).get(), want)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none", "sample_mean", "sample_sum", "batchmean"])
+def test_a_number_of_the_device_multiplies_any_gradient(cp, rng, reduction):
+    a, b, z, t = batch(cp, rng, (4, 3, 5))
+    upstream = cp.asarray(np.float16(2.5))
+    for loss in (fl.mse_loss, fl.dice_with_logits_loss):
+        want = loss.grad(a, b, reduction=reduction, grad_output=2.5)
+        assert_close(loss.grad(z, t, reduction=reduction, grad_output=upstream).get(), want, PEER[a.dtype])
+
+
+def test_elements_that_a_device_cannot_load(cp):
+    bytes_of = cp.zeros(64, np.uint8)
+    odd = cp.ndarray((6,), np.float32, bytes_of.data + 1)
+    with pytest.raises(
+        ValueError, match="input is not aligned; accepted on a GPU: addresses and strides that are multiples of its 4 bytes"
+    ):
+        fl.mse_loss(odd, cp.zeros(6, np.float32))
+    steps = cp.ndarray((6,), np.float32, bytes_of.data, (6,))
+    with pytest.raises(ValueError, match="target is not aligned"):
+        fl.mse_loss(cp.zeros(6, np.float32), steps)
+
+
+@pytest.mark.parametrize("largest", [np.int64(2**63 - 1), np.uint64(2**64 - 1), np.int64(-(2**63)), np.uint8(255)])
+def test_a_bad_integer_of_any_size_is_told(cp, largest):
+    t = np.zeros(5, largest.dtype)
+    t[3] = largest
+    LOGISTIC(cp.zeros(5, np.float32), cp.asarray(t), validate=True)
+    with pytest.raises(ValueError, match=rf"target\[3\] is {largest}; accepted"):
+        fl.raise_deferred()
+
+
+def test_a_bad_element_of_overlapping_windows_exists(cp):
+    memory = cp.zeros(9, np.float32)
+    memory[6] = 2.0
+    windows = cp.ndarray((4, 5), np.float32, memory.data, (4, 4))
+    LOGISTIC(cp.zeros((4, 5), np.float32), windows, validate=True)
+    with pytest.raises(ValueError, match=r"target\[3, 3\] is 2.0"):
+        fl.raise_deferred()
+
+
+def test_subnormal_numbers_are_kept(stand_in, rng):
+    _, _, z, t = batch(stand_in, rng, 7)
+    fl.mse_loss(z, t)
+    assert stand_in.nvrtc.options
+    assert all("--ftz=false" in options and not any("ftz=true" in o for o in options) for options in stand_in.nvrtc.options)
+
+
+def test_a_mixed_batch_is_refused(cp, rng):
+    a, b, z, t = batch(cp, rng, (4, 3))
+    with pytest.raises(TypeError, match=r"mu is a cupy.ndarray; accepted: numpy.ndarray"):
+        fl.vae_loss(a, b, z, t)
+    with pytest.raises(TypeError, match=r"mu is a numpy.ndarray, and the input a cupy.ndarray"):
+        fl.vae_loss(z, t, a, b)
+    want = fl.vae_loss(a, b, a.tolist(), b.tolist())
+    assert_close(fl.vae_loss(z, t, a.tolist(), b.tolist()).total.get(), want.total, SUM[a.dtype])
+    grads = fl.vae_loss.grad(z, t, a.tolist(), b.tolist())
+    assert all(isinstance(x, cp.ndarray) for x in grads)
+
+
 def test_numbers_beside_arrays(cp, rng):
     a, b, z, t = batch(cp, rng, (2, 3))
-    np.testing.assert_array_equal(fl.mse_loss.grad(z, t, weight=2.0).get(), fl.mse_loss.grad(a, b, weight=2.0))
+    for weight in (2.0, np.float32(2), np.int64(2), np.array(2.0)):
+        np.testing.assert_array_equal(fl.mse_loss.grad(z, t, weight=weight).get(), fl.mse_loss.grad(a, b, weight=weight))
+    np.testing.assert_array_equal(fl.mse_loss.grad(z, t, mask=np.True_).get(), fl.mse_loss.grad(a, b))
     np.testing.assert_array_equal(fl.mse_loss.grad(z, t, weight=[1.0, 2.0, 3.0]).get(), fl.mse_loss.grad(a, b, weight=[1.0, 2.0, 3.0]))
     np.testing.assert_array_equal(fl.huber_loss.grad(z, t, delta=cp.asarray(0.5)).get(), fl.huber_loss.grad(a, b, delta=0.5))
     assert "cupy" in sys.modules

@@ -18,7 +18,7 @@ autograd, patching, tensors = (importlib.import_module(f"fastloss.torch.{name}")
 
 BCE = fl.binary_cross_entropy_with_logits
 NAMES = [*LOSSES, "gaussian_kl_loss", "dice_with_logits_loss", "dice_bce_with_logits_loss"]
-STREAM = 77
+STREAM, CPU = 77, torch.device("cpu")
 BLOCKS: list[np.ndarray] = []  # what was allocated: workspaces outlive a test
 
 
@@ -39,8 +39,9 @@ def device(cp, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: types.SimpleNamespace(cuda_stream=STREAM))
     monkeypatch.setattr(torch.cuda, "caching_allocator_alloc", allocate)
+    monkeypatch.setattr(torch, "device", lambda *args: args[0] if not isinstance(args[0], str) else CPU)
     monkeypatch.setattr(torch.cuda, "caching_allocator_delete", lambda address: None)
-    return torch.device("cpu")
+    return CPU
 
 
 def operands(name, dtype=torch.float32, shape=(4, 3, 7, 9)):

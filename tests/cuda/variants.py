@@ -18,11 +18,11 @@ from typing import Any
 
 import cupy  # noqa: F401 (finds NVRTC)
 import numpy as np
-from cupy_backends.cuda.libs import nvrtc
 
 import fastloss as fl
 from fastloss.call import Call
-from fastloss.cuda.launch import OPTIONS, Launch, Outcome
+from fastloss.cuda.compiler import compiled
+from fastloss.cuda.launch import Launch, Outcome
 from fastloss.cuda.rescale import text_of
 from fastloss.cuda.source import source
 from fastloss.plan import Request
@@ -124,18 +124,6 @@ def texts() -> Iterator[tuple[str, str, str]]:
         yield f"rescale {codes}", text_of(*codes), "fastloss_rescale"
 
 
-def cubin(text: str, architecture: str) -> bytes:
-    """Return machine code."""
-    program = nvrtc.createProgram(text, "kernel.cu", (), ())
-    try:
-        nvrtc.compileProgram(program, (f"-arch=sm_{architecture}", *OPTIONS))
-        return bytes(nvrtc.getCUBIN(program)) + b"\0"  # CuPy cuts off the last byte
-    except nvrtc.NVRTCError:
-        raise RuntimeError(nvrtc.getProgramLog(program)) from None
-    finally:
-        nvrtc.destroyProgram(program)
-
-
 def resources(code: bytes) -> dict[str, int]:
     """Return a kernel's registers, and the bytes of its stack, where registers are spilled to."""
     tool = next(file.locate() for file in files("nvidia-cuda-cuobjdump") or [] if file.name == "cuobjdump")
@@ -152,7 +140,7 @@ def main() -> None:
     """Compile all, and print a line each."""
     for what, text, name in texts():
         start = time.perf_counter()
-        code = cubin(text, sys.argv[1])
+        code = compiled(text, f"sm_{sys.argv[1]}")
         seconds = round(time.perf_counter() - start, 2)
         print(json.dumps({"kernel": what, "name": name, "seconds": seconds, **resources(code)}))
 
