@@ -21,7 +21,7 @@ def run(*args):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles_and_none_spills(architecture):
     kernels = [json.loads(line) for line in run("-m", "tests.cuda.variants", str(architecture)).splitlines()]
-    assert len(kernels) > 150
+    assert len(kernels) > 140
     spilled = [k["kernel"] for k in kernels if k["stack"] or k["local"]]
     assert not spilled
     assert max(k["shared"] for k in kernels) <= 16 << 10
@@ -29,11 +29,14 @@ def test_every_kernel_compiles_and_none_spills(architecture):
 
 
 NAMES = """
-ndarray.get ndarray.fill ndarray.astype ndarray.reshape RawModule.get_function asarray empty empty_like zeros broadcast_to
-cuda.alloc cuda.alloc_pinned_memory cuda.MemoryPointer.memset_async cuda.UnownedMemory cuda.Stream.is_capturing cuda.ExternalStream
-cuda.Device cuda.Device.synchronize cuda.get_current_stream cuda.using_allocator cuda.PythonFunctionAllocator.malloc
-cuda.runtime.getDevice cuda.runtime.getDeviceCount cuda.runtime.deviceGetAttribute cuda.runtime.deviceSynchronize cuda.runtime.memcpy
-cuda.runtime.is_hip cuda.runtime.CUDARuntimeError cuda.memory.OutOfMemoryError
+ndarray.get ndarray.fill ndarray.astype ndarray.reshape ndarray.copy RawModule.get_function RawKernel asarray empty empty_like zeros full
+broadcast_to cuda.alloc cuda.alloc_pinned_memory cuda.MemoryPointer.memset_async cuda.MemoryPointer.copy_from_device_async
+cuda.UnownedMemory cuda.Stream.is_capturing cuda.Stream.begin_capture cuda.Stream.end_capture cuda.Stream.null cuda.ExternalStream
+cuda.Device cuda.Device.compute_capability cuda.get_current_stream cuda.using_allocator cuda.PythonFunctionAllocator.malloc
+cuda.function.Module.load cuda.function.Module.get_function cuda.memory.OutOfMemoryError cuda.runtime.getDevice
+cuda.runtime.getDeviceCount cuda.runtime.deviceGetAttribute cuda.runtime.cudaDevAttrMultiProcessorCount cuda.runtime.deviceSynchronize
+cuda.runtime.memcpy cuda.runtime.getDeviceProperties cuda.runtime.runtimeGetVersion cuda.runtime.driverGetVersion
+cuda.runtime.is_hip cuda.runtime.CUDARuntimeError
 """
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import files
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,8 @@ def launches() -> Iterator[tuple[str, Launch]]:
             request = Request(loss.second.formula, SHAPE, 0, (), (), BOTH, call.parameters, (), call.names, layouts)
             yield f"{loss.__name__} {z.dtype}: slopes", Launch(request, Outcome())
     one = LOGISTIC._definition
-    for dtype in FLOATS:
-        for target in (*FLOATS, *INTEGERS):
-            yield f"{dtype} and {target}", launch(one, array(dtype), array(target), ("value",), ("slope",))
+    for dtype, target in (*product(FLOATS, FLOATS), *product(("float16", "float32"), INTEGERS)):
+        yield f"{dtype} and {target}", launch(one, array(dtype), array(target), ("value",), ("slope",))
     yield from options(one)
 
 
