@@ -49,11 +49,15 @@ class Call:
         "arrays", "kept", "loss", "must_count", "names", "numbers", "out", "parameters", "reduction", "shape", "upstream", "validate"
     )  # fmt: skip
 
+    kind: Any = np.ndarray  # of arrays that are taken as they are
+
     def __init__(
         self, loss: Definition, input: Any, target: Any, weight: Any, reduction: Any, options: Mapping[str, Any]
     ) -> None:  # fmt: skip
         self.loss, self.reduction = loss, reduction
-        x, t = self.as_array(loss.operands[0], input), self.as_array(loss.operands[1], target)
+        kind = self.kind
+        x = input if type(input) is kind else self.as_array(loss.operands[0], input)
+        t = target if type(target) is kind else self.as_array(loss.operands[1], target)
         self.names, self.arrays = INPUT_AND_TARGET, [x, t]
         self.shape = x.shape
         self.kept = kept_axes(reduction, x.shape)

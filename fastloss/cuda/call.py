@@ -19,6 +19,7 @@ class DeviceCall(Call):
     """One call's arrays and options on the current device, and the launches on its current stream that are made for it."""
 
     __slots__ = ()
+    kind = None  # all are looked at
     value_dtype: Any = np.float64  # of reduced values
 
     @staticmethod
