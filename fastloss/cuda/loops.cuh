@@ -112,8 +112,7 @@ DEVICE Totals sum_block(Totals totals) {
     write_shared(totals);
     for (int half = THREADS / 2; half > 0; half /= 2) {
         if (threadIdx.x < half) add(totals, read_shared(threadIdx.x + half));
-        __syncthreads();
-        write_shared(totals);
+        write_shared(totals);  // what is read meanwhile, the upper half, is written as it was
     }
     return totals;
 }
