@@ -74,7 +74,7 @@ class Call:
     @staticmethod
     def as_array(name: str, value: Any) -> Any:
         """Return the caller's array without a copy."""
-        return value if type(value) is np.ndarray else as_array(name, value)
+        return as_array(name, value)
 
     @staticmethod
     def is_number(value: Any) -> bool:

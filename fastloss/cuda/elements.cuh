@@ -95,7 +95,7 @@ struct Arguments {
     double numerator, divisor;  // in place of `upstream` and `counts`
     double numbers[AT_LEAST_1(NUMBERS)];
     long long launch;  // what the record names the launch by
-    long long groups, group_size, group_packs, group_segments;  // a group is cut into segments, a part of a row each,
+    long long groups, group_packs, group_segments;  // a group is cut into segments, a part of a row each,
     long long segment_size, segment_packs, row_segments;  // and these into packs
     long long group_ranges, range_packs;
     long long run_size;  // after which the elements of a row go on by `turns`

@@ -35,7 +35,6 @@ class Cut(NamedTuple):
     """Groups, segments, packs and ranges; in the order of `Arguments` in elements.cuh, which says what they are."""
 
     groups: int
-    group_size: int
     group_packs: int
     group_segments: int
     segment_size: int
@@ -54,7 +53,6 @@ def cut(plan: Plan) -> Cut:
     range_packs = -(-even // THREADS) * THREADS
     return Cut(
         groups=plan.groups,
-        group_size=plan.group_size,
         group_packs=group_packs,
         group_segments=group_segments,
         segment_size=size,

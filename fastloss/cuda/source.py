@@ -192,9 +192,7 @@ def scaling(variant: Variant) -> str:
     lines.append(f"return {read.name if variant.upstream else 'a.numerator'};")
     divisor = "((const double*)a.counts)[group]" if variant.has_counts else "a.divisor"
     rounded: list[str] = []
-    result = (
-        Scalar(rounded, "x", "double").convert("f8", variant.result) if variant.result != "f4" else Scalar(rounded, "(float)x", "float")
-    )
+    result = Scalar(rounded, "x", "double").convert("f8", variant.result)
     rounded.append(f"(({TYPES[variant.result]}*)a.results)[index] = {result.name};")
     return "\n".join(
         [
