@@ -65,10 +65,9 @@ def keep_to(threads: int) -> None:
 
 def sentence(machine: dict[str, Any]) -> str:
     """Return the description in a line."""
-    if "gpu" in machine:
-        used = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-        return f"{machine['gpu']} ({machine['processors']} processors, {machine['memory_gib']} GiB); {used}"
     used = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    if "gpu" in machine:
+        return f"{machine['gpu']} ({machine['processors']} processors, {machine['memory_gib']} GiB); {used}"
     cache = f", {machine['cache_mib']} MiB of third-level cache" if machine["cache_mib"] else ""
     cpu = f"{machine['cpu']} ({machine['architecture']}, {machine['simd']}), {machine['cores']} cores{cache}"
     return f"{cpu}, {machine['threads']} threads; {used}"

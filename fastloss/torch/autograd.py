@@ -230,12 +230,12 @@ def scaled(slope: Any, upstream: Any) -> Any:
     than the loss.
     """
     kept = keeps_graph()
-    if is_on_gpu(slope) and not kept and not upstream.dim():
+    if is_on_gpu(slope):
+        if kept or upstream.dim():
+            return slope * beside(upstream.to(slope.dtype), slope)
         from fastloss.torch import device
 
         return device.scale(slope, upstream)
-    if is_on_gpu(slope):
-        return slope * beside(upstream.to(slope.dtype), slope)
     if torch.all(upstream == 1.0) if upstream.dim() else upstream.item() == 1.0:
         return slope.clone() if kept else slope
     factor = beside(upstream.to(slope.dtype), slope)
