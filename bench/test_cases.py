@@ -10,15 +10,16 @@ import pytest
 
 from fastloss.bench import cases
 from fastloss.bench.batch import Batch
+from fastloss.bench.row import expected
 
 
 @pytest.mark.filterwarnings("default")  # other libraries' are theirs
 @pytest.mark.parametrize("case", cases.table(), ids=str)
 def test_case(benchmark, suite, case):
-    left_out = len(suite.results["left_out"])
+    left_out = len(suite.record.content["left_out"])
     batch = Batch(case)
-    rows = [row for row, _ in suite.checked(batch, suite.rows(batch))]  # which runs each once
-    assert suite.results["left_out"][left_out:] == []
+    rows = [row for row, _ in suite.record.check(case, suite.rows(batch), expected(batch))]  # which runs each once
+    assert suite.record.content["left_out"][left_out:] == []
     limit = next(row for row in rows if row.name.startswith("limit"))
 
     def setup():  # caches and memory as behind other work

@@ -21,6 +21,7 @@ from fastloss.formula import Formula
 from fastloss.plan import REDUCTIONS, Array, Request, belongs_to, check_dtype, is_float, make_plan, same_elements, shares_memory
 
 Bounds = Mapping[str, tuple[float, float]]
+Fields = tuple[Any, ...]  # of a `Request`
 # the least number that a parameter may be which may not be 0, and the largest that one may be which has to be finite
 ABOVE_0, LARGEST = math.nextafter(0.0, 1.0), sys.float_info.max
 
@@ -156,7 +157,7 @@ class Call:
         array = self.as_array("grad_output", grad_output)
         shape = self.shape if self.reduction == "none" else self.shape[: self.kept]
         check_upstream(array, shape, self.reduction)
-        if self.reduction == "none":
+        if self.reduction == "none" and array.ndim:
             self.add("grad_output", array)
         else:
             self.upstream = self.as_upstream(array)
@@ -199,21 +200,18 @@ class Call:
         borrowed: bool = False
     ) -> Any:  # fmt: skip
         """Make one pass; return the sums, each a number, or an array with one a group. Raises if an element is bad."""
-        launch = self.find_launch(summed, wanted, outputs, validate)
+        launch = find_launch(*self.request(summed, wanted, outputs, validate))
         sums, bad = launch.run(self.arrays + outputs, self.numbers.values(), scale, borrowed)
         if bad:
             self.complain()
         return sums
 
-    def find_launch(self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Array], validate: bool = False) -> Any:
-        """Return what makes a pass.
-
-        The request is a bare tuple here, because making a `Request` takes longer than finding its launch.
-        """
+    def request(self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Array], validate: bool = False) -> Fields:
+        """Return the fields of the `Request` for a pass: to make one takes longer than to find its launch."""
         layouts = tuple([(a.dtype, a.shape, a.strides) for a in self.arrays + outputs])
         checked = self.loss.unit if validate else ()
         names, numbers = self.names, tuple(self.numbers)
-        return find_launch(self.loss.formula, self.shape, self.kept, summed, checked, wanted, self.parameters, numbers, names, layouts)
+        return self.loss.formula, self.shape, self.kept, summed, checked, wanted, self.parameters, numbers, names, layouts
 
     def scan(self, summed: tuple[str, ...], validate: bool, *needed: str) -> Any:
         """Make a pass that computes no loss and reads only what it needs; return the sums."""
@@ -330,8 +328,8 @@ def kept_axes(reduction: Any, shape: tuple[int, ...]) -> int:
 
 
 def check_upstream(array: Array, shape: tuple[int, ...], reduction: str) -> None:
-    """Refuse a `grad_output` that is not of the loss's shape."""
-    if array.shape != shape:
+    """Refuse a `grad_output` that is neither of the loss's shape nor a number, as one of a device may be."""
+    if array.ndim and array.shape != shape:
         raise ValueError(f"grad_output has shape {array.shape}; with reduction {reduction!r} the loss has shape {shape}")
     check_dtype("grad_output", array.dtype)
 

@@ -15,9 +15,10 @@ import pytest
 from fastloss.bench import cases, command, compare, goals, limit, measure, naive, ours, peers, pictures, report
 from fastloss.bench.batch import Batch
 from fastloss.bench.cases import BCE, Case
+from fastloss.bench.record import FORMAT, Record
 from fastloss.bench.results import Results, load
-from fastloss.bench.row import Expected, Row, WrongError
-from fastloss.bench.suite import FORMAT, Suite
+from fastloss.bench.row import Row, WrongError, expected
+from fastloss.bench.suite import Suite
 from tests.ulp import ROW, SUM, assert_close
 
 SMALL = Case(size="1Ki")
@@ -75,37 +76,37 @@ def tiny(case):
 @pytest.mark.parametrize("case", dict.fromkeys(map(tiny, cases.table())), ids=str)
 def test_our_rows_and_numpys_compute_the_case(case):
     batch = Batch(case)
-    expected = Expected(batch)
+    want = expected(batch)
     for row in ours.rows(batch) + ours.numpy_rows(batch):
         if row.name != ours.PLAIN:
-            errors = expected.errors(row)
+            errors = row.errors(want)
             assert set(errors) == {"value": {"value"}, "grad": {"gradient"}}.get(case.part, {"value", "gradient"})
             assert max(errors.values()) <= ROW[case.dtype]
 
 
 def test_expectation_of_a_part_at_a_time_is_that_of_the_whole(monkeypatch):
     batch = Batch(Case(size="mnist", option="mask"))
-    whole = Expected(batch)
+    value, (grad,) = expected(batch)
     monkeypatch.setattr("fastloss.bench.row.AT_ONCE", 3_000)
     monkeypatch.setattr("fastloss.bench.row.CHECKED", 10_000)
-    parts = Expected(batch)
-    assert 10_000 <= parts.grads[0].size < batch.arrays[0].size
-    assert_close(parts.value, whole.value, SUM[np.dtype(np.float64)])
-    assert np.array_equal(parts.grads[0], whole.grads[0][: parts.looked_at])
+    of_parts, (looked_at,) = expected(batch)
+    assert 10_000 <= looked_at.size < batch.arrays[0].size
+    assert_close(of_parts, value, SUM[np.dtype(np.float64)])
+    assert np.array_equal(looked_at, grad[: len(looked_at)])
 
 
 def test_a_row_that_computes_something_else_is_refused():
-    expected = Expected(Batch(SMALL))
-    for value, factor in ((expected.value * 1.02, 1.0), (expected.value, 1.02), (np.nan, 1.0), (expected.value, np.nan)):
+    value, (grad,) = want = expected(Batch(SMALL))
+    for wrong, factor in ((value * 1.02, 1.0), (value, 1.02), (np.nan, 1.0), (value, np.nan)):
         with pytest.raises(WrongError, match="off by"):
-            expected.errors(Row("wrong", lambda v=value, f=factor: (v, [f * expected.grads[0]]), lambda result: result))
+            Row("wrong", lambda v=wrong, f=factor: (v, [f * grad]), lambda result: result).errors(want)
 
 
 def test_overwritten_arrays_are_restored():
     batch = Batch(SMALL)
     row = next(row for row in ours.rows(batch) if row.name == "fastloss, in place")
-    first = Expected(batch).errors(row)
-    assert Expected(batch).errors(row) == first
+    first = row.errors(expected(batch))
+    assert row.errors(expected(batch)) == first
 
 
 def test_peers_that_are_here_compute_the_cases():
@@ -116,7 +117,7 @@ def test_peers_that_are_here_compute_the_cases():
     for loss in ("binary_cross_entropy_with_logits", "mse_loss", "l1_loss", "huber_loss"):
         for part in cases.PASSES:
             batch = Batch(Case(loss, part, size="1Ki"))
-            assert "scikit-learn" in [row.name for row, _ in suite.checked(batch, suite.rows(batch))]
+            assert "scikit-learn" in [row.name for row, _ in suite.record.check(batch.case, suite.rows(batch), expected(batch))]
 
 
 def test_an_absent_peer_is_said_and_left_out(monkeypatch):
@@ -132,7 +133,7 @@ def test_a_peer_that_fails_is_said_and_the_others_are_measured(monkeypatch):
     said = []
     suite = Suite(1, ["broken"], said.append)
     batch = Batch(SMALL)
-    assert "broken" not in [row.name for row, _ in suite.checked(batch, suite.rows(batch))]
+    assert "broken" not in [row.name for row, _ in suite.record.check(batch.case, suite.rows(batch), expected(batch))]
     assert said == [f"broken is left out of {SMALL}: ZeroDivisionError: division by zero"]
 
 
@@ -141,18 +142,18 @@ def test_what_does_not_fit_into_memory_is_said_and_left_out(monkeypatch):
     suite = Suite(1, ["torch"], said.append)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=3 * 4096, total=1 << 30))
     suite.run(SMALL, 0.0)
-    (entry,) = suite.results["cases"]
+    (entry,) = suite.record.content["cases"]
     assert {row["name"].partition(",")[0] for row in entry["rows"]} == {"fastloss", "limit: triad"}
     assert {line.partition(" is left out")[0] for line in said} == {"NumPy, stable", "NumPy, naive", "torch"}
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0, total=1 << 30))
     suite.run(replace(SMALL, loss="mse_loss"), 0.0)
-    assert len(suite.results["cases"]) == 1
+    assert len(suite.record.content["cases"]) == 1
 
 
 def test_our_own_row_that_fails_is_an_error():
-    suite, batch = Suite(1, [], pytest.fail), Batch(SMALL)
+    row = Row("fastloss, out=", lambda: (0.0, []), lambda result: result)
     with pytest.raises(WrongError, match="off by"):
-        suite.checked(batch, [Row("fastloss, out=", lambda: (0.0, []), lambda result: result)])
+        Record(MACHINE, pytest.fail).check(SMALL, [row], expected(Batch(SMALL)))
 
 
 @pytest.mark.parametrize(("dtype", "target"), [("f4", "f4"), ("f8", "f8"), ("f2", "f2"), ("f4", "u1")])

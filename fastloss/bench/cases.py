@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
-FORMAT = 1  # of the results file
 PASSES = ("value", "grad", "value_and_grad")
 DTYPES = ("float32", "float64", "float16", "bfloat16", "uint8 targets")
 LAYOUTS = ("contiguous", "channels-last", "every second")

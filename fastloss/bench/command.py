@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -114,7 +113,7 @@ def measure(console: Console, arguments: argparse.Namespace) -> Results:
     with Progress(*columns, console=console, auto_refresh=False) as progress:  # nothing is drawn while something is timed
         suite = Suite(arguments.threads, here, partial(console.print, style="yellow", markup=False))
         for line in absent:
-            suite.leave_out(line)
+            suite.record.leave_out(line)
         steps = plan(suite, arguments)
         task = progress.add_task("", total=len(steps))
         for description, step in steps:
@@ -122,15 +121,8 @@ def measure(console: Console, arguments: argparse.Namespace) -> Results:
             step()
             progress.update(task, advance=1, refresh=True)
             if arguments.json:
-                save(arguments.json, suite.results)
-    return Results(suite.results)
-
-
-def save(file: Path, content: dict[str, Any]) -> None:
-    """Write what was measured so far, whole or not at all: a long run that is broken off has lost nothing."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(json.dumps(content, separators=(",", ":")) + "\n")
-    part.replace(file)
+                suite.record.save(arguments.json)
+    return Results(suite.record.content)
 
 
 Step = tuple[str, Callable[[], Any]]

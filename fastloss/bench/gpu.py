@@ -9,16 +9,12 @@ what Python takes to launch it.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
-import json
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +22,9 @@ import numpy as np
 
 import fastloss as fl
 from fastloss.bench.batch import Batch
-from fastloss.bench.cases import BCE, FORMAT, MSE, SUBJECTS, Case, select, unique
-from fastloss.bench.row import SAME, Row, as_tuple, distance, split
+from fastloss.bench.cases import BCE, MSE, SUBJECTS, Case, select, unique
+from fastloss.bench.record import Record, installed
+from fastloss.bench.row import Row, as_tuple, split
 
 PACKAGES = ("fastloss", "numpy", "numba", "cupy-cuda13x", "cupy-cuda12x", "torch", "jax")
 ROUNDS, ROUND = 15, 10e-3  # how many, and seconds of calls in one
@@ -61,15 +58,6 @@ class OnDevice:
         self.options: dict[str, Any] = batch.options | {name: cupy.asarray(x) for name, x in batch.extra.items()}
         if self.case.subject.reduction is None:
             self.options["reduction"] = self.case.reduction
-
-    def rows(self) -> Iterator[Callable[[], list[Row]]]:
-        """Yield what makes the rows, each by itself, because a peer may be missing or refuse."""
-        yield self.ours
-        yield self.limits
-        yield self.cupy
-        if not self.case.option:
-            yield self.torch
-            yield self.jax
 
     def call(self, **options: Any) -> Callable[[], Any]:
         """Return the call of fastloss that the case is."""
@@ -157,6 +145,8 @@ class OnDevice:
 
     def torch(self) -> list[Row]:
         """Return PyTorch, eager and compiled, and fastloss on its tensors: forward, and backward through autograd."""
+        if self.case.option:
+            return []
         import torch
 
         from fastloss.bench.peers.with_torch import loss_function
@@ -197,7 +187,7 @@ class OnDevice:
 
     def jax(self) -> list[Row]:
         """Return JAX, compiled by XLA."""
-        if self.case.loss not in COMPILED:
+        if self.case.loss not in COMPILED or self.case.option:
             return []
         import jax
 
@@ -215,45 +205,22 @@ class OnDevice:
         return [Row("JAX", lambda: compiled(*arrays), read)]
 
 
-class Suite:
-    """What came of the measurements."""
+def run(record: Record, case: Case, rounds: int = ROUNDS) -> None:
+    """Measure a case."""
+    batch = Batch(case)
+    rows = record.check(case, rows_of(record, OnDevice(batch)), on_the_cpu(batch))
+    times = measure([row for row, _ in rows], rounds)
+    record.add(case, rows, times, {})
+    for line in lines(case, times):
+        record.say(line)
 
-    def __init__(self, say: Callable[[str], Any], wait: Callable[[], Any]) -> None:
-        self.say, self.wait = say, wait
-        self.results: dict[str, Any] = {
-            "format": FORMAT,
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "machine": description(),
-            "cases": [],
-            "threads": [],
-            "left_out": [],
-        }
 
-    def leave_out(self, what: str) -> None:
-        """Note and say that something is not measured."""
-        if what not in self.results["left_out"]:
-            self.results["left_out"].append(what)
-            self.say(what)
-
-    def run(self, case: Case, rounds: int = ROUNDS) -> None:
-        """Measure a case."""
-        batch = Batch(case)
-        device, expected = OnDevice(batch), on_the_cpu(batch)
-        rows: list[tuple[Row, dict[str, float]]] = []
-        for make in device.rows():
-            try:
-                rows += [(row, errors(row, expected)) for row in make()]
-            except Exception as error:
-                if make == device.ours:
-                    raise
-                self.leave_out(f"{make.__name__} is left out of {case}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-        seconds = measure([row for row, _ in rows], rounds, self.wait)
-        entry: dict[str, Any] = asdict(case) | {"shape": case.shape, "rows": []}
-        for row, found in rows:
-            entry["rows"].append({"name": row.name, "seconds": seconds[row.name], "errors": found, "extra_bytes": None})
-        self.results["cases"].append(entry)
-        for line in lines(case, seconds):
-            self.say(line)
+def rows_of(record: Record, device: OnDevice) -> Iterator[Row]:
+    """Yield the rows of a case: fastloss's, and what can be had of the others'."""
+    yield from device.ours()
+    yield from device.limits()
+    for name, make in {"CuPy": device.cupy, "torch": device.torch, "JAX": device.jax}.items():
+        yield from record.attempt(name, device.case, make)
 
 
 def on_the_cpu(batch: Batch) -> tuple[Any, list[Any]]:
@@ -265,39 +232,24 @@ def on_the_cpu(batch: Batch) -> tuple[Any, list[Any]]:
     return getattr(value, "total", value), parts
 
 
-def errors(row: Row, expected: tuple[Any, list[Any]]) -> dict[str, float]:
-    """Run a row; return how far it is from what is expected. Raises where that is far."""
-    result = row.run()
-    if row.read is None:
-        return {}
-    value, grads = row.read(result)
-    found = {} if value is None else {"value": distance(np.float64(value), expected[0])}
-    if len(grads):
-        found["gradient"] = max(distance(got, want) for got, want in zip(grads, expected[1], strict=True))
-    wrong = [error for error in found.values() if not error <= SAME]
-    if wrong or not found:
-        raise ArithmeticError(f"{row.name}: its result is off by {wrong}")
-    return found
-
-
-def measure(rows: list[Row], rounds: int, wait: Callable[[], Any]) -> dict[str, list[float]]:
+def measure(rows: list[Row], rounds: int) -> dict[str, list[float]]:
     """Return the seconds of a call of every row in every round."""
     rng = np.random.default_rng(0)
-    calls = {row.name: calls_of(row, wait) for row in rows}
+    calls = {row.name: calls_of(row) for row in rows}
     times: dict[str, list[float]] = {row.name: [] for row in rows}
     for _ in range(rounds):
         for k in rng.permutation(len(rows)):
-            times[rows[k].name].append(timed(rows[k], calls[rows[k].name], wait))
+            times[rows[k].name].append(timed(rows[k], calls[rows[k].name]))
     return {name: [float(f"{s:.4g}") for s in seconds] for name, seconds in times.items()}
 
 
-def calls_of(row: Row, wait: Callable[[], Any]) -> int:
+def calls_of(row: Row) -> int:
     """Return how many calls make a round."""
-    timed(row, 3, wait)
-    return int(np.clip(ROUND / timed(row, 10, wait), 3, MOST_CALLS))
+    timed(row, 3)
+    return int(np.clip(ROUND / timed(row, 10), 3, MOST_CALLS))
 
 
-def timed(row: Row, calls: int, wait: Callable[[], Any]) -> float:
+def timed(row: Row, calls: int) -> float:
     """Return the seconds of a call, from several that follow each other; the device is idle before and after."""
     wait()
     begin = time.perf_counter()
@@ -309,6 +261,13 @@ def timed(row: Row, calls: int, wait: Callable[[], Any]) -> float:
         jax.block_until_ready(result)
     wait()
     return (time.perf_counter() - begin) / calls
+
+
+def wait() -> None:
+    """Wait for the device."""
+    import cupy
+
+    cupy.cuda.runtime.deviceSynchronize()
 
 
 def lines(case: Case, seconds: dict[str, list[float]]) -> Iterator[str]:
@@ -328,11 +287,6 @@ def description() -> dict[str, Any]:
     properties = cupy.cuda.runtime.getDeviceProperties(device.id)
     versions = {"python": platform.python_version(), "CUDA runtime": dotted(cupy.cuda.runtime.runtimeGetVersion())}
     versions["CUDA driver"] = dotted(cupy.cuda.runtime.driverGetVersion())
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return {
         "gpu": properties["name"].decode(),
         "compute_capability": device.compute_capability,
@@ -341,7 +295,7 @@ def description() -> dict[str, Any]:
         "cpu": platform.processor() or platform.machine(),
         "system": f"{platform.system()} {platform.machine()}",
         "threads": os.cpu_count(),
-        "versions": versions,
+        "versions": versions | dict(installed(PACKAGES)),
     }
 
 
@@ -366,18 +320,18 @@ def main(arguments: list[str]) -> int:
     except (ImportError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
-    suite = Suite(functools.partial(print, flush=True), cupy.cuda.runtime.deviceSynchronize)
+    record = Record(description(), functools.partial(print, flush=True))
     for case in cases():
         if chosen.loss and case.loss not in chosen.loss:
             continue
-        suite.run(case, chosen.rounds)
+        run(record, case, chosen.rounds)
         cupy.get_default_memory_pool().free_all_blocks()
         if chosen.json:
-            chosen.json.write_text(json.dumps(suite.results, separators=(",", ":")) + "\n")
+            record.save(chosen.json)
     if chosen.png:
         from fastloss.bench import pictures
         from fastloss.bench.results import Results
 
-        for path in pictures.draw(Results(suite.results), chosen.png):
+        for path in pictures.draw(Results(record.content), chosen.png):
             print(f"picture: {path}")
     return 0

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 from cpuinfo import get_cpu_info
 from llvmlite.binding import get_host_cpu_name
+
+from fastloss.bench.record import installed
 
 PACKAGES = ("fastloss", "numpy", "numba", "llvmlite", "numexpr", "scikit-learn", "torch", "jax", "optax")
 
@@ -36,15 +36,6 @@ def last_cache_mib() -> int:
     """Return the size of the third-level cache, as Linux says it; 0 where it does not."""
     file = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
     return int(file.read_text().strip().removesuffix("K")) >> 10 if file.is_file() else 0
-
-
-def installed(packages: Iterable[str]) -> Iterable[tuple[str, str]]:
-    """Yield the packages that are here, with their versions."""
-    for name in packages:
-        try:
-            yield name, version(name)
-        except PackageNotFoundError:
-            continue
 
 
 def allowed_cpus() -> list[int]:

@@ -1,4 +1,4 @@
-"""`Row`: one way to compute a case, and the check that it does."""
+"""`Row`: one way to compute a case; what it should come to, and the check that it does."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ AT_ONCE = 1 << 20  # elements computed together: more, and NumPy's temporaries l
 SAME = 1e-2
 
 
+class WrongError(Exception):
+    """A row computes something else than the case."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A call that computes a case, and how its result is read; what is there to compare times with has none."""
@@ -32,69 +36,58 @@ class Row:
     before: Callable[[], Any] | None = None  # what runs directly before a call; untimed
     release: Callable[[], Any] | None = None  # what gives up the memory that is kept for the next call, where that is measured
 
-
-class WrongError(Exception):
-    """A row computes something else than the case."""
-
-
-class Expected:
-    """What a case's value and gradients are: `fastloss.reference` in float64, a part of the batch at a time."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.batch, case = batch, batch.case
-        whole = len(case.subject.slopes) == 3 or "dice" in case.loss  # these are not sums over elements
-        if whole:
-            self.value, self.grads = self.of_whole()
-        else:
-            self.value, self.grads = self.of_parts(len(case.subject.slopes))
-        self.looked_at = len(self.grads[0])
-
-    def of_parts(self, slopes: int) -> tuple[Any, list[Array]]:
-        """Return the value, and the gradients of as many entries of the first axis as are looked at."""
-        length, size = len(self.batch.arrays[0]), self.batch.arrays[0].size
-        value: Any = 0.0
-        kept: list[list[Array]] = [[] for _ in range(slopes)]
-        step = max(1, AT_ONCE * length // size)
-        for first in range(0, length, step):
-            added, grads = self.of_part(slice(first, first + step))
-            value += added
-            if first * size < CHECKED * length:
-                for parts, grad in zip(kept, grads, strict=True):
-                    parts.append(grad)
-        return value, [np.concatenate(parts) for parts in kept]
-
-    def widened(self, part: slice) -> list[Array]:
-        """Return a part of the arrays in float64."""
-        arrays = [x[part].astype(np.float64) for x in self.batch.arrays]
-        return [x * SCALE if original.dtype == np.uint8 else x for x, original in zip(arrays, self.batch.arrays, strict=True)]
-
-    def of_whole(self) -> Result:
-        """Return value and gradients of a loss that is not a sum."""
-        value, grads = getattr(reference, self.batch.case.loss)(*self.widened(slice(None)))
-        return value, as_tuple(grads)
-
-    def of_part(self, part: slice) -> Result:
-        """Return what a part of the batch adds to the value, and its gradients."""
-        case, divisor = self.batch.case, self.batch.divisor()
-        extra = {name: x[part] if x.shape == case.shape else x for name, x in self.batch.extra.items()}
-        value, slopes = weighted(case.loss, self.widened(part), extra)
-        return value.sum() / divisor, [slope / divisor for slope in slopes]
-
-    def errors(self, row: Row) -> dict[str, float]:
-        """Run a row; return the errors of its value and gradients, relative to their sizes. Raises `WrongError` where one is large."""
-        result = row.run()
-        if row.read is None:
+    def errors(self, expected: Result) -> dict[str, float]:
+        """Run; return the errors of value and gradients, relative to their sizes. Raises `WrongError` where one is large."""
+        result = self.run()
+        if self.read is None:
             return {}
-        value, grads = row.read(result)
-        errors = {} if value is None else {"value": distance(np.float64(value), self.value)}
-        if case_grads := [np.asarray(g)[: self.looked_at] for g in grads]:
-            errors["gradient"] = float(np.max([distance(got, want) for got, want in zip(case_grads, self.grads, strict=True)]))
-        if row.restore:
-            row.restore()
+        value, grads = self.read(result)
+        errors = {} if value is None else {"value": distance(np.float64(value), expected[0])}
+        if len(grads):
+            found = [distance(np.asarray(got)[: len(want)], want) for got, want in zip(grads, expected[1], strict=True)]
+            errors["gradient"] = float(np.max(found))
+        if self.restore:
+            self.restore()
         wrong = [error for error in errors.values() if not error <= SAME]  # NaN too
         if wrong or not errors:
             raise WrongError(f"its result is off by {wrong[0]:.1e}" if wrong else "it has no result")
         return errors
+
+
+def expected(batch: Batch) -> Result:
+    """Return a case's value and gradients by `fastloss.reference`, in float64; of large gradients the entries that are looked at."""
+    if len(batch.case.subject.slopes) == 3 or "dice" in batch.case.loss:  # these are not sums over elements
+        value, grads = getattr(reference, batch.case.loss)(*widened(batch, slice(None)))
+        return value, as_tuple(grads)
+    return of_parts(batch)
+
+
+def of_parts(batch: Batch) -> Result:
+    """Return value and gradients, computed a part of the batch at a time."""
+    length, size = len(batch.arrays[0]), batch.arrays[0].size
+    value: Any = 0.0
+    kept: list[list[Array]] = [[] for _ in batch.case.subject.slopes]
+    step = max(1, AT_ONCE * length // size)
+    for first in range(0, length, step):
+        added, grads = of_part(batch, slice(first, first + step))
+        value += added
+        if first * size < CHECKED * length:
+            for parts, grad in zip(kept, grads, strict=True):
+                parts.append(grad)
+    return value, [np.concatenate(parts) for parts in kept]
+
+
+def of_part(batch: Batch, part: slice) -> Result:
+    """Return what a part of the batch adds to the value, and its gradients."""
+    case, divisor = batch.case, batch.divisor()
+    extra = {name: x[part] if x.shape == case.shape else x for name, x in batch.extra.items()}
+    value, slopes = weighted(case.loss, widened(batch, part), extra)
+    return value.sum() / divisor, [slope / divisor for slope in slopes]
+
+
+def widened(batch: Batch, part: slice) -> list[Array]:
+    """Return a part of the arrays in float64."""
+    return [x[part].astype(np.float64) * (SCALE if x.dtype == np.uint8 else 1) for x in batch.arrays]
 
 
 def weighted(loss: str, arrays: Sequence[Array], extra: Mapping[str, Array]) -> tuple[Array, list[Array]]:

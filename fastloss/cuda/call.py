@@ -12,7 +12,7 @@ import numpy as np
 from fastloss.call import Call, complaint, warn_of_nothing
 from fastloss.cuda import device
 from fastloss.cuda.launch import LAUNCHES, Launch, Outcome
-from fastloss.plan import Request, check_dtype, check_overlap, code_of, shares_memory
+from fastloss.plan import Request, check_overlap, code_of, shares_memory
 
 
 class DeviceCall(Call):
@@ -69,15 +69,6 @@ class DeviceCall(Call):
         if not isinstance(counted, cupy.ndarray) and not np.all(counted):
             warn_of_nothing()
 
-    def take_upstream(self, grad_output: Any) -> None:
-        """Take the derivative of what follows the loss: a number, of the device too, or an array of the loss's shape."""
-        if isinstance(grad_output, cupy.ndarray) and not grad_output.ndim:
-            check_device("grad_output", grad_output)
-            check_dtype("grad_output", grad_output.dtype)
-            self.upstream = grad_output
-        else:
-            super().take_upstream(grad_output)
-
     def compute(self, summed: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[Any, list[Any]]:
         """Return the reduced value, if it is summed, and the arrays that are wanted."""
         is_mean = self.must_count and not wanted  # gradients have to know the count beforehand
@@ -109,21 +100,16 @@ class DeviceCall(Call):
             upstream = upstream.copy()  # it is read while they are written
         is_array = isinstance(upstream, cupy.ndarray)
         outcome = Outcome(code_of(results.dtype) if summed else "f8", is_mean, code_of(upstream.dtype) if is_array else "", has_counts)
-        arrays = self.arrays + outputs
-        layouts = tuple([(a.dtype, a.shape, a.strides) for a in arrays])
-        checked = self.loss.unit if validate else ()
-        launch = find_launch(
-            outcome, self.loss.formula, self.shape, self.kept, summed, checked, wanted, self.parameters, tuple(self.numbers), self.names,
-            layouts
-        )  # fmt: skip
+        launch = find_launch(outcome, *self.request(summed, wanted, outputs, validate))
         if not launch.plan.size:
             if summed:
                 results.fill(0.0 / counted if not (is_mean or has_counts) and counted else math.nan)
             return
+        arrays = self.arrays + outputs
         addresses = [a.data.ptr for a in arrays]
         if self.out is not None and wanted:
             check_overlap(launch.plan, arrays, addresses)
-        if checked:
+        if launch.request.checked:
             raise_recorded()
         launch.run(
             addresses,

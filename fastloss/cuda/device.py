@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import threading
 from collections import OrderedDict
 from typing import Any, NamedTuple
@@ -14,8 +15,17 @@ STREAMS = 64  # whose workspaces are kept; freed memory goes to later work on it
 GROUPS = 1024  # groups that can have several ranges, and so a counter each
 SUMS = 6  # that a range leaves at most: Dice's four, and a bad element's place and value
 PARTIALS = 8 * SUMS * 2 * GROUPS  # bytes; see launch.py for the number of ranges
-SLOTS = 128  # records a page
+SLOTS = 4096  # records a page: while a graph is captured there is perhaps no other to be had
 PER_THREAD = 2  # the address of the default stream where each thread has its own
+
+
+_slots = itertools.count()
+
+
+@functools.cache
+def page(number: int) -> Any:
+    """Return memory of the host that a device can write to."""
+    return cupy.cuda.alloc_pinned_memory(24 * SLOTS)
 
 
 class Record(NamedTuple):
@@ -27,16 +37,12 @@ class Record(NamedTuple):
 
 
 class Slot:
-    """Where a kernel writes a bad element: memory of the host, at which the host can look without waiting. Never freed."""
-
-    pages: list[Any] = []  # noqa: RUF012 (of the class)
-    taken = 0
+    """Where a kernel writes a bad element: memory of the host, at which the host can look without waiting."""
 
     def __init__(self) -> None:
-        if Slot.taken == SLOTS * len(Slot.pages):
-            Slot.pages.append(cupy.cuda.alloc_pinned_memory(24 * SLOTS))
-        self.address = Slot.pages[-1].ptr + 24 * (Slot.taken % SLOTS)
-        Slot.taken += 1
+        number = next(_slots)
+        self.page = page(number // SLOTS)
+        self.address = self.page.ptr + 24 * (number % SLOTS)
         self.launch = ctypes.c_int64.from_address(self.address)
         self.rest = (ctypes.c_double * 2).from_address(self.address + 8)
         self.launch.value = 0

@@ -171,8 +171,7 @@ class _Passes:
         if self.call.is_number(grad_output):
             return to_float("grad_output", grad_output)
         array = self.call.as_array("grad_output", grad_output)
-        if array.ndim:  # one of a device may be a number
-            check_upstream(array, self.shape_of_value(), self.reduction)
+        check_upstream(array, self.shape_of_value(), self.reduction)
         return array.astype(np.float64)
 
     def shape_of_value(self) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastloss.call import Call, take_validate
+from fastloss.call import Call, find_launch, take_validate
 from fastloss.loss import AnyLoss, Loss
 from fastloss.plan import ONE_RANGE, Array
 from fastloss.torch import operators
@@ -215,7 +215,7 @@ def short_launch(
     z = torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
     t = torch.empty_strided(target_shape, target_strides, dtype=target_dtype, device="cpu")
     call = Call(loss._definition, to_array(z), to_array(t), None, reduction, {})
-    return call.find_launch(("value",), ("slope",), [to_array(torch.empty_like(z))]), call.count(), call.arrays[0].dtype
+    return find_launch(*call.request(("value",), ("slope",), [to_array(torch.empty_like(z))])), call.count(), call.arrays[0].dtype
 
 
 # without the look for torch.func's transforms that `Function.apply` takes, and `has_memory` has taken: 2 us

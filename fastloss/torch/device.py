@@ -20,7 +20,7 @@ CODES = {torch.float32: "f4", torch.float64: "f8"}
 
 def to_array(tensor: Any) -> Any:
     """Return an array on a tensor's memory, which it keeps alive."""
-    dtype, size, index = numpy_dtype(tensor.dtype), tensor.element_size(), tensor.device.index or 0
+    dtype, size, index = numpy_dtype(tensor.dtype), tensor.element_size(), tensor.get_device()
     if not tensor.numel():
         with cupy.cuda.Device(index):
             return cupy.empty(tuple(tensor.shape), dtype)
@@ -70,7 +70,7 @@ def call_of(dtype: torch.dtype) -> type[DeviceCall]:
 @contextlib.contextmanager
 def current(tensor: Any) -> Iterator[None]:
     """Let CuPy work on a tensor's device, on PyTorch's current stream there, in memory of PyTorch's allocator."""
-    index = tensor.device.index or 0
+    index = tensor.get_device()
     stream = torch.cuda.current_stream(index).cuda_stream
     with cupy.cuda.Device(index), cupy.cuda.ExternalStream(stream), cupy.cuda.using_allocator(allocator().malloc):
         yield

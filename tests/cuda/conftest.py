@@ -10,6 +10,9 @@ import pytest
 import fastloss as fl
 from tests.cuda import on_cpu, proxy
 
+# for tests that ask the stand-in what happened
+asks_the_stand_in = pytest.mark.parametrize("cp", ["stand-in"], indirect=True)
+
 
 def a_gpu():
     """Return CuPy; whoever asks for tests on a GPU is not told that they were skipped."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastloss as fl
-from tests.cuda import on_cpu
+from tests.cuda.conftest import asks_the_stand_in
 from tests.ulp import PEER, SUM, assert_close
 
 LOGISTIC = fl.binary_cross_entropy_with_logits
@@ -20,14 +20,6 @@ def batch(cp, rng, shape, dtype=np.float32, target_dtype=np.float32):
     z, t = (3 * rng.standard_normal(shape)).astype(dtype), rng.random(shape)
     t = (255 * t).astype(target_dtype) if np.dtype(target_dtype).kind == "u" else t.astype(target_dtype)
     return z, t, cp.asarray(z), cp.asarray(t)
-
-
-@pytest.fixture
-def stand_in(cp):
-    """What stands in for CuPy, and can be asked what happened."""
-    if cp is not on_cpu:
-        pytest.skip("asks the stand-in")
-    return cp
 
 
 @pytest.fixture
@@ -50,24 +42,26 @@ def test_results_are_arrays_of_the_device(cp, rng):
     assert all(isinstance(x, cp.ndarray) for x in (*total, *grads))
 
 
-def test_the_host_never_waits(stand_in, rng):
-    _, _, z, t = batch(stand_in, rng, (4, 3, 50))
-    mask, out = stand_in.asarray(rng.random((4, 3, 50)) < 0.5), stand_in.empty_like(z)
-    upstream = stand_in.asarray(np.array(0.5, np.float32))
-    before = stand_in.waits
+@asks_the_stand_in
+def test_the_host_never_waits(cp, rng):
+    _, _, z, t = batch(cp, rng, (4, 3, 50))
+    mask, out = cp.asarray(rng.random((4, 3, 50)) < 0.5), cp.empty_like(z)
+    upstream = cp.asarray(np.array(0.5, np.float32))
+    before = cp.waits
     LOGISTIC.value_and_grad(z, t, mask=mask, out=out, validate=True, grad_output=upstream, pos_weight=upstream)
     LOGISTIC(z, t, mask=mask)
-    LOGISTIC.grad(z, t, mask=mask, reduction="sample_mean", grad_output=stand_in.asarray(np.ones(4)))
+    LOGISTIC.grad(z, t, mask=mask, reduction="sample_mean", grad_output=cp.asarray(np.ones(4)))
     fl.dice_bce_with_logits_loss.value_and_grad(z, t, mask=mask, grad_output=upstream)
     fl.vae_loss.value_and_grad(z, t, z[:, 0], t[:, 0], mask=mask, grad_output=2.0)
-    assert stand_in.waits == before
+    assert cp.waits == before
 
 
-def test_one_launch_a_pass(stand_in, rng):
-    _, _, z, t = batch(stand_in, rng, (4, 3, 50_000))
-    del stand_in.launches[:]
+@asks_the_stand_in
+def test_one_launch_a_pass(cp, rng):
+    _, _, z, t = batch(cp, rng, (4, 3, 50_000))
+    del cp.launches[:]
     LOGISTIC.value_and_grad(z, t)
-    assert stand_in.launches == ["fastloss_binary_cross_entropy_with_logits"]
+    assert cp.launches == ["fastloss_binary_cross_entropy_with_logits"]
 
 
 @pytest.mark.parametrize("size", ODD)
@@ -97,8 +91,9 @@ def test_any_alignment(cp, rng, offsets, dtype, target_dtype):
     assert not whole[third.stop + 1 :].any()
 
 
-def test_sums_do_not_depend_on_the_device(stand_in, fresh, rng):
-    a, b, z, t = batch(stand_in, rng, (3, 2, 200, 701))
+@asks_the_stand_in
+def test_sums_do_not_depend_on_the_device(cp, fresh, rng):
+    a, b, z, t = batch(cp, rng, (3, 2, 200, 701))
     found = []
     for processors in (1, 3, 1000):
         fresh.setattr("fastloss.cuda.device.processors", lambda device, n=processors: n)
@@ -194,39 +189,42 @@ def test_what_is_not_on_the_device(cp):
         fl.mse_loss.grad(z, z, out=host)
 
 
-def test_another_device_than_the_current_one(stand_in):
-    z = stand_in.zeros(3, np.float32)
-    with stand_in.cuda.Device(1), pytest.raises(ValueError, match=r"input is on CUDA device 0, and the current device is 1; .*Device\(0\)"):
+@asks_the_stand_in
+def test_another_device_than_the_current_one(cp):
+    z = cp.zeros(3, np.float32)
+    with cp.cuda.Device(1), pytest.raises(ValueError, match=r"input is on CUDA device 0, and the current device is 1; .*Device\(0\)"):
         fl.mse_loss(z, z)
-    with stand_in.cuda.Device(1):
-        t = stand_in.zeros(3, np.float32)
+    with cp.cuda.Device(1):
+        t = cp.zeros(3, np.float32)
     with pytest.raises(ValueError, match="target is on CUDA device 1, and the current device is 0"):
         fl.mse_loss(z, t)
     with pytest.raises(ValueError, match="out is on CUDA device 1, and the current device is 0"):
         fl.mse_loss.grad(z, z, out=t)
 
 
-def test_no_memory_left(stand_in, monkeypatch, rng):
-    _, _, z, t = batch(stand_in, rng, 100)
-    del stand_in.launches[:]
-    monkeypatch.setattr(stand_in.current, "is_full", True)
+@asks_the_stand_in
+def test_no_memory_left(cp, monkeypatch, rng):
+    _, _, z, t = batch(cp, rng, 100)
+    del cp.launches[:]
+    monkeypatch.setattr(cp.current, "is_full", True)
     with pytest.raises(MemoryError, match="Out of memory allocating 400 bytes"):
         LOGISTIC.value_and_grad(z, t)
-    assert not stand_in.launches
+    assert not cp.launches
 
 
-def test_each_stream_has_a_workspace_and_each_captured_launch(stand_in, rng):
+@asks_the_stand_in
+def test_each_stream_has_a_workspace_and_each_captured_launch(cp, rng):
     from fastloss.cuda import device
 
-    a, b, z, t = batch(stand_in, rng, (2, 300, 211))
+    a, b, z, t = batch(cp, rng, (2, 300, 211))
     found = []
     for pointer in (0, 111, 222, 111):
-        with stand_in.cuda.Stream(pointer):
+        with cp.cuda.Stream(pointer):
             LOGISTIC(z, t)
             found.append(device.workspace(0))
     assert len(set(map(id, found))) == 3
     assert found[1] is found[3]
-    with stand_in.cuda.Stream(111) as stream:
+    with cp.cuda.Stream(111) as stream:
         stream.begin_capture()
         value = LOGISTIC(z, t)
         stream.end_capture().launch()
@@ -237,12 +235,13 @@ def test_each_stream_has_a_workspace_and_each_captured_launch(stand_in, rng):
     assert captured.slot.address not in [x.slot.address for x in found]
 
 
-def test_workspaces_are_small_and_not_kept_for_ever(stand_in, rng):
+@asks_the_stand_in
+def test_workspaces_are_small_and_not_kept_for_ever(cp, rng):
     from fastloss.cuda import device
 
-    _, _, z, t = batch(stand_in, rng, 10)
+    _, _, z, t = batch(cp, rng, 10)
     for pointer in range(1000, 1000 + 2 * device.STREAMS):
-        with stand_in.cuda.Stream(pointer):
+        with cp.cuda.Stream(pointer):
             LOGISTIC(z, t)
     assert len(device._workspaces) <= device.STREAMS
     assert device.PARTIALS <= 256 << 10
@@ -320,11 +319,12 @@ def test_a_bad_element_of_overlapping_windows_exists(cp):
         fl.raise_deferred()
 
 
-def test_subnormal_numbers_are_kept(stand_in):
+@asks_the_stand_in
+def test_subnormal_numbers_are_kept(cp):
     from fastloss.cuda import compiler
 
     compiler.compiled("", "sm_0")
-    options = stand_in.nvrtc.options[-1]
+    options = cp.nvrtc.options[-1]
     assert [option for option in options if "ftz" in option] == ["--ftz=false"]
 
 
