@@ -68,12 +68,7 @@ def test_what_a_loss_does_not_take_is_not_selected():
 # --- rows: each computes its case
 
 
-def tiny(case):
-    """The same case with few elements."""
-    return replace(case, size="mnist" if len(case.shape) > 1 else "1Ki")
-
-
-@pytest.mark.parametrize("case", dict.fromkeys(map(tiny, cases.table())), ids=str)
+@pytest.mark.parametrize("case", dict.fromkeys(case.tiny for case in cases.table()), ids=str)
 def test_our_rows_and_numpys_compute_the_case(case):
     batch = Batch(case)
     want = expected(batch)

@@ -82,6 +82,11 @@ class Case:
         return prod(self.shape)
 
     @property
+    def tiny(self) -> Case:
+        """The same case with few elements: for whether it is computed, not for how fast."""
+        return replace(self, size="mnist" if len(self.shape) > 1 else "1Ki")
+
+    @property
     def is_half(self) -> bool:
         """Whether arrays are stored in 16 bits."""
         return self.dtype in ("float16", "bfloat16")

@@ -1,40 +1,56 @@
-"""Losses that take NumPy's arrays, compute on a device, and hand NumPy's arrays back: so that every test can run there.
+"""Takes calls of losses with NumPy's arrays to a device, and hands NumPy's arrays back: so that every test can run there.
 
 Arrays that share memory share it on the device, at the same distances and with the same alignment.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
 import fastloss as fl
+from fastloss.loss import AnyLoss, TargetLoss
+from fastloss.losses.latent import VAELoss
+
+METHODS = ("__call__", "grad", "value_and_grad", "curvature")
 
 
-class OnDevice:
-    """A loss whose methods are called with NumPy's arrays."""
+class Carrier:
+    """What takes the calls there, and counts them."""
 
-    def __init__(self, loss: Any, cp: Any) -> None:
-        self._loss, self._cp = loss, cp
-        self.__name__, self.__signature__ = loss.__name__, loss.__signature__
+    def __init__(self, cp: Any) -> None:
+        self.cp, self.calls, self.is_away = cp, 0, False
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return self._carry(self._loss, args, options)
+    def carry(self, method: Any) -> Any:
+        """Return a method of losses that computes on the device."""
 
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._loss, name)
-        if name not in ("grad", "value_and_grad", "curvature"):
-            return method
-        return lambda *args, **options: self._carry(method, args, options)
+        @functools.wraps(method)
+        def carried(loss: Any, *args: Any, **options: Any) -> Any:
+            if self.is_away:  # a loss calls another
+                return method(loss, *args, **options)
+            trip = Trip(self.cp, [*args, *options.values()])
+            self.calls, self.is_away = self.calls + 1, True
+            try:
+                result = method(loss, *map(trip.there, args), **{name: trip.there(x) for name, x in options.items()})
+                if options.get("validate"):
+                    fl.raise_deferred()
+            finally:
+                self.is_away = False
+            return trip.back(result)
 
-    def _carry(self, method: Any, args: Any, options: Any) -> Any:
-        trip = Trip(self._cp, [*args, *options.values()])
-        result = method(*map(trip.there, args), **{name: trip.there(x) for name, x in options.items()})
-        if options.get("validate"):
-            fl.raise_deferred()
-        return trip.back(result)
+        return carried
+
+
+def methods() -> Iterator[tuple[type, str]]:
+    """Yield what is called with arrays: the methods of every class of losses, by name."""
+    classes: list[type] = [AnyLoss, TargetLoss, VAELoss]
+    for kind in classes:
+        classes += kind.__subclasses__()
+        yield from ((kind, name) for name in METHODS if name in vars(kind))
 
 
 class Trip:
@@ -58,16 +74,16 @@ class Trip:
 
     def there(self, x: Any) -> Any:
         """Return an array on the device, anything else as it is."""
-        if isinstance(x, tuple):
-            return tuple(map(self.there, x))
+        if isinstance(x, tuple) or (isinstance(x, list) and any(isinstance(item, np.ndarray) for item in x)):
+            return type(x)(map(self.there, x))
         if not isinstance(x, (np.ndarray, np.generic)) or isinstance(x, (np.floating, np.integer)):
             return x
-        x = np.asarray(x)
-        if not x.size:
-            return self.cp.empty(x.shape, x.dtype)
-        address = x.ctypes.data
+        array = np.asarray(x)
+        if not array.size:
+            return self.cp.empty(array.shape, array.dtype)
+        address = array.ctypes.data
         start, _, memory = next(block for block in self.blocks if block[0] <= address < block[1])
-        made = self.cp.ndarray(x.shape, x.dtype, memory + (address - start), x.strides)
+        made = self.cp.ndarray(array.shape, array.dtype, memory + (address - start), array.strides)
         self.pairs.append((x, made))
         return made
 
@@ -95,8 +111,3 @@ def merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
             high = max(high, last)
         joined.append((low, high))
     return joined
-
-
-def losses() -> list[str]:
-    """Return the names of what is called with arrays."""
-    return [name for name in fl.__all__ if hasattr(getattr(fl, name), "__signature__") and callable(getattr(fl, name))]

@@ -148,6 +148,34 @@ def test_a_bad_target_is_told_later(cp, rng):
         fl.raise_deferred()
 
 
+def test_a_bad_target_of_dice_and_of_images(cp, rng):
+    _, b, z, _ = batch(cp, rng, (2, 3, 5, 7))
+    b[1, 2, 0, 3] = np.nan
+    t = cp.asarray(b)
+    for loss in (fl.dice_with_logits_loss, fl.dice_bce_with_logits_loss):
+        loss(z, t, validate=True)
+        with pytest.raises(ValueError, match=r"^target\[1, 2, 0, 3\] is nan; accepted: targets in \[0, 1\] \(found"):
+            fl.raise_deferred()
+    fl.vae_loss(z, t, z[:, :, 0, 0], z[:, :, 0, 0], validate=True)
+    with pytest.raises(ValueError, match=r"^target\[1, 2, 0, 3\] is nan"):
+        fl.raise_deferred()
+
+
+def test_a_number_alone(cp):
+    z, t = cp.zeros((), np.float32), cp.full((), 1.0, np.float32)
+    value, grad = fl.dice_with_logits_loss.value_and_grad(z, t, per_channel=False, per_sample=False)
+    assert_close(value.get(), 0.2, SUM[np.dtype(np.float64)])
+    assert_close(grad.get(), -0.12, SUM[z.dtype])
+
+
+def test_gradients_lie_as_their_arrays_do(cp, rng):
+    _, _, z, t = batch(cp, rng, (4, 5, 6, 7))
+    order = (1, 3, 0, 2)
+    grad = LOGISTIC.grad(z.transpose(order), t.transpose(order))
+    assert grad.strides == z.transpose(order).strides
+    np.testing.assert_array_equal(grad.get(), LOGISTIC.grad(z, t).get().transpose(order))
+
+
 @pytest.mark.parametrize("view", [np.s_[:], np.s_[::-1, :, ::-2], np.s_[:, None, 1:]])
 def test_the_bad_element_is_found_through_any_view(cp, rng, view):
     b = rng.random((5, 9, 8))
