@@ -312,6 +312,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--loss", action="append", choices=tuple(SUBJECTS), metavar="LOSS", help="only cases of this loss")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each case (default: %(default)s)")
     chosen = parser.parse_args(arguments)
+    for folder in filter(None, (chosen.json and chosen.json.parent, chosen.png)):
+        if not folder.is_dir():
+            parser.error(f"the folder {folder} does not exist")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes the memory of the others
     try:
         from fastloss.cuda import cupy, device

@@ -43,6 +43,13 @@ def test_a_wrong_row_is_left_out(record, monkeypatch):
     assert any(line.startswith("CuPy, naive is left out of") and "its result is off by" in line for line in record.content["left_out"])
 
 
+def test_a_folder_that_is_not_there_is_refused_before_anything_is_measured(cp, tmp_path, capsys):
+    for arguments in (["--json", f"{tmp_path}/no/gpu.json"], ["--png", f"{tmp_path}/no"]):
+        with pytest.raises(SystemExit):
+            gpu.main(arguments)
+        assert f"the folder {tmp_path}/no does not exist" in capsys.readouterr().err
+
+
 def test_tables_and_pictures_of_a_file(record, tmp_path):
     console = pytest.importorskip("rich.console").Console(record=True, width=140)
     from fastloss.bench import goals, machine, pictures, report

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -354,6 +357,40 @@ def test_subnormal_numbers_are_kept(cp):
     compiler.compiled("", "sm_0")
     options = cp.nvrtc.options[-1]
     assert [option for option in options if "ftz" in option] == ["--ftz=false"]
+
+
+@asks_the_stand_in
+@pytest.mark.skipif(sys.platform != "linux", reason="forbids a page by Linux's mprotect")
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint8])
+def test_nothing_behind_an_array_is_touched(cp, rng, dtype):
+    """The arrays end where a page does, and the next one is forbidden: a wrong address ends the process."""
+    pages = [mmap.mmap(-1, 2 * mmap.PAGESIZE) for _ in range(3)]
+    size, arrays = 1023, []
+    for k, page in enumerate(pages):
+        address = ctypes.addressof(ctypes.c_char.from_buffer(page)) + mmap.PAGESIZE
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), mmap.PAGESIZE, 0) == 0
+        kind = np.dtype(np.float32 if dtype is np.uint8 and k != 1 else dtype)  # targets alone are whole numbers
+        memory = cp.cuda.UnownedMemory(address - size * kind.itemsize, size * kind.itemsize, page, 0)
+        arrays.append(cp.ndarray((size,), kind, cp.cuda.MemoryPointer(memory, 0)))
+    a, b, z, t = batch(cp, rng, size, arrays[0].dtype, arrays[1].dtype)
+    arrays[0][...], arrays[1][...] = z, t
+    grad = fl.mse_loss.grad(*arrays[:2], out=arrays[2], reduction="sum")
+    np.testing.assert_array_equal(grad.get(), fl.mse_loss.grad(a, b, reduction="sum"))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_ties_are_rounded_to_even(cp, dtype):
+    place = np.float32(ml_dtypes.finfo(dtype).eps)
+    z, t = 1 + place * np.arange(64), np.full(64, -place / 2)
+    grad = fl.mse_loss.grad(cp.asarray(z.astype(dtype)), cp.asarray(t.astype(dtype)), reduction="sum").get()
+    np.testing.assert_array_equal(grad.astype(np.float32), 2 * (1 + place * 2 * np.repeat(np.arange(33), 2)[1:65]))
+
+
+def test_a_nan_whose_bits_are_all_low_stays_one(cp):
+    loss = fl.elementwise_loss(lambda z, t: (t, t))
+    t = np.array([0x7F800001, 0xFF800001], np.uint32).view(np.float32)
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        assert np.isnan(loss(cp.asarray(np.zeros(2, dtype)), cp.asarray(t), reduction="none").get().astype(np.float32)).all()
 
 
 def test_a_mixed_batch_is_refused(cp, rng):
