@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -123,6 +124,15 @@ def test_elements_counted_in_64_bits(cp, fresh, rng):
     got = LOGISTIC.value_and_grad(z, t, cp.asarray(w), "sample_mean")
     for x, y in zip(got, want, strict=True):
         np.testing.assert_array_equal(x.get(), y.get())
+
+
+@pytest.mark.parametrize(("size", "is_wide"), [(2**30, False), (3 * 2**30, True)])
+def test_large_batches_are_counted_in_64_bits(size, is_wide):
+    from tests.cuda.variants import launch
+
+    z = np.broadcast_to(np.float32(0), size)
+    made = launch(LOGISTIC._definition, z, z, ("value",))
+    assert made.variant(tuple(made.alignments)).is_wide is is_wide
 
 
 def test_many_samples_and_few_of_many_ranges(cp, rng):
@@ -264,6 +274,18 @@ def test_each_stream_has_a_workspace_and_each_captured_launch(cp, rng):
     assert captured not in found
     assert captured.partials.ptr not in [x.partials.ptr for x in found]
     assert captured.slot.address not in [x.slot.address for x in found]
+
+
+@asks_the_stand_in
+def test_threads_with_default_streams_of_their_own_share_no_workspace(cp):
+    from fastloss.cuda import device
+
+    def of_a_thread():
+        with cp.cuda.Stream(device.PER_THREAD):
+            return device.workspace(0)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert of_a_thread() is of_a_thread() is not pool.submit(of_a_thread).result()
 
 
 @asks_the_stand_in

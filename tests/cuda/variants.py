@@ -47,16 +47,13 @@ def array(dtype: str, shape: tuple[int, ...] = SHAPE) -> Any:
 
 def launch(
     definition: Any, input: Any, target: Any, summed: tuple[str, ...] = (), wanted: tuple[str, ...] = (), reduction: str = "mean",
-    checked: tuple[str, ...] = (), outcome: Outcome | None = None, **options: Any
+    validate: bool = False, outcome: Outcome | None = None, **options: Any
 ) -> Launch:  # fmt: skip
     """Return what would launch a call."""
     weight = options.pop("weight", None)
     call = Call(definition, input, target, weight, reduction, options)
-    arrays = [*call.arrays, *(np.empty_like(target if name.startswith("target_") else input) for name in wanted)]
-    layouts = tuple((a.dtype, a.shape, a.strides) for a in arrays)
-    numbers = tuple(call.numbers)
-    request = Request(definition.formula, call.shape, call.kept, summed, checked, wanted, call.parameters, numbers, call.names, layouts)
-    return Launch(request, outcome or Outcome())
+    outputs = [np.empty_like(target if name.startswith("target_") else input) for name in wanted]
+    return Launch(Request(*call.request(summed, wanted, outputs, validate)), outcome or Outcome())
 
 
 def launches() -> Iterator[tuple[str, Launch]]:
@@ -93,7 +90,7 @@ def options(one: Any) -> Iterator[tuple[str, Launch]]:
     yield "pos_weight", launch(one, z, z, **value_and_slope, pos_weight=channel, label_smoothing=0.1)
     yield "mask", launch(one, z, z, ("value", "count"), mask=z > 0, outcome=Outcome(is_mean=True))
     yield "ignored, counts", launch(one, z, images, **value_and_slope, ignore_index=255, outcome=Outcome(has_counts=True))
-    yield "target_scale, checked", launch(one, z, images, **value_and_slope, checked=("target",), target_scale=1 / 255)
+    yield "target_scale, checked", launch(one, z, images, **value_and_slope, validate=True, target_scale=1 / 255)
     yield "samples", launch(one, z, z, **value_and_slope, reduction="sample_mean", outcome=Outcome(upstream="f4", result="f4"))
     yield "samples of 16 bits", launch(one, z, z, **value_and_slope, reduction="sample_mean", outcome=Outcome(upstream="B2", result="f2"))
     yield "grad_output of each", launch(one, z, z, (), ("slope", "value"), reduction="none", grad_output=z)
@@ -106,7 +103,7 @@ def options(one: Any) -> Iterator[tuple[str, Launch]]:
     )
     yield "six axes", launch(one, *(array("float32", (2, 4, 2, 4, 2, 4))[:, ::2, :, ::2, :, ::2] for _ in range(2)), **value_and_slope)
     everything = {"weight": z, "mask": z > 0, "pos_weight": channel, "label_smoothing": 0.1, "target_scale": 0.5, "ignore_index": 3}
-    yield "everything", launch(one, z, images, ("value", "count"), ("slope",), checked=("target",), **everything)
+    yield "everything", launch(one, z, images, ("value", "count"), ("slope",), validate=True, **everything)
 
 
 def texts() -> Iterator[tuple[str, str, str]]:
