@@ -23,7 +23,7 @@ import numpy as np
 import fastloss as fl
 from fastloss.bench.batch import Batch
 from fastloss.bench.cases import BCE, MSE, SUBJECTS, Case, select, unique
-from fastloss.bench.record import Record, installed
+from fastloss.bench.record import Record, first_line, installed
 from fastloss.bench.row import Row, as_tuple, split
 
 PACKAGES = ("fastloss", "numpy", "numba", "cupy-cuda13x", "cupy-cuda12x", "torch", "jax")
@@ -304,8 +304,8 @@ def dotted(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def main(arguments: list[str]) -> int:
-    """Measure, print, and write what was measured after every case."""
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Return what is asked for; refuse, before minutes are spent, files that could not be written."""
     parser = argparse.ArgumentParser(prog="python -m fastloss bench --device cuda", description="Time the losses on a GPU.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there, with hardware, versions and date")
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="draw the pictures there too (needs fastloss[bench])")
@@ -315,6 +315,12 @@ def main(arguments: list[str]) -> int:
     for folder in filter(None, (chosen.json and chosen.json.parent, chosen.png)):
         if not folder.is_dir():
             parser.error(f"the folder {folder} does not exist")
+    return chosen
+
+
+def main(arguments: list[str]) -> int:
+    """Measure, print, and write what was measured after every case; the exit status is 1 if a case of fastloss's failed."""
+    chosen = parse(arguments)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes the memory of the others
     try:
         from fastloss.cuda import cupy, device
@@ -323,11 +329,15 @@ def main(arguments: list[str]) -> int:
     except (ImportError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
-    record = Record(description(), functools.partial(print, flush=True))
+    record, failed = Record(description(), functools.partial(print, flush=True)), False
     for case in cases():
         if chosen.loss and case.loss not in chosen.loss:
             continue
-        run(record, case, chosen.rounds)
+        try:
+            run(record, case, chosen.rounds)
+        except Exception as error:  # nobody may be there: the others are measured
+            record.leave_out(f"{case} is left out: {first_line(error)}")
+            failed = True
         cupy.get_default_memory_pool().free_all_blocks()
         if chosen.json:
             record.save(chosen.json)
@@ -337,4 +347,4 @@ def main(arguments: list[str]) -> int:
 
         for path in pictures.draw(Results(record.content), chosen.png):
             print(f"picture: {path}")
-    return 0
+    return int(failed)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 
 import pytest
 
 from fastloss.bench import cases, gpu
-from fastloss.bench.cases import Case
+from fastloss.bench.cases import BCE, MSE, Case
 from fastloss.bench.record import Record
 from fastloss.bench.row import Row
 
@@ -41,6 +43,20 @@ def test_a_wrong_row_is_left_out(record, monkeypatch):
     (entry,) = record.content["cases"]
     assert {row["name"] for row in entry["rows"]} & {"CuPy, naive", "CuPy, another"} == {"CuPy, another"}
     assert any(line.startswith("CuPy, naive is left out of") and "its result is off by" in line for line in record.content["left_out"])
+
+
+def test_the_command_measures_the_others_where_a_case_fails(record, monkeypatch, tmp_path, capsys):
+    ours = gpu.OnDevice.ours
+    monkeypatch.setattr(gpu.OnDevice, "ours", lambda self: ours(self) if self.case.loss == MSE else 1 / 0)
+    monkeypatch.setattr(gpu, "cases", lambda: [Case(loss, size="1Ki") for loss in (BCE, MSE, "l1_loss")])
+    assert gpu.main(["--json", f"{tmp_path}/gpu.json", "--rounds", "2", "--loss", MSE, "--loss", BCE]) == 1
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert [(entry["loss"], len(entry["rows"][0]["seconds"])) for entry in content["cases"]] == [(MSE, 2)]
+    said = f"{Case(BCE, size='1Ki')} is left out: ZeroDivisionError: division by zero"
+    assert said in content["left_out"]
+    output = capsys.readouterr().out
+    assert said in output
+    assert re.search(r"fastloss, out= +[\d.]+ us +[\d.]+ x the limit", output)
 
 
 def test_a_folder_that_is_not_there_is_refused_before_anything_is_measured(cp, tmp_path, capsys):
