@@ -21,7 +21,7 @@ def run(*args):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles_and_none_spills(architecture):
     kernels = [json.loads(line) for line in run("-m", "tests.cuda.variants", str(architecture)).splitlines()]
-    assert len(kernels) > 140
+    assert len(kernels) > 150
     spilled = [k["kernel"] for k in kernels if k["stack"] or k["local"]]
     assert not spilled
     assert max(k["shared"] for k in kernels) <= 16 << 10

@@ -71,11 +71,9 @@ def launches() -> Iterator[tuple[str, Launch]]:
             yield f"{loss.__name__} {z.dtype}: sums", launch(loss.first, z, z, ("overlap", "missed", "entropy", "count"), mask=z > 0)
             groups = dict.fromkeys(loss.second.formula.defaults, array("float64", (8, 3, 1, 1)))
             call = Call(loss.first, z, z, None, "sum", {}).derive(loss.second, groups)
-            layouts = tuple((a.dtype, a.shape, a.strides) for a in [*call.arrays, z, z])
-            request = Request(loss.second.formula, SHAPE, 0, (), (), BOTH, call.parameters, (), call.names, layouts)
-            yield f"{loss.__name__} {z.dtype}: slopes", Launch(request, Outcome())
+            yield f"{loss.__name__} {z.dtype}: slopes", Launch(Request(*call.request((), BOTH, [z, z])), Outcome())
     one = LOGISTIC._definition
-    for dtype, target in (*product(FLOATS, FLOATS), *product(("float16", "float32"), INTEGERS)):
+    for dtype, target in product(FLOATS, (*FLOATS, *INTEGERS)):
         yield f"{dtype} and {target}", launch(one, array(dtype), array(target), ("value",), ("slope",))
     yield from options(one)
 
