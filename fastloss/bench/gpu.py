@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import os
 import platform
 import sys
@@ -104,12 +105,7 @@ class OnDevice:
         """Return value and gradients on the host."""
         value, grads = split(self.case.part, result)
         value = getattr(value, "total", value)
-        return None if value is None else float(value), [self.leading(x) for x in as_tuple(grads)]
-
-    def leading(self, x: Any) -> Any:
-        """Return the elements of a gradient that are compared, on the host."""
-        rows = max(1, COMPARED * len(x) // x.size)
-        return x[:rows].get().astype(np.float64)
+        return None if value is None else float(value), [leading(x).get().astype(np.float64) for x in as_tuple(grads)]
 
     def limits(self) -> list[Row]:
         """Return what moves as many bytes as the case does, and the launch of a kernel that does nothing."""
@@ -181,7 +177,7 @@ class OnDevice:
 
         def read(result: Any) -> Any:
             number, grads = (result, ()) if self.case.part == "value" else result
-            return number.item(), [x[: max(1, COMPARED * len(x) // x.numel())].double().cpu().numpy() for x in grads]
+            return number.item(), [leading(x).double().cpu().numpy() for x in grads]
 
         return Row(name, value if self.case.part == "value" else both, read)
 
@@ -200,7 +196,7 @@ class OnDevice:
 
         def read(result: Any) -> Any:
             value, grads = split(self.case.part, result)
-            return value, [np.asarray(x)[: max(1, COMPARED * len(x) // x.size)].astype(np.float64) for x in grads]
+            return value, [leading(np.asarray(x)).astype(np.float64) for x in grads]
 
         return [Row("JAX", lambda: compiled(*arrays), read)]
 
@@ -228,8 +224,12 @@ def on_the_cpu(batch: Batch) -> tuple[Any, list[Any]]:
     case = batch.case
     reduction = {"reduction": case.reduction} if case.subject.reduction is None else {}
     value, grads = getattr(fl, case.loss).value_and_grad(*batch.arrays, **batch.options, **batch.extra, **reduction)
-    parts = [x[: max(1, COMPARED * len(x) // x.size)].astype(np.float64) for x in as_tuple(grads)]
-    return getattr(value, "total", value), parts
+    return getattr(value, "total", value), [leading(x).astype(np.float64) for x in as_tuple(grads)]
+
+
+def leading(x: Any) -> Any:
+    """Return the elements of a gradient that are compared, of any library's array."""
+    return x[: max(1, COMPARED * len(x) // math.prod(x.shape))]
 
 
 def measure(rows: list[Row], rounds: int) -> dict[str, list[float]]:

@@ -27,7 +27,7 @@ def test_both_learn_the_same(cp, capsys):
     printed = []
     for name in ("autoencoder_numpy.py", "autoencoder_cupy.py"):
         text = (EXAMPLES / name).read_text()
-        for long, short in (("range(300)", "range(7)"), ("step == 299", "step == 6"), ("% (len(images)", "% (len(images)")):
+        for long, short in (("range(300)", "range(7)"), ("step == 299", "step == 6")):
             assert long in text
             text = text.replace(long, short)
         exec(compile(text, name, "exec"), {"__name__": "example"})
