@@ -1,1 +1,4 @@
-"""The table of cases under pytest-benchmark, and the results of record; the cases themselves are in `fastloss.bench`."""
+"""The benchmark suite: every loss against NumPy, other libraries and the limit that memory sets.
+
+`python -m bench` compares libraries and draws pictures; `pytest bench` times the same cases with pytest-benchmark.
+"""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastloss.bench import machine, peers
-from fastloss.bench.suite import Suite
+from bench import machine, peers
+from bench.suite import Suite
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Every case of record: `pytest bench` times fastloss, `pytest bench --benchmark-disable` runs every row once, on few elements.
 
-`python -m fastloss bench` compares rows with each other, in interleaved rounds; this is for following one row over time, with
+`python -m bench` compares rows with each other, in interleaved rounds; this is for following one row over time, with
 pytest-benchmark's own `--benchmark-autosave` and `--benchmark-compare`.
 """
 
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 
-from fastloss.bench import cases
-from fastloss.bench.batch import Batch
-from fastloss.bench.row import expected
+from bench import cases
+from bench.batch import Batch
+from bench.row import expected
 
 
 @pytest.mark.filterwarnings("default")  # other libraries' are theirs

@@ -25,14 +25,14 @@ from rich.console import Console
 from rich.progress import track
 
 import fastloss as fl
+from bench import machine
+from bench.report import Table, duration
 from examples.vae_torch import VAE, cut, load_photographs
-from fastloss.bench import machine
-from fastloss.bench.report import Table, duration
 
 SHAPE = (64, 3, 256, 256)
 ROUNDS = 9
 BEGIN, END = "<!-- training step: written by python -m bench.training_step --write -->", "<!-- end of training step -->"
-LOSSES = {
+LOSSES: dict[str, tuple[Any, Any]] = {
     "BCE": (fl.binary_cross_entropy_with_logits, F.binary_cross_entropy_with_logits),
     "MSE": (fl.mse_loss, F.mse_loss),
 }

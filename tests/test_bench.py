@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fastloss.bench import cases, command, compare, goals, limit, measure, naive, ours, peers, pictures, report
-from fastloss.bench.batch import Batch
-from fastloss.bench.cases import BCE, Case
-from fastloss.bench.record import FORMAT, Record
-from fastloss.bench.results import Results, load
-from fastloss.bench.row import Row, WrongError, expected
-from fastloss.bench.suite import Suite
+from bench import cases, command, compare, goals, limit, measure, naive, ours, peers, pictures, report
+from bench.batch import Batch
+from bench.cases import BCE, Case
+from bench.record import FORMAT, Record
+from bench.results import Results, load
+from bench.row import Row, WrongError, expected
+from bench.suite import Suite
 from tests.ulp import ROW, SUM, assert_close
 
 SMALL = Case(size="1Ki")
@@ -82,8 +82,8 @@ def test_our_rows_and_numpys_compute_the_case(case):
 def test_expectation_of_a_part_at_a_time_is_that_of_the_whole(monkeypatch):
     batch = Batch(Case(size="mnist", option="mask"))
     value, (grad,) = expected(batch)
-    monkeypatch.setattr("fastloss.bench.row.AT_ONCE", 3_000)
-    monkeypatch.setattr("fastloss.bench.row.CHECKED", 10_000)
+    monkeypatch.setattr("bench.row.AT_ONCE", 3_000)
+    monkeypatch.setattr("bench.row.CHECKED", 10_000)
     of_parts, (looked_at,) = expected(batch)
     assert 10_000 <= looked_at.size < batch.arrays[0].size
     assert_close(of_parts, value, SUM[np.dtype(np.float64)])
@@ -117,7 +117,7 @@ def test_peers_that_are_here_compute_the_cases():
 
 def test_an_absent_peer_is_said_and_left_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn._loss.loss", None)
-    monkeypatch.delitem(sys.modules, "fastloss.bench.peers.with_sklearn", raising=False)
+    monkeypatch.delitem(sys.modules, "bench.peers.with_sklearn", raising=False)
     here, absent = peers.load()
     assert "scikit-learn" not in here
     assert any(line.startswith("scikit-learn is left out") and "pip install scikit-learn" in line for line in absent)
@@ -294,7 +294,7 @@ def test_the_curve_is_of_one_kind_of_case():
 
 
 def bench(*arguments):
-    return subprocess.run([sys.executable, "-m", "fastloss", "bench", *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "bench", *map(str, arguments)], capture_output=True, text=True)
 
 
 def test_the_command_measures_shows_and_compares(tmp_path):
@@ -354,13 +354,13 @@ def test_a_page_without_marks_is_refused(tmp_path):
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, capsys):
-    from fastloss.__main__ import main
+    from bench.__main__ import main
 
-    monkeypatch.setattr(sys, "argv", ["fastloss", "bench"])
-    monkeypatch.setitem(sys.modules, "fastloss.bench.command", None)
-    monkeypatch.delattr("fastloss.bench.command")
+    monkeypatch.setattr(sys, "argv", ["bench"])
+    monkeypatch.setitem(sys.modules, "bench.command", None)
+    monkeypatch.delattr("bench.command")
     assert main() == 1
-    assert "pip install 'fastloss[bench]'" in capsys.readouterr().err
+    assert "pip install '.[bench]'" in capsys.readouterr().err
 
 
 def test_threads_beyond_the_cpus_are_refused():

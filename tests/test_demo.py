@@ -38,7 +38,7 @@ def test_demo_says_what_is_wrong(tmp_path):
     for steps in ("0", "-3", "many"):
         done = fastloss("demo", "--steps", steps)
         assert done.returncode == 2
-        assert f"{steps!r} is not a whole number from 1 on" in done.stderr
+        assert f"{steps!r} is not a whole number of 1 or more" in done.stderr
     blocked = tmp_path / "matplotlib"
     blocked.mkdir()
     (blocked / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'matplotlib'\", name='matplotlib')")

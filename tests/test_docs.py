@@ -11,9 +11,9 @@ import re
 import pytest
 
 import fastloss as fl
+from bench import report
+from bench.results import load
 from docs import losses
-from fastloss.bench import report
-from fastloss.bench.results import load
 
 PAGE = (losses.ROOT / "docs" / "losses.md").read_text()
 README = (losses.ROOT / "README.md").read_text()

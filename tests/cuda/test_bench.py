@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from fastloss.bench import cases, gpu
-from fastloss.bench.cases import BCE, MSE, Case
-from fastloss.bench.record import Record
-from fastloss.bench.row import Row
+from bench import cases, gpu
+from bench.cases import BCE, MSE, Case
+from bench.record import Record
+from bench.row import Row
 
 CASES = [replace(case, size=size) for case in gpu.cases() for size in ("1Ki", "mnist")]
 
@@ -68,8 +68,8 @@ def test_a_folder_that_is_not_there_is_refused_before_anything_is_measured(cp, t
 
 def test_tables_and_pictures_of_a_file(record, tmp_path):
     console = pytest.importorskip("rich.console").Console(record=True, width=140)
-    from fastloss.bench import goals, machine, pictures, report
-    from fastloss.bench.results import load
+    from bench import goals, machine, pictures, report
+    from bench.results import load
 
     for case in (Case(size="mnist"), Case("mse_loss", size="mnist")):
         gpu.run(record, case, rounds=2)

@@ -17,7 +17,7 @@ import llvmlite.binding as llvm
 import numpy as np
 import numpy.typing as npt
 
-from fastloss.bench.machine import allowed_cpus
+from bench.machine import allowed_cpus
 
 Array = npt.NDArray[Any]
 

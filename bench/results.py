@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fastloss.bench.cases import BCE, Case
-from fastloss.bench.ours import OURS
-from fastloss.bench.record import FORMAT
+from bench.cases import BCE, Case
+from bench.ours import OURS
+from bench.record import FORMAT
 
 LIMITS = ("limit: triad", "limit: dot product", "limit: dot product, then triad", "limit: copy", "limit: read")
 PEERS = ("NumPy, stable", "NumPy, naive", "numexpr", "scikit-learn", "torch eager", "torch.compile", "JAX", "optax", "CuPy, naive")

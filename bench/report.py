@@ -11,18 +11,18 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from tabulate import tabulate
 
-from fastloss.bench import goals, machine
-from fastloss.bench.cases import SIZES, Case
-from fastloss.bench.compare import Change
-from fastloss.bench.ours import PLAIN
-from fastloss.bench.results import PEERS, Measured, Results
+from bench import goals, machine
+from bench.cases import SIZES, Case
+from bench.compare import Change
+from bench.ours import PLAIN
+from bench.results import PEERS, Measured, Results
 
 MISSED = "missed"
 WIDE = 40  # characters of a column, before its text is folded
 PARTS = {"value": "value", "grad": "gradient", "value_and_grad": "value+grad"}
 MARKS = {
-    "short": "<!-- speed: written by python -m fastloss bench --write -->",
-    "all": "<!-- all speeds: written by python -m fastloss bench --write -->",
+    "short": "<!-- speed: written by python -m bench --write -->",
+    "all": "<!-- all speeds: written by python -m bench --write -->",
 }
 END = "<!-- end of speed -->"
 ABOUT = {

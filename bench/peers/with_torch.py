@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 import fastloss as fl
-from fastloss.bench.batch import SCALE, Array, Batch
-from fastloss.bench.peers.formulas import FORMULAS, reduced
-from fastloss.bench.row import Result, Row
+from bench.batch import SCALE, Array, Batch
+from bench.peers.formulas import FORMULAS, reduced
+from bench.row import Result, Row
 from fastloss.torch.memory import empty_cache
 from fastloss.torch.tensors import to_array, to_tensor
 

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from bench.cases import LATENTS, Case
 from fastloss import reference
-from fastloss.bench.cases import LATENTS, Case
 
 Array = npt.NDArray[Any]
 

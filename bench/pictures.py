@@ -11,8 +11,8 @@ mpl.use("Agg")  # a file, and no screen
 import matplotlib.pyplot as plt
 import numpy as np
 
-from fastloss.bench.cases import BCE, CURVE, MSE, Case
-from fastloss.bench.results import LIMITS, Measured, Results
+from bench.cases import BCE, CURVE, MSE, Case
+from bench.results import LIMITS, Measured, Results
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; lines have markers of their own besides
 OURS, LIMIT, OTHERS = "#0072b2", "#000000", "#bbbbbb"

@@ -1,4 +1,4 @@
-"""`python -m fastloss bench`: what it takes, and what it does in turn."""
+"""`python -m bench`: what it takes, and what it does in turn."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastloss.bench import cases, compare, machine, peers, pictures, report
-from fastloss.bench.results import Results, load
-from fastloss.bench.suite import Suite
+from bench import cases, compare, machine, peers, pictures, report
+from bench.results import Results, load
+from bench.suite import Suite
 
+PICTURES = Path("bench-pictures")  # made if it is not there
 QUICK, FULL = 1.0, 6.0  # seconds a case, at least some rounds
 WIDTH = 140  # characters a line where the output is no terminal
 START = 5  # rounds of starting processes
@@ -34,7 +35,7 @@ minute or two, every case of record with --full, or the cells that are named."""
 
 def main(arguments: list[str]) -> int:
     """Do what the arguments ask for; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m fastloss bench", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(prog="python -m bench", description=DESCRIPTION)
     parser.add_argument("--full", action="store_true", help="every case of record, and sizes up to 10^9 elements")
     for axis, accepted in AXES.items():
         name = "pass" if axis == "part" else axis
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: on a GPU, see --device cuda --help")
     parser.add_argument("--threads", type=thread_count, default=machine.cpus(), help="for all libraries (default: the CPUs, %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there, with hardware, versions, threads and date")
-    parser.add_argument("--png", type=Path, metavar="FOLDER", default=Path(), help="where the pictures go (default: here)")
+    parser.add_argument("--png", type=Path, metavar="FOLDER", default=PICTURES, help="folder for the pictures (default: %(default)s)")
     parser.add_argument("--write", type=Path, nargs="+", metavar="PAGE", default=(), help="write tables between these files' marks")
     parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing: tables and pictures of a results file")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="measure nothing: what got slower or faster")
@@ -97,6 +98,8 @@ def check_folders(arguments: argparse.Namespace) -> None:
     """Refuse, before minutes are spent, files that could not be written."""
     if arguments.json and not arguments.json.resolve().parent.is_dir():
         raise ValueError(f"the folder {arguments.json.resolve().parent} does not exist")
+    if arguments.png == PICTURES:
+        PICTURES.mkdir(exist_ok=True)
     if not arguments.png.is_dir():
         raise ValueError(f"the folder {arguments.png} for the pictures does not exist")
     for page in arguments.write:

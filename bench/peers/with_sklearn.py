@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from sklearn._loss.loss import AbsoluteError, HalfBinomialLoss, HalfSquaredError, HuberLoss
 
-from fastloss.bench.batch import Batch
-from fastloss.bench.row import Result, Row
+from bench.batch import Batch
+from bench.row import Result, Row
 
 # the class, and what its value and gradient are multiplied by
 LOSSES: dict[str, tuple[Any, float]] = {

@@ -13,8 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fastloss.bench.cases import Case
-from fastloss.bench.row import Result, Row, WrongError
+from bench.cases import Case
+from bench.row import Result, Row, WrongError
 
 FORMAT = 1  # of the results file
 Checked = list[tuple[Row, dict[str, float]]]  # rows that compute what they should, with their errors

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 
-from fastloss.bench.batch import Batch
-from fastloss.bench.row import Row
+from bench.batch import Batch
+from bench.row import Row
 
 # what to install, and the module of this folder that has its rows
 PEERS = {"numexpr": "with_numexpr", "scikit-learn": "with_sklearn", "torch": "with_torch", "jax": "with_jax", "optax": "with_optax"}

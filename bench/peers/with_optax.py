@@ -7,9 +7,9 @@ from typing import Any
 
 import optax
 
-from fastloss.bench.batch import Batch
-from fastloss.bench.peers import with_jax
-from fastloss.bench.row import Row
+from bench.batch import Batch
+from bench.peers import with_jax
+from bench.row import Row
 
 LOSSES: dict[str, Callable[..., Any]] = {
     "binary_cross_entropy_with_logits": optax.sigmoid_binary_cross_entropy,

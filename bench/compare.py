@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fastloss.bench.results import Measured, Results, Timing
+from bench.results import Measured, Results, Timing
 
 SAMPLES = 2000
 SURE = (0.005, 0.995)  # the quantiles of the interval

@@ -1,4 +1,4 @@
-"""`python -m fastloss bench --device cuda`: the losses on a GPU, against what a device copy takes and against the peers.
+"""`python -m bench --device cuda`: the losses on a GPU, against what a device copy takes and against the peers.
 
 It needs CuPy and what fastloss needs, and is content without anything else: peers that are not there are left out, and the
 tables and pictures can be made elsewhere (`--show`). In every round each row runs once, in an order drawn anew: as many calls as
@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 import fastloss as fl
-from fastloss.bench.batch import Batch
-from fastloss.bench.cases import BCE, MSE, SUBJECTS, Case, select, unique
-from fastloss.bench.record import Record, first_line, installed
-from fastloss.bench.row import Row, as_tuple, split
+from bench.batch import Batch
+from bench.cases import BCE, MSE, SUBJECTS, Case, select, unique
+from bench.record import Record, first_line, installed
+from bench.row import Row, as_tuple, split
 
 PACKAGES = ("fastloss", "numpy", "numba", "cupy-cuda13x", "cupy-cuda12x", "torch", "jax")
 ROUNDS, ROUND = 15, 10e-3  # how many, and seconds of calls in one
@@ -145,7 +145,7 @@ class OnDevice:
             return []
         import torch
 
-        from fastloss.bench.peers.with_torch import loss_function
+        from bench.peers.with_torch import loss_function
         from fastloss.torch.tensors import to_tensor
 
         tensors = [to_tensor(x).cuda() for x in self.batch.arrays]
@@ -187,8 +187,8 @@ class OnDevice:
             return []
         import jax
 
-        from fastloss.bench.peers import with_jax
-        from fastloss.bench.peers.formulas import FORMULAS
+        from bench.peers import with_jax
+        from bench.peers.formulas import FORMULAS
 
         if jax.devices()[0].platform != "gpu":
             raise RuntimeError("this JAX has no GPU")
@@ -306,7 +306,7 @@ def dotted(number: int) -> str:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Return what is asked for; refuse, before minutes are spent, files that could not be written."""
-    parser = argparse.ArgumentParser(prog="python -m fastloss bench --device cuda", description="Time the losses on a GPU.")
+    parser = argparse.ArgumentParser(prog="python -m bench --device cuda", description="Time the losses on a GPU.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there, with hardware, versions and date")
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="draw the pictures there too (needs fastloss[bench])")
     parser.add_argument("--loss", action="append", choices=tuple(SUBJECTS), metavar="LOSS", help="only cases of this loss")
@@ -342,8 +342,8 @@ def main(arguments: list[str]) -> int:
         if chosen.json:
             record.save(chosen.json)
     if chosen.png:
-        from fastloss.bench import pictures
-        from fastloss.bench.results import Results
+        from bench import pictures
+        from bench.results import Results
 
         for path in pictures.draw(Results(record.content), chosen.png):
             print(f"picture: {path}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fastloss.bench.cases import BCE, MSE, Case
-from fastloss.bench.ours import PLAIN
-from fastloss.bench.results import PEERS, Measured, Results, Timing
+from bench.cases import BCE, MSE, Case
+from bench.ours import PLAIN
+from bench.results import PEERS, Measured, Results, Timing
 
 LIMIT, FASTEST = "the limit", "the fastest peer"
 TENSORS = "fastloss on tensors"  # forward and backward

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bench.batch import SCALE, Array, Batch
 from fastloss import reference
-from fastloss.bench.batch import SCALE, Array, Batch
 
 Result = tuple[Any, Sequence[Array]]  # the value and the gradients; None and () where the case's pass has none
 

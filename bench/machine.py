@@ -11,7 +11,7 @@ import psutil
 from cpuinfo import get_cpu_info
 from llvmlite.binding import get_host_cpu_name
 
-from fastloss.bench.record import installed
+from bench.record import installed
 
 PACKAGES = ("fastloss", "numpy", "numba", "llvmlite", "numexpr", "scikit-learn", "torch", "jax", "optax")
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastloss.bench.batch import SCALE, Batch
-from fastloss.bench.peers.formulas import FORMULAS, reduced
-from fastloss.bench.row import Result, Row, split
+from bench.batch import SCALE, Batch
+from bench.peers.formulas import FORMULAS, reduced
+from bench.row import Result, Row, split
 
 XP = SimpleNamespace(
     abs=jnp.abs, exp=jnp.exp, log=jnp.log, log1p=jnp.log1p, sigmoid=jax.nn.sigmoid, softplus=jax.nn.softplus, where=jnp.where,

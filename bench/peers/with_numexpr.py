@@ -7,9 +7,9 @@ import re
 import numexpr
 import numpy as np
 
-from fastloss.bench.batch import SCALE, Batch
-from fastloss.bench.naive import TEXTS
-from fastloss.bench.row import Result, Row
+from bench.batch import SCALE, Batch
+from bench.naive import TEXTS
+from bench.row import Result, Row
 
 
 def rows(batch: Batch, threads: int) -> list[Row]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from math import log
 from typing import Any
 
-from fastloss.bench.cases import Case
+from bench.cases import Case
 
 
 def huber(xp: Any, z: Any, t: Any) -> Any:

@@ -10,12 +10,12 @@ from typing import Any
 import psutil
 
 import fastloss as fl
-from fastloss.bench import machine, measure, ours, peers, start
-from fastloss.bench.batch import Batch
-from fastloss.bench.cases import BCE, MSE, Case
-from fastloss.bench.ours import OURS
-from fastloss.bench.record import Record
-from fastloss.bench.row import Row, expected
+from bench import machine, measure, ours, peers, start
+from bench.batch import Batch
+from bench.cases import BCE, MSE, Case
+from bench.ours import OURS
+from bench.record import Record
+from bench.row import Row, expected
 
 LARGE = 16 << 20  # bytes of logits from which memory is measured
 FRUGAL = ("fastloss", "limit")  # rows that need no more than a gradient

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastloss.bench.row import Row
+from bench.row import Row
 
 QUIET = 2e-3  # seconds in which a process has to use next to no time of a core
 PATIENCE = 50  # such spans; something that never rests is measured as well as can be

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 import fastloss as fl
+from bench import limit as limits
+from bench import naive
+from bench.batch import SCALE, Array, Batch
+from bench.cases import CURVE
+from bench.row import Result, Row, as_tuple, split, weighted
 from fastloss import reference
-from fastloss.bench import limit as limits
-from fastloss.bench import naive
-from fastloss.bench.batch import SCALE, Array, Batch
-from fastloss.bench.cases import CURVE
-from fastloss.bench.row import Result, Row, as_tuple, split, weighted
 
 OURS = ("fastloss, out=", "fastloss")  # the row that stands for us: with `out`, or of the value alone
 PLAIN = "fastloss, plain"  # float32, contiguous, without an option

@@ -1,1 +1,0 @@
-"""Benchmarks: every loss against NumPy, its peers and what memory allows; `python -m fastloss bench`."""
