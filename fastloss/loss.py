@@ -18,11 +18,6 @@ from fastloss.formula import OPTIONS, Formula
 VALUE, SLOPE, CURVATURE = ("value",), ("slope",), ("curvature",)
 
 
-def evaluate(loss: AbstractLoss, arguments: Arguments) -> tuple[Any, list[Array]]:
-    """Compute what the arguments ask for on the backend of the first array: the reduced value or None, and the wanted arrays."""
-    return find_backend(arguments.first).compute(loss, arguments)
-
-
 class Loss(AbstractLoss):
     """A loss function: call it for the value; `grad`, `value_and_grad` and `curvature` take the same arguments.
 
@@ -80,17 +75,17 @@ class Loss(AbstractLoss):
         reduction = self._reduction if reduction is None else reduction
         refuse_grad_output(options)
         if reduction == "none":
-            return evaluate(self, Arguments((), VALUE, input, target, weight, reduction, options))[1][0]
+            return find_backend(input).compute(self, Arguments((), VALUE, input, target, weight, reduction, options))[1][0]
         if options.get("out") is not None:
             raise ValueError(
                 f"out takes an array of the input's shape, and with reduction {reduction!r} the value is none; use grad or value_and_grad"
             )
-        return evaluate(self, Arguments(VALUE, (), input, target, weight, reduction, options))[0]
+        return find_backend(input).compute(self, Arguments(VALUE, (), input, target, weight, reduction, options))[0]
 
     def grad(self, input: Any, target: Any, weight: Any = None, reduction: str | None = None, **options: Any) -> Array:
         """Return the gradient with respect to the input, in the input's dtype."""
         reduction = self._reduction if reduction is None else reduction
-        return evaluate(self, Arguments((), SLOPE, input, target, weight, reduction, options))[1][0]
+        return find_backend(input).compute(self, Arguments((), SLOPE, input, target, weight, reduction, options))[1][0]
 
     def value_and_grad(
         self, input: Any, target: Any, weight: Any = None, reduction: str | None = None, **options: Any
@@ -98,16 +93,18 @@ class Loss(AbstractLoss):
         """Return the loss and its gradient with respect to the input, from one pass over memory."""
         reduction = self._reduction if reduction is None else reduction
         if reduction == "none":
-            slope, value = evaluate(self, Arguments((), ("slope", "value"), input, target, weight, reduction, options))[1]
+            slope, value = find_backend(input).compute(self, Arguments((), ("slope", "value"), input, target, weight, reduction, options))[
+                1
+            ]
             return value, slope
-        value, outputs = evaluate(self, Arguments(VALUE, SLOPE, input, target, weight, reduction, options))
+        value, outputs = find_backend(input).compute(self, Arguments(VALUE, SLOPE, input, target, weight, reduction, options))
         return value, outputs[0]
 
     def curvature(self, input: Any, target: Any, weight: Any = None, reduction: str | None = None, **options: Any) -> Array:
         """Return the second derivative with respect to each element of the input: the diagonal of the Hessian."""
         self.require("curvature")
         reduction = self._reduction if reduction is None else reduction
-        return evaluate(self, Arguments((), CURVATURE, input, target, weight, reduction, options))[1][0]
+        return find_backend(input).compute(self, Arguments((), CURVATURE, input, target, weight, reduction, options))[1][0]
 
     def require(self, quantity: str) -> None:
         """Raise NotImplementedError if the formula does not return a quantity, such as "curvature"."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from math import factorial
 from typing import Any
 
+from fastloss.backends.find import find_backend
 from fastloss.core.abstract_loss import AbstractLoss, signature
 from fastloss.core.call import Arguments
 from fastloss.core.checks import check_dtype, check_shapes, refuse_grad_output
@@ -15,7 +16,7 @@ from fastloss.core.definition import Definition
 from fastloss.core.overlap import check_buffers, span_of
 from fastloss.core.plan import Array
 from fastloss.formula import Formula
-from fastloss.loss import VALUE, evaluate
+from fastloss.loss import VALUE
 from fastloss.ops import exp, minimum, polynomial, where
 
 _SLOPES, _CURVATURES = ("slope", "target_slope"), ("curvature", "target_curvature")  # by mu and by logvar
@@ -50,12 +51,12 @@ class LatentLoss(AbstractLoss):
         if options.get("out") is not None:
             raise ValueError("out takes the two gradients, and the value alone has none: use grad or value_and_grad")
         if reduction == "none":
-            return evaluate(self, Arguments((), VALUE, mu, logvar, weight, reduction, options))[1][0]
-        return evaluate(self, Arguments(VALUE, (), mu, logvar, weight, reduction, options))[0]
+            return find_backend(mu).compute(self, Arguments((), VALUE, mu, logvar, weight, reduction, options))[1][0]
+        return find_backend(mu).compute(self, Arguments(VALUE, (), mu, logvar, weight, reduction, options))[0]
 
     def grad(self, mu: Any, logvar: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> tuple[Array, Array]:
         """Return the gradients with respect to mu and to logvar."""
-        slopes = evaluate(self, Arguments((), _SLOPES, mu, logvar, weight, reduction, options))[1]
+        slopes = find_backend(mu).compute(self, Arguments((), _SLOPES, mu, logvar, weight, reduction, options))[1]
         return slopes[0], slopes[1]
 
     def value_and_grad(
@@ -63,14 +64,14 @@ class LatentLoss(AbstractLoss):
     ) -> tuple[Any, tuple[Array, Array]]:
         """Return the loss and its gradients with respect to mu and to logvar, from one pass over memory."""
         if reduction == "none":
-            *slopes, value = evaluate(self, Arguments((), (*_SLOPES, "value"), mu, logvar, weight, reduction, options))[1]
+            *slopes, value = find_backend(mu).compute(self, Arguments((), (*_SLOPES, "value"), mu, logvar, weight, reduction, options))[1]
         else:
-            value, slopes = evaluate(self, Arguments(VALUE, _SLOPES, mu, logvar, weight, reduction, options))
+            value, slopes = find_backend(mu).compute(self, Arguments(VALUE, _SLOPES, mu, logvar, weight, reduction, options))
         return value, (slopes[0], slopes[1])
 
     def curvature(self, mu: Any, logvar: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> tuple[Array, Array]:
         """Return the second derivatives with respect to each element of mu and of logvar: the Hessian's diagonal."""
-        curvatures = evaluate(self, Arguments((), _CURVATURES, mu, logvar, weight, reduction, options))[1]
+        curvatures = find_backend(mu).compute(self, Arguments((), _CURVATURES, mu, logvar, weight, reduction, options))[1]
         return curvatures[0], curvatures[1]
 
     def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:

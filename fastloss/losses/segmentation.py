@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastloss.backends.find import find_backend
 from fastloss.core.abstract_loss import AbstractLoss, signature
 from fastloss.core.call import Arguments
 from fastloss.core.checks import (
@@ -29,7 +30,7 @@ from fastloss.core.checks import (
 from fastloss.core.definition import Definition
 from fastloss.core.plan import Array
 from fastloss.formula import OPTIONS, Formula
-from fastloss.loss import SLOPE, VALUE, evaluate
+from fastloss.loss import SLOPE, VALUE
 from fastloss.losses.logistic import probability_missed, tail, times, variance
 from fastloss.ops import abs, add_log1p, where
 
@@ -93,15 +94,15 @@ class DiceLoss(AbstractLoss):
         refuse_grad_output(options)
         if options.get("out") is not None:
             raise ValueError("out takes the gradient, and the value alone has none: use grad or value_and_grad")
-        return evaluate(self, Arguments(VALUE, (), input, target, weight, reduction, options))[0]
+        return find_backend(input).compute(self, Arguments(VALUE, (), input, target, weight, reduction, options))[0]
 
     def grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Array:
         """Return the gradient with respect to the input, in the input's dtype."""
-        return evaluate(self, Arguments((), SLOPE, input, target, weight, reduction, options))[1][0]
+        return find_backend(input).compute(self, Arguments((), SLOPE, input, target, weight, reduction, options))[1][0]
 
     def value_and_grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> tuple[Any, Array]:
         """Return the loss and its gradient with respect to the input, from two passes over memory."""
-        value, outputs = evaluate(self, Arguments(VALUE, SLOPE, input, target, weight, reduction, options))
+        value, outputs = find_backend(input).compute(self, Arguments(VALUE, SLOPE, input, target, weight, reduction, options))
         return value, outputs[0]
 
     def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
