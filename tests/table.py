@@ -1,58 +1,66 @@
-"""The one table of losses: the tests are run over it, and the docs' tables are written from it."""
+"""The losses that the tests run over: the library's table, and what the tests need to know beside it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-import fastloss as fl
 from fastloss import reference
-from fastloss.plan import REDUCTIONS
+from fastloss.core.checks import REDUCTIONS
+from fastloss.losses import table
 from tests import oracle
 
-FEW = 5  # numbers in the latent code of an image
-KINDS = {  # what an operand holds, by its name: how it is drawn
+LATENTS = 5  # numbers in the latent code of an image
+KINDS = {  # what an operand holds: how it is drawn
     "logits": lambda rng, shape: 3 * rng.standard_normal(shape),
     "probabilities": lambda rng, shape: 1 / (1 + np.exp(-3 * rng.standard_normal(shape))),
     "targets": lambda rng, shape: rng.random(shape),
     "mu": lambda rng, shape: rng.standard_normal(shape),
     "logvar": lambda rng, shape: rng.standard_normal(shape),
-    "latent_mu": lambda rng, shape: rng.standard_normal((shape[0], FEW)),
-    "latent_logvar": lambda rng, shape: rng.standard_normal((shape[0], FEW)),
+    "latent_mu": lambda rng, shape: rng.standard_normal((shape[0], LATENTS)),
+    "latent_logvar": lambda rng, shape: rng.standard_normal((shape[0], LATENTS)),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """A loss: what it takes, what it returns, when to choose it, and with which of its parameters the digits are looked at."""
+    """A loss with gradients: its row in the library's table, and what its relations are."""
 
-    name: str
-    arrays: tuple[str, ...] = ("logits", "targets")  # its operands, by what they hold
-    slopes: tuple[int, ...] = (0,)  # the operands that have gradients
+    row: table.Row
     reductions: tuple[str, ...] = REDUCTIONS  # that it takes; none where the reduction is not a choice
-    is_elementwise: bool = True  # a sum over elements, each of which is a function of one element of every operand
+    sums_elements: bool = True  # the value adds up functions of one element of every operand
     is_local: bool = True  # an element's gradient depends on that element alone
-    parameters: tuple[dict[str, float], ...] = ({},)
-    samples: tuple[str, ...] = ()  # the dtypes in which it stands for other losses where tests are many alike
-    input: str = "logits"  # what it takes, as the documentation has it
-    about: str = ""  # when to choose it
+    samples: tuple[str, ...] = ()  # the dtypes in which it stands for the other losses, where tests are many alike
 
     def __str__(self) -> str:
         return self.name
 
     @property
+    def name(self) -> str:
+        return self.row.name
+
+    @property
     def loss(self) -> Any:
-        return getattr(fl, self.name)
+        return self.row.loss
 
     @property
-    def oracle(self) -> Any:
-        return getattr(oracle, self.name)
+    def settings(self) -> tuple[Mapping[str, float], ...]:
+        return self.row.settings
 
     @property
-    def reference(self) -> Any:
-        return getattr(reference, self.name)
+    def arrays(self) -> tuple[str, ...]:
+        return self.row.arrays
+
+    @property
+    def gradients(self) -> tuple[int, ...]:
+        return self.row.gradients
+
+    @property
+    def is_elementwise(self) -> bool:
+        return self.row.is_elementwise
 
     @property
     def has_targets(self) -> bool:
@@ -68,14 +76,22 @@ class Case:
 
     @property
     def has_one_gradient(self) -> bool:
-        return len(self.slopes) == 1
+        return len(self.gradients) == 1
+
+    @property
+    def oracle(self) -> Any:
+        return getattr(oracle, self.name)
+
+    @property
+    def reference(self) -> Any:
+        return getattr(reference, self.name)
 
     def draw(self, rng: Any, dtype: Any, shape: tuple[int, ...]) -> list[Any]:
         """Return operands for a batch of images of a shape."""
         return [np.asarray(KINDS[kind](rng, shape)).astype(dtype) for kind in self.arrays]
 
     def reduced(self, reduction: str) -> dict[str, str]:
-        """Return the option that asks for a reduction; for another if the loss does not have it."""
+        """Return the option that asks for a reduction; for another one if the loss does not have it."""
         return {"reduction": reduction if reduction in self.reductions else self.reductions[0]} if self.reductions else {}
 
     def out(self, buffers: list[Any]) -> Any:
@@ -83,78 +99,18 @@ class Case:
         return buffers[0] if self.has_one_gradient else tuple(buffers)
 
 
-LOSSES = {
-    case.name: case
-    for case in (
-        Case(
-            "binary_cross_entropy_with_logits",
-            samples=("float32", "float64"),
-            about="targets in [0, 1]: classes, masks, the pixels of images",
-        ),
-        Case(
-            "binary_cross_entropy",
-            ("probabilities", "targets"),
-            input="probabilities",
-            about="only probabilities are to be had, no logits",
-        ),
-        Case("mse_loss", input="any", about="large errors are to count most; the mean is sought"),
-        Case("l1_loss", input="any", about="outliers are to count no more than their size; the median is sought"),
-        Case(
-            "smooth_l1_loss",
-            parameters=({}, {"beta": 0.375}, {"beta": 0}),
-            input="any",
-            about="as `l1_loss`, but without its jump at the target: boxes",
-        ),
-        Case(
-            "huber_loss",
-            parameters=({}, {"delta": 2.5}),
-            input="any",
-            about="as `mse_loss`, but an outlier pulls no harder than an error of `delta`",
-        ),
-        Case("log_cosh_loss", input="any", about="as `huber_loss`, but smooth everywhere and with nothing to set"),
-        Case("mse_with_logits_loss", about="a sigmoid's squared error itself is the aim, and outputs do not saturate"),
-        Case(
-            "sigmoid_focal_loss",
-            parameters=({}, {"alpha": -1, "gamma": 0.5}, {"alpha": 0.75, "gamma": 3.25}),
-            samples=("float32",),
-            about="most elements are easy and would drown the few that are not: detection",
-        ),
-        Case(
-            "gaussian_kl_loss",
-            ("mu", "logvar"),
-            slopes=(0, 1),
-            samples=("float32",),
-            input="means, log-variances",
-            about="the latent code of a variational autoencoder",
-        ),
-        Case(
-            "vae_loss",
-            ("logits", "targets", "latent_mu", "latent_logvar"),
-            slopes=(0, 2, 3),
-            reductions=(),
-            is_elementwise=False,
-            samples=("float32",),
-            input="logits, images, means, log-variances",
-            about="a variational autoencoder's whole objective",
-        ),
-        Case(
-            "dice_with_logits_loss",
-            is_elementwise=False,
-            is_local=False,
-            samples=("float32",),
-            input="logits, (N, C, ...)",
-            about="segmentation in which small regions count as much as large",
-        ),
-        Case(
-            "dice_bce_with_logits_loss",
-            reductions=tuple(reduction for reduction in REDUCTIONS if reduction != "none"),
-            is_elementwise=False,
-            is_local=False,
-            samples=("float32",),
-            input="logits, (N, C, ...)",
-            about="the same, with a slope that does not saturate",
-        ),
-    )
+# what differs from a sum over the elements of an input and a target
+OWN: dict[str, dict[str, Any]] = {
+    "binary_cross_entropy_with_logits": {"samples": ("float32", "float64")},
+    "sigmoid_focal_loss": {"samples": ("float32",)},
+    "gaussian_kl_loss": {"samples": ("float32",)},
+    "vae_loss": {"reductions": (), "sums_elements": False, "samples": ("float32",)},
+    "dice_with_logits_loss": {"sums_elements": False, "is_local": False, "samples": ("float32",)},
+    "dice_bce_with_logits_loss": {
+        "reductions": tuple(reduction for reduction in REDUCTIONS if reduction != "none"),
+        "sums_elements": False,
+        "is_local": False,
+        "samples": ("float32",),
+    },
 }
-# a function of the target alone: for the documentation
-OTHERS = {"binary_entropy": Case("binary_entropy", input="none", about="how low the cross-entropy of soft targets can get")}
+LOSSES = {name: Case(row, **OWN.get(name, {})) for name, row in table.LOSSES.items() if row.gradients}

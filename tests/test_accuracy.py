@@ -95,10 +95,10 @@ def within_reach(name, quantity, z, dtype):
     return np.abs(z) < (-np.log(np.finfo(dtype).tiny) if focal_curvature else np.inf)
 
 
-@pytest.mark.rows("is_elementwise", "has_targets")
+@pytest.mark.rows("is_elementwise")
 def test_edges_in_60_digits(row, dtype):
     z, t = edge_points(row, dtype)
-    for parameters in row.parameters:
+    for parameters in row.settings:
         want = exactly(row.oracle, z, t, **parameters)
         for quantity, got, (true, magnitude) in zip(QUANTITIES, compute(row.loss, z, t, **parameters), want, strict=True):
             for limit in set(ULP[row.name, quantity]):
@@ -107,11 +107,11 @@ def test_edges_in_60_digits(row, dtype):
 
 
 @pytest.mark.alike("stand-in")
-@pytest.mark.rows("is_elementwise", "has_targets")
+@pytest.mark.rows("is_elementwise")
 @pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
 def test_bulk_in_extended_precision(row, dtype, hard, rng):
     z, t = bulk_points(row, rng, dtype, hard)
-    for parameters in row.parameters:
+    for parameters in row.settings:
         with np.errstate(all="ignore"):
             want = row.oracle(z.astype(np.longdouble), t.astype(np.longdouble), oracle.LONG, **parameters)
         for quantity, got, (true, magnitude) in zip(QUANTITIES, compute(row.loss, z, t, **parameters), want, strict=True):
@@ -187,17 +187,17 @@ def test_infinities_in_large_sums(dtype):
 
 @pytest.mark.rows("is_local")
 def test_one_nan_spoils_its_own_gradient_and_the_value(row, arrays):
-    for spoilt in row.slopes:
+    for spoilt in row.gradients:
         given = [x.copy() for x in arrays]
         place = (1, 2, 3, 4)[: given[spoilt].ndim]
         given[spoilt][place] = np.nan
         value, grads = row.loss.value_and_grad(*given, **row.reduced("sum"))
         assert np.isnan(flat(value)[0])
-        for k, grad in zip(row.slopes, flat(grads), strict=True):
+        for k, grad in zip(row.gradients, flat(grads), strict=True):
             assert np.argwhere(np.isnan(grad)).tolist() == ([list(place)] if k == spoilt else [])
 
 
-@pytest.mark.rows("is_elementwise")
+@pytest.mark.rows("sums_elements")
 def test_slope_and_curvature_are_derivatives(row, rng):
     loss, arrays, h = row.loss, [rng.normal(0, 3, 2000), rng.random(2000)], 1e-5
     if "probabilities" in row.arrays:
@@ -205,7 +205,7 @@ def test_slope_and_curvature_are_derivatives(row, rng):
     distance = np.abs(arrays[0] - arrays[1])
     smooth = np.abs(distance - (row.name != "l1_loss")) > h  # away from the kinks of the absolute losses
     arrays = [x[smooth] for x in arrays]
-    for at, k in enumerate(row.slopes):
+    for at, k in enumerate(row.gradients):
         step = [h * (k == n) for n in range(2)]
         up, down = ([x + sign * d for x, d in zip(arrays, step, strict=True)] for sign in (1, -1))
         slope = (loss(*up, reduction="none") - loss(*down, reduction="none")) / (2 * h)

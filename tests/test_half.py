@@ -40,12 +40,12 @@ def every_number(half, row):
 
 
 @pytest.mark.alike
-@pytest.mark.rows("is_elementwise", "has_targets")
+@pytest.mark.rows("is_elementwise")
 @pytest.mark.parametrize("target", [0, 0.25, 1])
 def test_every_input_in_extended_precision(row, half, target):
     z = every_number(half, row)
     t = np.full(z.shape, target, half)
-    for parameters in row.parameters:
+    for parameters in row.settings:
         with np.errstate(all="ignore"):
             want = row.oracle(z.astype(np.longdouble), t.astype(np.longdouble), oracle.LONG, **parameters)
         for quantity, got, (true, magnitude) in zip(QUANTITIES, compute(row.loss, z, t, **parameters), want, strict=True):
@@ -67,7 +67,7 @@ def test_as_float32_and_rounded_once(row, half, rng):
         want, want_grads = loss.value_and_grad(*wide, weight=weight.astype(np.float32), mask=mask, **row.reduced(reduction))
         assert_same(flat(value), flat(want))
         assert_same(flat(grads), [x.astype(half) for x in flat(want_grads)])
-    if row.is_elementwise:
+    if row.sums_elements:
         assert_same(compute(loss, *given), [x.astype(half) for x in compute(loss, *wide)])
 
 

@@ -108,7 +108,7 @@ def test_read_only_and_memory_mapped_arrays(row, rng, dtype, tmp_path):
         array.flags.writeable = False
     value, grads = row.loss.value_and_grad(*arrays, weight=weight, mask=mask)
     assert_same(flat(value, grads), flat(want, want_grads))
-    buffers = [arrays[0], *(np.empty_like(arrays[k]) for k in row.slopes[1:])]
+    buffers = [arrays[0], *(np.empty_like(arrays[k]) for k in row.gradients[1:])]
     assert flat(row.loss.grad(*arrays, weight=weight, mask=mask, out=row.out(buffers)))[0] is arrays[0]
     np.testing.assert_array_equal(arrays[0], flat(want_grads)[0])
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fastloss as fl
-from fastloss.plan import REDUCTIONS
+from fastloss.core.checks import REDUCTIONS
 from tests.devices import computes_nothing, warns_the_caller
 from tests.table import LOSSES
 from tests.ulp import PRODUCT, QUANTITIES, SUM, ULP, assert_close, assert_same, assert_ulp, compute, flat
@@ -34,7 +34,7 @@ def assert_scaled(got, plain, factor, dtype, roundings="scale"):
     assert_ulp(got, want, want, PRODUCT[roundings], dtype)
 
 
-@pytest.mark.rows("is_elementwise")
+@pytest.mark.rows("sums_elements")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean", "sample_mean", "sample_sum"])
 def test_reductions(row, arrays, dtype, reduction):
     z = arrays[0]
@@ -50,7 +50,7 @@ def test_reductions(row, arrays, dtype, reduction):
         assert_scaled(x, plain, np.longdouble(1) / count, dtype)
 
 
-@pytest.mark.rows("is_elementwise")
+@pytest.mark.rows("sums_elements")
 def test_no_reduction(row, arrays, dtype):
     value, grads = row.loss.value_and_grad(*arrays, reduction="none")
     for x in flat(value, grads):
@@ -63,7 +63,7 @@ def test_no_reduction(row, arrays, dtype):
 BY_SHAPE_OR_REDUCTION = [*((shape, "mean") for shape in SHAPES), *(("full", reduction) for reduction in ("sum", "none", "sample_mean"))]
 
 
-@pytest.mark.rows("is_elementwise")
+@pytest.mark.rows("sums_elements")
 @pytest.mark.parametrize(("shape", "reduction"), BY_SHAPE_OR_REDUCTION)
 def test_weight_multiplies_and_leaves_the_mean_its_count(row, arrays, dtype, rng, shape, reduction):
     z, weight = arrays[0], rng.random(SHAPES[shape]).astype(dtype)
@@ -81,7 +81,7 @@ def test_weight_multiplies_and_leaves_the_mean_its_count(row, arrays, dtype, rng
 
 @pytest.mark.rows("has_reductions")
 def test_weights_of_0_and_2_drop_and_repeat(row, arrays, dtype):
-    arrays = [x.reshape(-1) if row.is_elementwise else x.reshape(1, 1, -1) for x in arrays]
+    arrays = [x.reshape(-1) if row.sums_elements else x.reshape(1, 1, -1) for x in arrays]
     times = np.arange(arrays[0].size) % 3
     value, grads = row.loss.value_and_grad(*arrays, times.astype(float), "sum")
     want, want_grads = row.loss.value_and_grad(*(x.repeat(times, axis=-1) for x in arrays), reduction="sum")
@@ -95,13 +95,13 @@ def test_weights_of_0_and_2_drop_and_repeat(row, arrays, dtype):
 MASKS = [*(("full", reduction) for reduction in REDUCTIONS), *((shape, "sample_mean") for shape in ("per channel", "per pixel"))]
 
 
-@pytest.mark.rows("is_elementwise")
+@pytest.mark.rows("sums_elements")
 @pytest.mark.parametrize(("shape", "reduction"), [*MASKS, ("per sample", "mean"), ("per sample", "sample_sum")])
 def test_mask_takes_elements_out(row, arrays, dtype, rng, shape, reduction):
     z, mask = arrays[0], rng.random(SHAPES[shape]) < 0.6
     mask.flat[0] = True
     inside = np.broadcast_to(mask, z.shape)
-    for k in row.slopes:
+    for k in row.gradients:
         arrays[k][~inside] = np.nan  # counts nowhere, not even as NaN
     got = all_of(row, *arrays, mask=mask, reduction=reduction)
     for x in got[1:]:
@@ -199,18 +199,18 @@ def test_extreme_integers_are_converted_not_wrapped():
         np.testing.assert_array_equal(fl.mse_loss.grad(z, t, reduction="sum"), -2 * t.astype(np.float64))
 
 
-@pytest.mark.rows("is_elementwise")
+@pytest.mark.rows("sums_elements")
 def test_mixed_dtypes_compute_in_float64(row, arrays, dtype):
     first, second = arrays[0], arrays[1].astype(np.float32 if dtype == np.float64 else np.float64)
     wide = compute(row.loss, first.astype(np.float64), second.astype(np.float64))
-    differentiated = [(first, second)[k] for k in row.slopes]
+    differentiated = [(first, second)[k] for k in row.gradients]
     stored_like = [first, *differentiated, *differentiated]
     for got, want, like in zip(compute(row.loss, first, second), wide, stored_like, strict=True):
         assert got.dtype == like.dtype
         np.testing.assert_array_equal(got, want.astype(like.dtype))
 
 
-@pytest.mark.rows("is_elementwise")
+@pytest.mark.rows("sums_elements")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean", "sample_mean", "sample_sum", "none"])
 def test_grad_output_is_the_chain_rule(row, arrays, dtype, rng, reduction):
     z, loss = arrays[0], row.loss
@@ -228,7 +228,7 @@ def test_grad_output_is_the_chain_rule(row, arrays, dtype, rng, reduction):
 
 
 def test_out_receives_the_result(row, arrays):
-    loss, buffers = row.loss, [np.empty_like(arrays[k]) for k in row.slopes]
+    loss, buffers = row.loss, [np.empty_like(arrays[k]) for k in row.gradients]
 
     def assert_written(grads, want):
         assert all(grad is buffer for grad, buffer in zip(flat(grads), buffers, strict=True))
@@ -238,7 +238,7 @@ def test_out_receives_the_result(row, arrays):
 
     for method in (loss.grad, loss.curvature) if row.has_curvature else (loss.grad,):
         assert_written(method(*arrays, out=row.out(buffers)), method(*arrays))
-    if row.is_elementwise and row.has_one_gradient:
+    if row.sums_elements and row.has_one_gradient:
         assert_written(loss(*arrays, reduction="none", out=buffers[0]), loss(*arrays, reduction="none"))
     for reduction in ("mean", "none"):
         value, grads = loss.value_and_grad(*arrays, **row.reduced(reduction), out=row.out(buffers))
@@ -249,7 +249,7 @@ def test_out_receives_the_result(row, arrays):
 
 def test_in_place(row, arrays):
     want, want_grads = row.loss.value_and_grad(*arrays, **row.reduced("mean"))
-    overwritten = [arrays[k] for k in row.slopes]
+    overwritten = [arrays[k] for k in row.gradients]
     value, grads = row.loss.value_and_grad(*arrays, **row.reduced("mean"), out=row.out(overwritten))
     assert all(grad is x for grad, x in zip(flat(grads), overwritten, strict=True))
     assert_same(flat(value, grads), flat(want, want_grads))
@@ -354,7 +354,7 @@ def test_a_constant_batch_sums_without_bias():
         assert_close(fl.mse_loss(z, np.zeros_like(z)), np.float32(z[0] * z[0]), SUM[z.dtype])
 
 
-@pytest.mark.rows("is_elementwise")
+@pytest.mark.rows("sums_elements")
 def test_the_largest_logarithms_sum_without_overflow(row, dtype):
     """At z = t = 0 every factor of the product that collects logarithms is at its largest, 2."""
     z = np.zeros(100_000, dtype)
@@ -413,6 +413,6 @@ def test_options_do_not_interact(batch, rng):
 
 
 @computes_nothing
-@pytest.mark.rows("is_elementwise")
+@pytest.mark.rows("sums_elements")
 def test_ulp_table_has_every_loss(row):
     assert all((row.name, quantity) in ULP for quantity in QUANTITIES)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastloss as fl
-from fastloss.plan import REDUCTIONS
+from fastloss.core.checks import REDUCTIONS
 from tests import oracle
 from tests.devices import (
     has_the_hosts_arrays,

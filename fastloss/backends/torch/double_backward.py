@@ -1,0 +1,65 @@
+"""Dice and Dice + BCE in PyTorch's own operations, for their second derivatives alone.
+
+Those are no diagonal: each element of a region changes the slope of every other. They are asked for rarely, and never in a
+training step, so PyTorch's autograd may have them, with its temporaries and its digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+def second_derivatives(
+    formula: Callable[..., Any],
+    reduction: str,
+    options: dict[str, Any],
+    wanted: Sequence[str],
+    grads: Sequence[Any],
+    first: Any,
+    second: Any,
+    upstream: Any,
+) -> Sequence[Any]:
+    """Return the derivatives of slopes by both operands and by what comes down the chain, each times the slopes' gradients."""
+    with torch.enable_grad():
+        z, t, u = (x.detach().requires_grad_(x.is_floating_point()) for x in (first, second, upstream))
+        value = formula(z, t, reduction, **options)
+        slopes = torch.autograd.grad(value, [t if name == "target_slope" else z for name in wanted], u, create_graph=True)
+        by = [x for x in (z, t, u) if x.requires_grad]
+        found = iter(torch.autograd.grad(slopes, by, grads, allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in (z, t, u)]
+
+
+def dice_bce(
+    z: Any, t: Any, reduction: str, weight: Any = None, mask: Any = None, ignore_index: float | None = None, target_scale: float = 1.0,
+    smooth: float = 1.0, per_channel: bool = True, per_sample: bool = True, dice_weight: float = 1.0, bce_weight: float = 0.0,
+    validate: bool = False,
+) -> Any:  # fmt: skip
+    """Return the weighted sum of both losses, each reduced by the same rule."""
+    counted = torch.ones_like(z, dtype=torch.bool) if mask is None else mask.expand(z.shape)
+    counted = counted if ignore_index is None else counted & (t != ignore_index)
+    t = t.to(z.dtype) * target_scale if not t.is_floating_point() else t
+    p, one = torch.sigmoid(z), torch.ones_like(z) if weight is None else weight.expand(z.shape)
+
+    def sum_groups(x: Any, over_batch: bool) -> Any:
+        axes = list(range(2 if per_channel else 1 if per_sample else 0, z.dim())) + [0] * (per_channel and over_batch)
+        return torch.where(counted, x, 0.0).sum(axes) if axes else torch.where(counted, x, 0.0)
+
+    def reduced(x: Any, count: Any) -> Any:
+        if reduction == "none":
+            return x
+        x, count = (y.reshape(len(z), -1).sum(1) if reduction.startswith("sample") else y.sum() for y in (x, count))
+        return x / count if reduction.endswith("_mean") or reduction == "mean" else x / len(z) if reduction == "batchmean" else x
+
+    missed = sum_groups(one * (t * (1 - p) + (1 - t) * p), not per_sample)
+    loss = missed / (missed + 2 * sum_groups(one * p * t, not per_sample) + smooth)
+    value = dice_weight * reduced(loss, (sum_groups(torch.ones_like(z), not per_sample) > 0).to(z.dtype))
+    if bce_weight:
+        entropy = torch.nn.functional.binary_cross_entropy_with_logits(z, t, reduction="none")
+        value = value + bce_weight * reduced(sum_groups(one * entropy, False), sum_groups(torch.ones_like(z), False))
+    return value
+
+
+FORMULAS = {"dice_with_logits_loss": dice_bce, "dice_bce_with_logits_loss": dice_bce}  # by the loss's key

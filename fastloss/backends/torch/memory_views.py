@@ -1,0 +1,116 @@
+"""Tensors: which can be read and which be written to, as NumPy arrays on the same memory and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active as transforms_active
+from torch._C import _get_tracing_state as tracing_state
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch as pre_dispatch_modes
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+from fastloss.backends.torch.dtypes import bfloat16
+from fastloss.core.plan import Array
+
+PLAIN, STRIDED = (torch.Tensor, torch.nn.Parameter), torch.strided
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def is_on_gpu(tensor: Any) -> bool:
+    """Whether a tensor lies in a GPU's memory."""
+    return bool(tensor.is_cuda)
+
+
+def to_array(tensor: Any) -> Array:
+    """Return an array on a tensor's memory, CuPy's on a GPU; of a tensor that is negated lazily, on that of its negation."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    if is_on_gpu(tensor):
+        from fastloss.backends.torch.gpu import to_array
+
+        return to_array(tensor)
+    if tensor.dtype is torch.bfloat16:
+        bits: Array = tensor.view(torch.int16).numpy()
+        return bits.view(bfloat16())
+    array: Array = tensor.numpy()
+    return array
+
+
+def to_tensor(array: Array) -> Any:
+    """Return a tensor on an array's memory."""
+    if not isinstance(array, np.ndarray):
+        from fastloss.backends.torch.gpu import to_tensor
+
+        return to_tensor(array)
+    if array.dtype.kind == "V":  # bfloat16: its name takes longer to ask for
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def check_tensors(named: Iterable[tuple[str, Any]]) -> None:
+    """Refuse what is no tensor, and tensors that do not lie together."""
+    place: Any = None
+    for name, x in named:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__qualname__}, and the input a tensor; accepted: torch.Tensor")
+        if not (x.is_cpu or x.is_meta or is_on_gpu(x)):
+            raise NotImplementedError(f"{name} is on {x.device}; accepted: tensors on the CPU or on a CUDA device")
+        if x.device != (place := x.device if place is None else place):
+            raise ValueError(f"{name} is on {x.device}, and the input on {place}; accepted: tensors on one device")
+        if x.layout is not STRIDED:
+            raise TypeError(f"{name} has layout {x.layout}; accepted: torch.strided")
+
+
+def has_memory(tensors: Sequence[Any]) -> bool:
+    """Whether tensors can be read now: they are no compiler's symbols, and nobody looks on who records what is done with them."""
+    if is_compiling():
+        return False
+    for x in tensors:
+        if type(x) not in PLAIN or x.layout is not STRIDED or x.is_neg():  # of which only the sign is noted
+            return False
+        if not x.is_cpu and not (is_on_gpu(x) and x.device == tensors[0].device):
+            return False
+    return not (may_transform() or dispatch_modes() or pre_dispatch_modes())
+
+
+def may_transform() -> bool:
+    """Whether torch.func's transforms may be at work, or forward-mode differentiation, or torch.jit.trace."""
+    return forward_ad._current_level >= 0 or transforms_active() or tracing_state() is not None
+
+
+def is_transformed(tensors: Sequence[Any]) -> bool:
+    """Whether they are, and these tensors among what they work on; the compiler refuses itself what it cannot do."""
+    if is_compiling() or not may_transform():
+        return False
+    duals = forward_ad._current_level >= 0 and not transforms_active()
+    return not duals or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def refuse_transforms(tensors: Sequence[Any]) -> None:
+    """Refuse what would get wrong derivatives or none, or a constant."""
+    if is_transformed(tensors):
+        raise NotImplementedError(
+            "fastloss has no rules for torch.func's transforms (grad, vmap, jvp, ...), forward-mode derivatives and torch.jit.trace; "
+            "accepted: torch.autograd, torch.compile, torch.export"
+        )
+
+
+def refuse_gradient(name: str, tensor: Any) -> None:
+    """Refuse a gradient towards anything but the two operands."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(f"{name} requires a gradient, and losses are not differentiable with respect to it; pass {name}.detach()")
+
+
+def refuse_leaf(name: str, tensor: Any) -> None:
+    """Refuse to write into what an optimiser holds: a leaf that requires a gradient, or a view of one."""
+    base = tensor._base if tensor._is_view() else tensor
+    if base.is_leaf and base.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{name} is a leaf that requires a gradient, or a view of one; its values cannot be overwritten")
