@@ -1,8 +1,9 @@
-"""Fixtures that several test files use."""
+"""Fixtures that several test files use, the devices that tests run on, and what is left out where something is missing."""
 
 from __future__ import annotations
 
 import os
+import shutil
 
 # before PyTorch comes: OpenMP's threads wait spinning, and with two workers of pytest on two cores take them from each other
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -10,9 +11,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import pytest
 
+from tests import devices
+from tests.cuda import on_cpu, proxy
 from tests.table import LOSSES
 
+SHAPE = (4, 3, 17, 13)
 HANGING = 300  # seconds, after which a test is a failure with a name
+ON_DEVICES = 'usefixtures("device")'  # stands in every file whose tests run on the CPU and on devices
+NO_COMPILER = f"the stand-in for a GPU needs a C++ compiler, and there is no {on_cpu.COMPILER}"
+REMEDIES = {  # by the reason that pytest gives of a skipped test
+    "could not import 'torch'": "PyTorch is not installed; to run them: pip install -e '.[test-torch]'",
+    NO_COMPILER: f"{NO_COMPILER}; to run them, install it, or name another compiler in the environment variable CXX",
+}
 
 
 def pytest_configure(config):
@@ -21,15 +31,91 @@ def pytest_configure(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Leave the others alone where a GPU's tests are asked for: what they import need not be there."""
-    is_for_gpu = config.getoption("markexpr") == "gpu"
-    return True if is_for_gpu and collection_path.suffix == ".py" and collection_path.parent.name != "cuda" else None
+    """With `-m gpu`, import only the files whose tests run on a GPU: what the others import may not be installed."""
+    if config.getoption("markexpr") != "gpu" or collection_path.suffix != ".py":
+        return None
+    return None if collection_path.parent.name == "cuda" or ON_DEVICES in collection_path.read_text() else True
 
 
-def pytest_collection_modifyitems(items):
+def pytest_generate_tests(metafunc):
+    """Run a test that takes a `row` over the losses that have what its marks `rows` ask for."""
+    if "row" in metafunc.fixturenames:
+        needed = [quality for mark in metafunc.definition.iter_markers("rows") for quality in mark.args]
+        rows = [case for case in LOSSES.values() if all(getattr(case, quality) for quality in needed)]
+        metafunc.parametrize("row", rows, ids=str)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks, of which some are set here
+def pytest_collection_modifyitems(config, items):
+    """Leave out the tests that have no meaning on their device, and those of a GPU unless `-m` names it."""
+    has_gpu, has_compiler = "gpu" in config.getoption("markexpr"), shutil.which(on_cpu.COMPILER) is not None
+    kept, left_out = [], []
     for item in items:
+        device = device_of(item)
+        has_meaning = all(device in mark.args for mark in item.iter_markers("only_on"))
+        (kept if has_meaning and (has_gpu or device != "gpu") else left_out).append(item)
+        if is_slow(item, device):
+            item.add_marker(pytest.mark.slow)
+        if device == "stand-in" and not has_compiler:
+            item.add_marker(pytest.mark.skip(reason=NO_COMPILER))
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(HANGING))
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
+
+
+def device_of(item):
+    """Return the device that a test runs on: "cpu", "stand-in" or "gpu"."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return params.get("device", params.get("cp", "cpu"))
+
+
+def is_slow(item, device):
+    """Whether a test is long on its device, or one of many that are alike and not a sample of them."""
+    is_long = any(device in mark.args for mark in item.iter_markers("long_on"))
+    is_alike = any(device in mark.args or not mark.args for mark in item.iter_markers("alike"))
+    return is_long or (is_alike and not is_sample(item.callspec.params))
+
+
+def is_sample(params):
+    """Whether a test stands for those that are alike: by its loss and dtype, or by its dtype alone."""
+    dtypes = params["row"].samples if "row" in params else ["float32"]
+    return str(params["dtype"]) in dtypes if "dtype" in params else bool(dtypes)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # after pytest's own last line
+def pytest_sessionfinish(session):
+    """Say at the end how many tests were skipped because something is not installed, and how to run them."""
+    result = yield
+    if (reporter := session.config.pluginmanager.get_plugin("terminalreporter")) is not None:
+        reports = reporter.stats.get("skipped", [])
+        for reason, remedy in REMEDIES.items():
+            if found := [report for report in reports if reason in str(report.longrepr)]:
+                reporter.write_line(f"{counted(found)} skipped because {remedy}")
+    return result
+
+
+def counted(reports):
+    """Return how many tests, and how many whole files, are in reports."""
+    files = {report.nodeid for report in reports if isinstance(report, pytest.CollectReport)}
+    tests = sum(isinstance(report, pytest.TestReport) for report in reports)
+    return " and ".join([f"{tests:,} tests"] * (tests > 0) + [f"{len(files)} files of tests"] * (len(files) > 0)) + " were"
+
+
+@pytest.fixture(params=["cpu", "stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """Run a test on the CPU; and again with every call of a loss carried to a GPU, or to the stand-in for one.
+
+    A test that calls no loss on a device fails there: it has not tested the device.
+    """
+    if request.param == "cpu":
+        yield request.param
+        return
+    carrier = proxy.Carrier(devices.array_module(request.param, monkeypatch))
+    for kind, name in proxy.methods():
+        monkeypatch.setattr(kind, name, carrier.carry(vars(kind)[name]))
+    yield request.param
+    assert carrier.calls, "nothing was computed on the device"
 
 
 @pytest.fixture
@@ -37,21 +123,18 @@ def rng():
     return np.random.default_rng(20240229)
 
 
-@pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])
+@pytest.fixture(params=[np.dtype(np.float32), np.dtype(np.float64)], ids=str)
 def dtype(request):
-    return np.dtype(request.param)
-
-
-@pytest.fixture(params=LOSSES)
-def name(request):
     return request.param
 
 
 @pytest.fixture
-def batch(request, rng, dtype):
-    """Inputs, logits unless the loss takes probabilities, and soft targets of a small batch of images, with a ragged size."""
-    shape = (4, 3, 17, 13)
-    z, t = 3 * rng.standard_normal(shape), rng.random(shape)
-    if "name" in request.fixturenames and LOSSES[request.getfixturevalue("name")].domain == "probabilities":
-        z = 1 / (1 + np.exp(-z))
-    return z.astype(dtype), t.astype(dtype)
+def arrays(row, rng, dtype):
+    """Operands of a row's loss for a small batch of images, with a ragged size."""
+    return row.draw(rng, dtype, SHAPE)
+
+
+@pytest.fixture
+def batch(rng, dtype):
+    """Logits and soft targets of a small batch of images, with a ragged size."""
+    return LOSSES["mse_loss"].draw(rng, dtype, SHAPE)

@@ -1,28 +1,82 @@
-"""The one table of losses: the tests are run over it, and the docs' tables are written from it."""
+"""The losses that the tests run over: the library's table, and what the tests need to know beside it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import fastloss as fl
+import numpy as np
+
 from fastloss import reference
+from fastloss.core.checks import REDUCTIONS
+from fastloss.losses import table
 from tests import oracle
+
+LATENTS = 5  # numbers in the latent code of an image
+KINDS = {  # what an operand holds: how it is drawn
+    "logits": lambda rng, shape: 3 * rng.standard_normal(shape),
+    "probabilities": lambda rng, shape: 1 / (1 + np.exp(-3 * rng.standard_normal(shape))),
+    "targets": lambda rng, shape: rng.random(shape),
+    "mu": lambda rng, shape: rng.standard_normal(shape),
+    "logvar": lambda rng, shape: rng.standard_normal(shape),
+    "latent_mu": lambda rng, shape: rng.standard_normal((shape[0], LATENTS)),
+    "latent_logvar": lambda rng, shape: rng.standard_normal((shape[0], LATENTS)),
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A loss, what it is measured against, and where."""
+    """A loss with gradients: its row in the library's table, and what its relations are."""
 
-    name: str
-    domain: str = "logits"  # where inputs come from: "logits", or "probabilities", which lie in [0, 1]
-    parameters: tuple[dict[str, float], ...] = field(default=({},))  # with which digits are looked at
-    input: str = "logits"  # what it takes, as the documentation has it
-    about: str = ""  # when to choose it
+    row: table.Row
+    reductions: tuple[str, ...] = REDUCTIONS  # that it takes; none where the reduction is not a choice
+    sums_elements: bool = True  # the value adds up functions of one element of every operand
+    is_local: bool = True  # an element's gradient depends on that element alone
+    samples: tuple[str, ...] = ()  # the dtypes in which it stands for the other losses, where tests are many alike
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def name(self) -> str:
+        return self.row.name
 
     @property
     def loss(self) -> Any:
-        return getattr(fl, self.name)
+        return self.row.loss
+
+    @property
+    def settings(self) -> tuple[Mapping[str, float], ...]:
+        return self.row.settings
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        return self.row.arrays
+
+    @property
+    def gradients(self) -> tuple[int, ...]:
+        return self.row.gradients
+
+    @property
+    def is_elementwise(self) -> bool:
+        return self.row.is_elementwise
+
+    @property
+    def has_targets(self) -> bool:
+        return "targets" in self.arrays
+
+    @property
+    def has_reductions(self) -> bool:
+        return bool(self.reductions)
+
+    @property
+    def has_curvature(self) -> bool:
+        return hasattr(self.loss, "curvature")
+
+    @property
+    def has_one_gradient(self) -> bool:
+        return len(self.gradients) == 1
 
     @property
     def oracle(self) -> Any:
@@ -32,51 +86,31 @@ class Case:
     def reference(self) -> Any:
         return getattr(reference, self.name)
 
+    def draw(self, rng: Any, dtype: Any, shape: tuple[int, ...]) -> list[Any]:
+        """Return operands for a batch of images of a shape."""
+        return [np.asarray(KINDS[kind](rng, shape)).astype(dtype) for kind in self.arrays]
 
-LOSSES = {
-    case.name: case
-    for case in (
-        Case("binary_cross_entropy_with_logits", about="targets in [0, 1]: classes, masks, the pixels of images"),
-        Case("binary_cross_entropy", "probabilities", input="probabilities", about="only probabilities are available, no logits"),
-        Case("mse_loss", input="any", about="large errors should count most; you want the mean"),
-        Case("l1_loss", input="any", about="outliers should count in proportion to their size; you want the median"),
-        Case(
-            "smooth_l1_loss",
-            parameters=({}, {"beta": 0.375}, {"beta": 0}),
-            input="any",
-            about="like `l1_loss`, without the jump of the gradient at the target: bounding boxes",
-        ),
-        Case(
-            "huber_loss",
-            parameters=({}, {"delta": 2.5}),
-            input="any",
-            about="like `mse_loss`, with the gradient of outliers limited to `delta`",
-        ),
-        Case("log_cosh_loss", input="any", about="like `huber_loss`, smooth everywhere and without a parameter"),
-        Case("mse_with_logits_loss", about="the squared error of a sigmoid is the measure that counts, and outputs do not saturate"),
-        Case(
-            "sigmoid_focal_loss",
-            parameters=({}, {"alpha": -1, "gamma": 0.5}, {"alpha": 0.75, "gamma": 3.25}),
-            about="most elements are easy and would outweigh the few hard ones: detection",
-        ),
-    )
+    def reduced(self, reduction: str) -> dict[str, str]:
+        """Return the option that asks for a reduction; for another one if the loss does not have it."""
+        return {"reduction": reduction if reduction in self.reductions else self.reductions[0]} if self.reductions else {}
+
+    def out(self, buffers: list[Any]) -> Any:
+        """Return buffers, one a gradient, as the option `out` takes them."""
+        return buffers[0] if self.has_one_gradient else tuple(buffers)
+
+
+# what differs from a sum over the elements of an input and a target
+OWN: dict[str, dict[str, Any]] = {
+    "binary_cross_entropy_with_logits": {"samples": ("float32", "float64")},
+    "sigmoid_focal_loss": {"samples": ("float32",)},
+    "gaussian_kl_loss": {"samples": ("float32",)},
+    "vae_loss": {"reductions": (), "sums_elements": False, "samples": ("float32",)},
+    "dice_with_logits_loss": {"sums_elements": False, "is_local": False, "samples": ("float32",)},
+    "dice_bce_with_logits_loss": {
+        "reductions": tuple(reduction for reduction in REDUCTIONS if reduction != "none"),
+        "sums_elements": False,
+        "is_local": False,
+        "samples": ("float32",),
+    },
 }
-# Not functions of one element's input and target, and so not what the tests run over: for the documentation alone.
-OTHERS = {
-    case.name: case
-    for case in (
-        Case("gaussian_kl_loss", input="means, log-variances", about="the latent code of a variational autoencoder"),
-        Case("vae_loss", input="logits, images, means, log-variances", about="the whole objective of a variational autoencoder"),
-        Case(
-            "dice_with_logits_loss",
-            input="logits, (N, C, ...)",
-            about="segmentation where small regions should count as much as large ones",
-        ),
-        Case(
-            "dice_bce_with_logits_loss",
-            input="logits, (N, C, ...)",
-            about="segmentation as a first choice: Dice, with a gradient that does not vanish in saturated outputs",
-        ),
-        Case("binary_entropy", input="none", about="the lowest cross-entropy that soft targets allow"),
-    )
-}
+LOSSES = {name: Case(row, **OWN.get(name, {})) for name, row in table.LOSSES.items() if row.gradients}

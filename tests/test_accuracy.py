@@ -12,7 +12,9 @@ import fastloss as fl
 from fastloss import ops
 from tests import oracle
 from tests.table import LOSSES
-from tests.ulp import DIFFERENCE, QUANTITIES, ULP, assert_close, assert_ulp, compute
+from tests.ulp import DIFFERENCE, QUANTITIES, ULP, assert_close, assert_ulp, compute, flat
+
+pytestmark = pytest.mark.usefixtures("device")
 
 EDGES = [
     0.0,
@@ -48,18 +50,18 @@ PROBABILITIES = [0.0, 1e-45, 1e-38, 1e-30, 1e-13, 1e-12, 1e-7, 0.1, 0.5, 0.75, 0
 TARGETS = [0.0, 1.0, 0.5, 0.25, 1 / 255, 254 / 255, 1e-20]
 
 
-def edge_points(name, dtype):
+def edge_points(row, dtype):
     """Return every combination of inputs where something changes, and of targets."""
     logits = [sign * x for x in EDGES for sign in (1, -1)] + [-0.0, np.finfo(dtype).tiny]
-    inputs = PROBABILITIES if LOSSES[name].domain == "probabilities" else logits
+    inputs = PROBABILITIES if "probabilities" in row.arrays else logits
     z, t = np.array(list(itertools.product(inputs, TARGETS))).astype(dtype).T
     return np.ascontiguousarray(z), np.ascontiguousarray(t)
 
 
-def bulk_points(name, rng, dtype, hard):
+def bulk_points(row, rng, dtype, hard):
     n = 100_000
     z = [rng.normal(0, 3, n), rng.uniform(-120, 120, n), rng.choice([-1, 1], n) * 10 ** rng.uniform(-30, 0, n), rng.uniform(-800, 800, n)]
-    if LOSSES[name].domain == "probabilities":
+    if "probabilities" in row.arrays:
         z = [1 / (1 + np.exp(-z[0])), rng.random(n), 10 ** rng.uniform(-37, 0, n), 1 - 10 ** rng.uniform(-7, 0, n)]
     z = np.concatenate(z).astype(dtype)
     t = rng.random(z.size)
@@ -93,30 +95,33 @@ def within_reach(name, quantity, z, dtype):
     return np.abs(z) < (-np.log(np.finfo(dtype).tiny) if focal_curvature else np.inf)
 
 
-def test_edges_in_60_digits(name, dtype):
-    z, t = edge_points(name, dtype)
-    for parameters in LOSSES[name].parameters:
-        want = exactly(LOSSES[name].oracle, z, t, **parameters)
-        for quantity, got, (true, magnitude) in zip(QUANTITIES, compute(LOSSES[name].loss, z, t, **parameters), want, strict=True):
-            for limit in set(ULP[name, quantity]):
-                at = (limits(name, quantity, t) == limit) & within_reach(name, quantity, z, dtype)
+@pytest.mark.rows("is_elementwise")
+def test_edges_in_60_digits(row, dtype):
+    z, t = edge_points(row, dtype)
+    for parameters in row.settings:
+        want = exactly(row.oracle, z, t, **parameters)
+        for quantity, got, (true, magnitude) in zip(QUANTITIES, compute(row.loss, z, t, **parameters), want, strict=True):
+            for limit in set(ULP[row.name, quantity]):
+                at = (limits(row.name, quantity, t) == limit) & within_reach(row.name, quantity, z, dtype)
                 assert_ulp(got[at], true[at], magnitude[at], limit, dtype, z[at], t[at])
 
 
+@pytest.mark.alike("stand-in")
+@pytest.mark.rows("is_elementwise")
 @pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
-def test_bulk_in_extended_precision(name, dtype, hard, rng):
-    z, t = bulk_points(name, rng, dtype, hard)
-    for parameters in LOSSES[name].parameters:
+def test_bulk_in_extended_precision(row, dtype, hard, rng):
+    z, t = bulk_points(row, rng, dtype, hard)
+    for parameters in row.settings:
         with np.errstate(all="ignore"):
-            want = LOSSES[name].oracle(z.astype(np.longdouble), t.astype(np.longdouble), oracle.LONG, **parameters)
-        for quantity, got, (true, magnitude) in zip(QUANTITIES, compute(LOSSES[name].loss, z, t, **parameters), want, strict=True):
-            at = within_reach(name, quantity, z, dtype)
-            assert_ulp(got[at], true[at], magnitude[at], ULP[name, quantity][not hard], dtype, z[at], t[at])
+            want = row.oracle(z.astype(np.longdouble), t.astype(np.longdouble), oracle.LONG, **parameters)
+        for quantity, got, (true, magnitude) in zip(QUANTITIES, compute(row.loss, z, t, **parameters), want, strict=True):
+            at = within_reach(row.name, quantity, z, dtype)
+            assert_ulp(got[at], true[at], magnitude[at], ULP[row.name, quantity][not hard], dtype, z[at], t[at])
 
 
 @pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
 def test_pos_weight_in_extended_precision(dtype, hard, rng):
-    z, t = bulk_points("binary_cross_entropy_with_logits", rng, dtype, hard)
+    z, t = bulk_points(LOSSES["binary_cross_entropy_with_logits"], rng, dtype, hard)
     weight = 2.5
     with np.errstate(all="ignore"):
         want = oracle.binary_cross_entropy_with_logits(z.astype(np.longdouble), t.astype(np.longdouble), oracle.LONG, pos_weight=weight)
@@ -180,25 +185,33 @@ def test_infinities_in_large_sums(dtype):
         assert first(z, t, reduction="sum") == np.inf
 
 
-def test_one_nan_spoils_its_own_gradient_and_the_value(name, batch):
-    z, t = batch
-    z[1, 2, 3, 4] = np.nan
-    value, grad = LOSSES[name].loss.value_and_grad(z, t, reduction="sum")
-    assert np.isnan(value)
-    assert np.argwhere(np.isnan(grad)).tolist() == [[1, 2, 3, 4]]
+@pytest.mark.rows("is_local")
+def test_one_nan_spoils_its_own_gradient_and_the_value(row, arrays):
+    for spoilt in row.gradients:
+        given = [x.copy() for x in arrays]
+        place = (1, 2, 3, 4)[: given[spoilt].ndim]
+        given[spoilt][place] = np.nan
+        value, grads = row.loss.value_and_grad(*given, **row.reduced("sum"))
+        assert np.isnan(flat(value)[0])
+        for k, grad in zip(row.gradients, flat(grads), strict=True):
+            assert np.argwhere(np.isnan(grad)).tolist() == ([list(place)] if k == spoilt else [])
 
 
-def test_slope_and_curvature_are_derivatives(name, rng):
-    loss = LOSSES[name].loss
-    z, t, h = rng.normal(0, 3, 2000), rng.random(2000), 1e-5
-    if LOSSES[name].domain == "probabilities":
-        z = rng.uniform(0.01, 0.99, z.size)
-    smooth = np.abs(np.abs(z - t) - (name != "l1_loss")) > h  # away from the kinks of the absolute losses
-    z, t = z[smooth], t[smooth]
-    slope = (loss(z + h, t, reduction="none") - loss(z - h, t, reduction="none")) / (2 * h)
-    assert_close(loss.grad(z, t, reduction="sum"), slope, DIFFERENCE)
-    curvature = (loss.grad(z + h, t, reduction="sum") - loss.grad(z - h, t, reduction="sum")) / (2 * h)
-    assert_close(loss.curvature(z, t, reduction="sum"), curvature, DIFFERENCE)
+@pytest.mark.rows("sums_elements")
+def test_slope_and_curvature_are_derivatives(row, rng):
+    loss, arrays, h = row.loss, [rng.normal(0, 3, 2000), rng.random(2000)], 1e-5
+    if "probabilities" in row.arrays:
+        arrays[0] = rng.uniform(0.01, 0.99, 2000)
+    distance = np.abs(arrays[0] - arrays[1])
+    smooth = np.abs(distance - (row.name != "l1_loss")) > h  # away from the kinks of the absolute losses
+    arrays = [x[smooth] for x in arrays]
+    for at, k in enumerate(row.gradients):
+        step = [h * (k == n) for n in range(2)]
+        up, down = ([x + sign * d for x, d in zip(arrays, step, strict=True)] for sign in (1, -1))
+        slope = (loss(*up, reduction="none") - loss(*down, reduction="none")) / (2 * h)
+        assert_close(flat(loss.grad(*arrays, reduction="sum"))[at], slope, DIFFERENCE)
+        curvature = (flat(loss.grad(*up, reduction="sum"))[at] - flat(loss.grad(*down, reduction="sum"))[at]) / (2 * h)
+        assert_close(flat(loss.curvature(*arrays, reduction="sum"))[at], curvature, DIFFERENCE)
 
 
 def sigmoid_of(x):
@@ -230,6 +243,7 @@ def numbers_of_every_size(dtype, rng):
     return np.concatenate([sizes, -sizes, *usual, special]).astype(dtype)
 
 
+@pytest.mark.alike("stand-in")
 @pytest.mark.parametrize("name", FUNCTION_LOSSES)
 def test_functions_of_the_vocabulary(name, dtype, rng):
     x = numbers_of_every_size(dtype, rng)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import pickle
+import pydoc
 import re
 
 import numpy as np
@@ -14,7 +16,10 @@ import fastloss as fl
 from fastloss import ops
 from fastloss.formula import RESERVED
 from fastloss.ops import exp, maximum, minimum, sqrt, where
+from tests.devices import computes_nothing
 from tests.ulp import DIFFERENCE, PRODUCT, SUM, assert_close, assert_ulp
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 @fl.elementwise_loss
@@ -63,6 +68,7 @@ def test_bounds():
     assert pinball(1.0, 0.0, q=0.25) == 0.75
 
 
+@computes_nothing
 def test_a_loss_looks_like_a_function():
     assert pinball.__name__ == "pinball"
     assert pinball.__doc__ == "Quantile loss."
@@ -162,6 +168,7 @@ def indexes(z, t):
     return z[0] - t, 1.0
 
 
+@computes_nothing
 @pytest.mark.parametrize(
     ("function", "line", "message"),
     [
@@ -205,6 +212,7 @@ def test_what_cannot_be_compiled_fails_at_once_and_names_the_line(function, line
     assert message in str(error.value)
 
 
+@computes_nothing
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -259,20 +267,24 @@ def test_numpy_numbers_in_formulas(rng):
     assert isinstance(sqrt(4.0), float)
 
 
+@computes_nothing
 def test_a_formula_returns_as_much_with_a_parameter_as_without():
     with pytest.raises(fl.FormulaError, match="with and without its parameters, a formula returns the same number of quantities"):
         fl.elementwise_loss(lambda z, t, a=None: (z, 1.0, 2.0) if a is None else (z, a))
 
 
+@computes_nothing
 def test_bounds_of_a_parameter_that_is_not_there():
     with pytest.raises(ValueError, match="bounds are given for beta, which <lambda> does not have"):
         fl.elementwise_loss(bounds={"beta": (0, 1)})(lambda z, t: (z, 1.0))
 
 
+@computes_nothing
 def test_every_option_is_reserved():
     assert set(inspect.signature(fl.mse_loss).parameters) < RESERVED
 
 
+@computes_nothing
 def test_a_helper_of_the_formula_is_named_too():
     def helper(z):
         return z if z > 0 else -z
@@ -281,6 +293,7 @@ def test_a_helper_of_the_formula_is_named_too():
         fl.elementwise_loss(lambda z, t: (helper(z - t), 1.0))
 
 
+@computes_nothing
 def test_a_formula_with_fewer_than_two_arguments_is_refused():
     with pytest.raises(fl.FormulaError, match="takes an element of the input and one of the target"):
         fl.elementwise_loss(lambda z: (z, 1.0))
@@ -340,3 +353,21 @@ def test_terms_of_a_polynomial_that_do_not_show_are_left_out(dtype):
     far = np.full(3, 1e3, dtype)  # beyond the reach, where what was left out shows
     assert kept(far, far, reduction="none")[0] < 5 or dtype == np.float64
     assert_close(whole(far, far, reduction="none"), np.full(3, 7.0), SUM[np.dtype(dtype)])
+
+
+OPERANDS = {"gaussian_kl_loss": ["mu", "logvar"], "vae_loss": ["reconstruction_logits", "images", "mu", "logvar"]}
+
+
+@computes_nothing
+def test_the_librarys_losses_are_objects_like_functions(row):
+    loss, operands = row.loss, OPERANDS.get(row.name, ["input", "target"])
+    assert getattr(fl, loss.__name__) is loss
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        assert pickle.loads(pickle.dumps(loss, protocol)) is loss
+    assert copy.deepcopy(loss) is loss
+    assert row.name in repr(loss)
+    assert "Source: " in inspect.getdoc(loss)
+    assert inspect.getdoc(loss).splitlines()[0] in pydoc.render_doc(loss, renderer=pydoc.plaintext)
+    assert list(inspect.signature(loss).parameters)[: len(operands)] == operands
+    for method in ("grad", "value_and_grad"):
+        assert inspect.getdoc(getattr(loss, method)).startswith("Return the ")

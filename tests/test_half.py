@@ -10,10 +10,13 @@ import pytest
 
 import fastloss as fl
 from tests import oracle
-from tests.table import LOSSES
-from tests.ulp import HALF, QUANTITIES, compute, half_error
+from tests.devices import is_long_on_the_stand_in, some, sums_in_another_order
+from tests.ulp import HALF, QUANTITIES, assert_same, compute, flat, half_error
+
+pytestmark = pytest.mark.usefixtures("device")
 
 HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
+LARGE = (2 << 20) + 8  # a size at which the CPU's loop is another
 FLOATS = [*HALVES, np.dtype(np.float32), np.dtype(np.float64)]
 
 
@@ -27,41 +30,48 @@ def arrays(rng, shape, *dtypes):
     return [rng.random(shape).astype(dtype) for dtype in dtypes]
 
 
-def every_number(half, name):
+def every_number(half, row):
     """Return every finite number of 16 bits that is a reasonable input."""
     x = np.arange(1 << 16, dtype=np.uint16).view(half)
     with np.errstate(invalid="ignore"):  # signalling NaNs
         wide = x.astype(np.float64)
-    low, high = (0, 1) if LOSSES[name].domain == "probabilities" else (-1e4, 1e4)
+    low, high = (0, 1) if "probabilities" in row.arrays else (-1e4, 1e4)
     return x[(wide >= low) & (wide <= high)]
 
 
+@pytest.mark.alike
+@pytest.mark.rows("is_elementwise")
 @pytest.mark.parametrize("target", [0, 0.25, 1])
-def test_every_input_in_extended_precision(name, half, target):
-    z = every_number(half, name)
+def test_every_input_in_extended_precision(row, half, target):
+    z = every_number(half, row)
     t = np.full(z.shape, target, half)
-    for parameters in LOSSES[name].parameters:
+    for parameters in row.settings:
         with np.errstate(all="ignore"):
-            want = LOSSES[name].oracle(z.astype(np.longdouble), t.astype(np.longdouble), oracle.LONG, **parameters)
-        for quantity, got, (true, magnitude) in zip(QUANTITIES, compute(LOSSES[name].loss, z, t, **parameters), want, strict=True):
+            want = row.oracle(z.astype(np.longdouble), t.astype(np.longdouble), oracle.LONG, **parameters)
+        for quantity, got, (true, magnitude) in zip(QUANTITIES, compute(row.loss, z, t, **parameters), want, strict=True):
             assert got.dtype == half
             error = half_error(got, true, magnitude)
             worst = np.argmax(error)
-            assert error[worst] <= HALF.get(name, 1), f"{quantity}: {error[worst]:.2f} float32 ulp too many at {z[worst]}, {parameters}"
+            assert error[worst] <= HALF.get(row.name, 1), f"{quantity}: {error[worst]:.2f} float32 ulp too many at {z[worst]}, {parameters}"
 
 
-def test_as_float32_and_rounded_once(name, half, rng):
-    """The value is the very one of the widened arrays, and the gradient is theirs, rounded."""
-    z, t, w = arrays(rng, (3, 2, 7, 11), half, half, half)
-    mask, loss = rng.random((7, 11)) < 0.7, LOSSES[name].loss
-    wide = [x.astype(np.float32) for x in (z, t, w)]
+@pytest.mark.alike
+@sums_in_another_order
+def test_as_float32_and_rounded_once(row, half, rng):
+    """The values are the very ones of the widened arrays, and the gradients and curvatures are theirs, rounded."""
+    loss, given = row.loss, row.draw(rng, half, (3, 2, 7, 11))
+    wide = [x.astype(np.float32) for x in given]
+    (weight,), mask = arrays(rng, (3, 2, 7, 11), half), rng.random((7, 11)) < 0.7
     for reduction in ("mean", "sample_sum"):
-        value, grad = loss.value_and_grad(z, t, w, reduction, mask=mask)
-        want, want_grad = loss.value_and_grad(*wide, reduction, mask=mask)
-        np.testing.assert_array_equal(value, want)
-        np.testing.assert_array_equal(grad, want_grad.astype(half))
+        value, grads = loss.value_and_grad(*given, weight=weight, mask=mask, **row.reduced(reduction))
+        want, want_grads = loss.value_and_grad(*wide, weight=weight.astype(np.float32), mask=mask, **row.reduced(reduction))
+        assert_same(flat(value), flat(want))
+        assert_same(flat(grads), [x.astype(half) for x in flat(want_grads)])
+    if row.sums_elements:
+        assert_same(compute(loss, *given), [x.astype(half) for x in compute(loss, *wide)])
 
 
+@sums_in_another_order
 @pytest.mark.parametrize(("input_dtype", "target_dtype"), list(itertools.product(FLOATS, FLOATS)), ids=str)
 def test_mixed_in_every_direction(input_dtype, target_dtype, rng):
     z, t, w, c = arrays(rng, (3, 2, 37), input_dtype, target_dtype, target_dtype, input_dtype)
@@ -86,6 +96,7 @@ def test_float64_is_rounded_once(half):
     np.testing.assert_array_equal(got, [1.0, one_up, 1.0, -one_up, 0.0, np.inf, np.nan, np.inf])
 
 
+@sums_in_another_order
 @pytest.mark.parametrize("code", ["uint8", "bool", "int32"])
 def test_integer_targets(half, code, rng):
     z, t = arrays(rng, (5, 130), half, half)
@@ -108,7 +119,7 @@ def test_sums_do_not_overflow(half):
     assert fl.mse_loss(z, np.zeros_like(z), reduction="sum") == 4e9
 
 
-@pytest.mark.parametrize("size", [1, 63, 65, 4097, (2 << 20) + 8, (2 << 20) + 7])
+@pytest.mark.parametrize("size", some([1, 63, 65, 4097, LARGE, LARGE - 1], is_long_on_the_stand_in, LARGE, LARGE - 1))
 def test_any_length_any_stride_in_place(half, size, rng):
     z, t = arrays(rng, size, half, half)
     want = fl.log_cosh_loss.grad(z.astype(np.float32), t.astype(np.float32), reduction="sum").astype(half)

@@ -8,8 +8,6 @@ import sys
 
 import pytest
 
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-
 
 def run(*args):
     result = subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False)
@@ -18,7 +16,7 @@ def run(*args):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="CuPy and NVRTC are installed on Linux alone")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [75, *(pytest.param(newer, marks=pytest.mark.slow) for newer in (80, 86, 89, 90, 100, 120))])
 def test_every_kernel_compiles_and_none_spills(architecture):
     kernels = [json.loads(line) for line in run("-m", "tests.cuda.variants", str(architecture)).splitlines()]
     assert len(kernels) > 150

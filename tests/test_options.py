@@ -10,19 +10,22 @@ import pytest
 
 import fastloss as fl
 from fastloss.core.checks import REDUCTIONS
+from tests.devices import computes_nothing, warns_the_caller
 from tests.table import LOSSES
-from tests.ulp import PRODUCT, SUM, ULP, assert_close, assert_ulp, compute
+from tests.ulp import PRODUCT, QUANTITIES, SUM, ULP, assert_close, assert_same, assert_ulp, compute, flat
+
+pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.alike]
 
 SHAPES = {"full": (4, 3, 17, 13), "per channel": (3, 1, 1), "per sample": (4, 1, 1, 1), "per pixel": (17, 13), "number": ()}
 
 
-def all_of(loss, z, t, **options):
-    """Return the value, the gradient, and the curvature, under a reduction."""
-    options = {"reduction": "mean"} | options
-    value, grad = loss.value_and_grad(z, t, **options)
-    np.testing.assert_array_equal(loss(z, t, **{k: v for k, v in options.items() if k != "grad_output"}), value)
-    np.testing.assert_array_equal(loss.grad(z, t, **options), grad)
-    return value, grad, loss.curvature(z, t, **options)
+def all_of(row, *arrays, **options):
+    """Return the value, the gradients, and the curvatures where the loss has them, under a reduction."""
+    options = row.reduced("mean") | options
+    value, grads = row.loss.value_and_grad(*arrays, **options)
+    assert_same(flat(row.loss(*arrays, **{k: v for k, v in options.items() if k != "grad_output"})), flat(value))
+    assert_same(flat(row.loss.grad(*arrays, **options)), flat(grads))
+    return flat(value, grads, row.loss.curvature(*arrays, **options) if row.has_curvature else ())
 
 
 def assert_scaled(got, plain, factor, dtype, roundings="scale"):
@@ -31,74 +34,79 @@ def assert_scaled(got, plain, factor, dtype, roundings="scale"):
     assert_ulp(got, want, want, PRODUCT[roundings], dtype)
 
 
+@pytest.mark.rows("sums_elements")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean", "sample_mean", "sample_sum"])
-def test_reductions(name, batch, reduction):
-    z, t = batch
-    loss = LOSSES[name].loss
-    value, slope, curvature = compute(loss, z, t)
+def test_reductions(row, arrays, dtype, reduction):
+    z = arrays[0]
+    value, *derivatives = compute(row.loss, *arrays)
     by_sample = reduction.startswith("sample")
     axes = (1, 2, 3) if by_sample else None
     count = {"mean": z.size, "sum": 1, "batchmean": len(z), "sample_mean": z[0].size, "sample_sum": 1}[reduction]
-    got = all_of(loss, z, t, reduction=reduction)
-    assert_close(got[0], value.sum(axis=axes, dtype=np.longdouble) / count, SUM[z.dtype])
+    got = all_of(row, *arrays, reduction=reduction)
+    assert_close(got[0], value.sum(axis=axes, dtype=np.longdouble) / count, SUM[dtype])
     assert isinstance(got[0], np.ndarray if by_sample else np.float64)
     assert np.asarray(got[0]).dtype == np.float64
-    assert_scaled(got[1], slope, np.longdouble(1) / count, z.dtype)
-    assert_scaled(got[2], curvature, np.longdouble(1) / count, z.dtype)
+    for x, plain in zip(got[1:], derivatives, strict=True):
+        assert_scaled(x, plain, np.longdouble(1) / count, dtype)
 
 
-def test_no_reduction(name, batch):
-    z, t = batch
-    loss = LOSSES[name].loss
-    value, grad = loss.value_and_grad(z, t, reduction="none")
-    assert value.dtype == grad.dtype == z.dtype
-    assert value.shape == grad.shape == z.shape
-    np.testing.assert_array_equal(value, loss(z, t, reduction="none"))
-    np.testing.assert_array_equal(grad, loss.grad(z, t, reduction="sum"))
+@pytest.mark.rows("sums_elements")
+def test_no_reduction(row, arrays, dtype):
+    value, grads = row.loss.value_and_grad(*arrays, reduction="none")
+    for x in flat(value, grads):
+        assert (x.dtype, x.shape) == (dtype, arrays[0].shape)
+    np.testing.assert_array_equal(value, row.loss(*arrays, reduction="none"))
+    assert_same(flat(grads), flat(row.loss.grad(*arrays, reduction="sum")))
 
 
 # The loops know no loss: every shape once, and every reduction once, is what a loss can tell apart.
 BY_SHAPE_OR_REDUCTION = [*((shape, "mean") for shape in SHAPES), *(("full", reduction) for reduction in ("sum", "none", "sample_mean"))]
 
 
+@pytest.mark.rows("sums_elements")
 @pytest.mark.parametrize(("shape", "reduction"), BY_SHAPE_OR_REDUCTION)
-def test_weight_multiplies_and_leaves_the_mean_its_count(name, batch, rng, shape, reduction):
-    z, t = batch
-    loss, weight = LOSSES[name].loss, rng.random(SHAPES[shape]).astype(z.dtype)
-    value, slope, curvature = compute(loss, z, t)
-    got = all_of(loss, z, t, weight=weight, reduction=reduction)
+def test_weight_multiplies_and_leaves_the_mean_its_count(row, arrays, dtype, rng, shape, reduction):
+    z, weight = arrays[0], rng.random(SHAPES[shape]).astype(dtype)
+    value, *derivatives = compute(row.loss, *arrays)
+    got = all_of(row, *arrays, weight=weight, reduction=reduction)
     count = {"mean": z.size, "sample_mean": z[0].size}.get(reduction, 1)
     if reduction == "none":
-        assert_scaled(got[0], value, weight, z.dtype, "weight")
+        assert_scaled(got[0], value, weight, dtype, "weight")
     else:
         axes = (1, 2, 3) if reduction == "sample_mean" else None
-        assert_close(got[0], (value.astype(np.longdouble) * weight).sum(axis=axes) / count, SUM[z.dtype])
-    assert_scaled(got[1], slope, np.longdouble(1) * weight / count, z.dtype, "weight and scale")
-    assert_scaled(got[2], curvature, np.longdouble(1) * weight / count, z.dtype, "weight and scale")
+        assert_close(got[0], (value.astype(np.longdouble) * weight).sum(axis=axes) / count, SUM[dtype])
+    for x, plain in zip(got[1:], derivatives, strict=True):
+        assert_scaled(x, plain, np.longdouble(1) * weight / count, dtype, "weight and scale")
 
 
-def test_weights_of_0_and_2_drop_and_repeat(name, batch):
-    z, t = (x.reshape(-1) for x in batch)
-    weight = np.tile([0.0, 1.0, 2.0], z.size)[: z.size]
-    times = weight.astype(int)
-    loss = LOSSES[name].loss
-    assert_close(loss(z, t, weight, "sum"), loss(z.repeat(times), t.repeat(times), reduction="sum"), SUM[z.dtype])
+@pytest.mark.rows("has_reductions")
+def test_weights_of_0_and_2_drop_and_repeat(row, arrays, dtype):
+    arrays = [x.reshape(-1) if row.sums_elements else x.reshape(1, 1, -1) for x in arrays]
+    times = np.arange(arrays[0].size) % 3
+    value, grads = row.loss.value_and_grad(*arrays, times.astype(float), "sum")
+    want, want_grads = row.loss.value_and_grad(*(x.repeat(times, axis=-1) for x in arrays), reduction="sum")
+    last = np.cumsum(times)[times == 2] - 1  # where an element that is repeated comes last
+    assert_close(value, want, SUM[dtype])
+    for grad, repeated in zip(flat(grads), flat(want_grads), strict=True):
+        assert_close(grad[..., times == 2], 2 * repeated[..., last], 2 * SUM[dtype])
+        assert not grad[..., times == 0].any()
 
 
 MASKS = [*(("full", reduction) for reduction in REDUCTIONS), *((shape, "sample_mean") for shape in ("per channel", "per pixel"))]
 
 
+@pytest.mark.rows("sums_elements")
 @pytest.mark.parametrize(("shape", "reduction"), [*MASKS, ("per sample", "mean"), ("per sample", "sample_sum")])
-def test_mask_takes_elements_out(name, batch, rng, shape, reduction):
-    z, t = batch
-    loss, mask = LOSSES[name].loss, rng.random(SHAPES[shape]) < 0.6
+def test_mask_takes_elements_out(row, arrays, dtype, rng, shape, reduction):
+    z, mask = arrays[0], rng.random(SHAPES[shape]) < 0.6
     mask.flat[0] = True
     inside = np.broadcast_to(mask, z.shape)
-    z[~inside] = np.nan  # counts nowhere, not even as NaN
-    got = all_of(loss, z, t, mask=mask, reduction=reduction)
-    assert not np.any(got[1][~inside])
-    assert not np.any(got[2][~inside])
-    value, slope, curvature = compute(loss, z[inside], t[inside])
+    for k in row.gradients:
+        arrays[k][~inside] = np.nan  # counts nowhere, not even as NaN
+    got = all_of(row, *arrays, mask=mask, reduction=reduction)
+    for x in got[1:]:
+        assert not np.any(x[~inside])
+    value, *derivatives = compute(row.loss, *(x[inside] for x in arrays))
     axes, count = None, {"mean": inside.sum(), "batchmean": len(z)}.get(reduction, 1)
     if reduction.startswith("sample"):
         axes, count = (1, 2, 3), inside.sum(axis=(1, 2, 3)) if reduction == "sample_mean" else 1
@@ -108,40 +116,42 @@ def test_mask_takes_elements_out(name, batch, rng, shape, reduction):
     else:
         spread = np.zeros(z.shape, np.longdouble)
         spread[inside] = value
-        assert_close(got[0], spread.sum(axis=axes) / count, SUM[z.dtype])
+        assert_close(got[0], spread.sum(axis=axes) / count, SUM[dtype])
     factor = np.broadcast_to(np.reshape(np.longdouble(1) / count, (-1, 1, 1, 1)), z.shape)[inside]
-    assert_scaled(got[1][inside], slope, factor, z.dtype)
-    assert_scaled(got[2][inside], curvature, factor, z.dtype)
+    for x, plain in zip(got[1:], derivatives, strict=True):
+        assert_scaled(x[inside], plain, factor, dtype)
 
 
-@pytest.mark.filterwarnings("ignore:mean of no elements:RuntimeWarning")
-def test_a_sample_without_elements_has_mean_nan_and_gradient_0(name, batch):
-    z, t = batch
-    mask = np.ones(z.shape, bool)
+@pytest.mark.rows("has_reductions")
+@pytest.mark.parametrize("shape", ["full", "per sample"])
+def test_a_sample_without_elements_has_mean_nan_and_gradient_0(row, arrays, dtype, device, shape):
+    mask = np.ones(SHAPES[shape], bool)
     mask[2] = False
-    value, grad = LOSSES[name].loss.value_and_grad(z, t, mask=mask, reduction="sample_mean")
+    warns = pytest.warns(RuntimeWarning, match="mean of no elements") if device == "cpu" else nullcontext()  # a device would wait
+    with warns:
+        value, grads = row.loss.value_and_grad(*arrays, mask=mask, reduction="sample_mean")
+    want, want_grads = row.loss.value_and_grad(*(np.delete(x, 2, 0) for x in arrays), reduction="sample_mean")
     assert np.isnan(value).tolist() == [False, False, True, False]
-    assert not grad[2].any()
-    assert np.isfinite(grad).all()
+    assert_close(np.delete(value, 2), want, SUM[dtype])
+    for grad, x in zip(flat(grads), flat(want_grads), strict=True):
+        assert not grad[2].any()
+        assert_close(np.delete(grad, 2, 0), x, SUM[dtype])
 
 
+@pytest.mark.rows("has_targets")
 @pytest.mark.parametrize(
     ("kind", "reduction"), [("uint8", "mean"), ("uint8", "none"), ("int64", "sample_mean"), ("int8", "sum"), ("float", "mean")]
 )
-def test_ignore_index_is_a_mask(name, batch, rng, kind, reduction):
-    z, _ = batch
-    t = rng.integers(0, 2, z.shape)
+def test_ignore_index_is_a_mask(row, arrays, dtype, rng, kind, reduction):
+    z, _, *rest = arrays
+    t, out = rng.integers(0, 2, z.shape), rng.random(z.shape) < 0.3
+    out[1, 1] = True  # a channel of an image, which Dice counts alone
     ignored = {"uint8": 255, "int64": -100, "int8": -1, "float": 255.0}[kind]
-    out = rng.random(z.shape) < 0.3
     t[out] = ignored
-    t = t.astype(z.dtype if kind == "float" else kind)
-    loss = LOSSES[name].loss
-    for a, b in zip(
-        all_of(loss, z, t, ignore_index=ignored, reduction=reduction),
-        all_of(loss, z, np.where(out, 0, t).astype(t.dtype), mask=~out, reduction=reduction),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)
+    t = t.astype(dtype if kind == "float" else kind)
+    got = all_of(row, z, t, *rest, ignore_index=ignored, **row.reduced(reduction))
+    assert_same(got, all_of(row, z, np.where(out, 0, t).astype(t.dtype), *rest, mask=~out, **row.reduced(reduction)))
+    assert not flat(row.loss.grad(z, t, *rest, ignore_index=ignored))[0][out].any()
 
 
 def test_ignore_index_that_the_targets_cannot_hold_ignores_none(batch, rng):
@@ -151,35 +161,36 @@ def test_ignore_index_that_the_targets_cannot_hold_ignores_none(batch, rng):
     assert fl.mse_loss(z, t, ignore_index=-100) == fl.mse_loss(z, t)
 
 
-def test_ignore_index_and_mask_together(name, batch, rng):
-    z, _ = batch
+@pytest.mark.rows("has_targets")
+def test_ignore_index_and_mask_together(row, arrays, rng):
+    z, _, *rest = arrays
     t = rng.integers(0, 2, z.shape).astype(np.uint8)
     t[rng.random(z.shape) < 0.3] = 255
     mask = rng.random(z.shape) < 0.5
-    got = all_of(LOSSES[name].loss, z, t, mask=mask, ignore_index=255)
-    for a, b in zip(got, all_of(LOSSES[name].loss, z, t, mask=mask & (t != 255)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    got = all_of(row, z, t, *rest, mask=mask, ignore_index=255)
+    assert_same(got, all_of(row, z, t, *rest, mask=mask & (t != 255)))
 
 
 INTEGERS = ["bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]
 
 
-def assert_equals_its_float_copy(loss, z, t, scale):
-    copy = t.astype(z.dtype) * z.dtype.type(scale)
-    for a, b in zip(all_of(loss, z, t, target_scale=scale), all_of(loss, z, copy), strict=True):
-        np.testing.assert_array_equal(a, b)
-    for a, b in zip(all_of(loss, z, t), all_of(loss, z, t.astype(z.dtype)), strict=True):
-        np.testing.assert_array_equal(a, b)
+def assert_equals_its_float_copy(row, arrays, t, scale):
+    """Assert that integer targets give the very results of their float copy, and with `target_scale` of their scaled copy."""
+    z, _, *rest = arrays
+    copy = t.astype(z.dtype)
+    assert_same(all_of(row, z, t, *rest, target_scale=scale), all_of(row, z, copy * z.dtype.type(scale), *rest))
+    assert_same(all_of(row, z, t, *rest), all_of(row, z, copy, *rest))
 
 
-def test_a_uint8_batch_equals_its_float_copy_bit_by_bit(name, batch, rng):
-    assert_equals_its_float_copy(LOSSES[name].loss, batch[0], rng.integers(0, 256, batch[0].shape).astype(np.uint8), 1 / 255)
+@pytest.mark.rows("has_targets")
+def test_a_uint8_batch_equals_its_float_copy_bit_by_bit(row, arrays, rng):
+    assert_equals_its_float_copy(row, arrays, rng.integers(0, 256, arrays[1].shape).astype(np.uint8), 1 / 255)
 
 
 @pytest.mark.parametrize("code", INTEGERS)
 def test_integer_targets_equal_their_float_copy_bit_by_bit(batch, rng, code):
     t = rng.integers(0, 2 if code == "bool" else 120, batch[0].shape).astype(code)
-    assert_equals_its_float_copy(fl.binary_cross_entropy_with_logits, batch[0], t, 1 / 119)
+    assert_equals_its_float_copy(LOSSES["binary_cross_entropy_with_logits"], batch, t, 1 / 119)
 
 
 def test_extreme_integers_are_converted_not_wrapped():
@@ -188,58 +199,60 @@ def test_extreme_integers_are_converted_not_wrapped():
         np.testing.assert_array_equal(fl.mse_loss.grad(z, t, reduction="sum"), -2 * t.astype(np.float64))
 
 
-def test_mixed_dtypes_compute_in_float64(name, batch, rng):
-    z, t = batch
-    other = np.dtype(np.float32 if z.dtype == np.float64 else np.float64)
-    t = rng.random(z.shape).astype(other)
-    wide = compute(LOSSES[name].loss, z.astype(np.float64), t.astype(np.float64))
-    for got, want in zip(compute(LOSSES[name].loss, z, t), wide, strict=True):
-        assert got.dtype == z.dtype
-        np.testing.assert_array_equal(got, want.astype(z.dtype))
+@pytest.mark.rows("sums_elements")
+def test_mixed_dtypes_compute_in_float64(row, arrays, dtype):
+    first, second = arrays[0], arrays[1].astype(np.float32 if dtype == np.float64 else np.float64)
+    wide = compute(row.loss, first.astype(np.float64), second.astype(np.float64))
+    differentiated = [(first, second)[k] for k in row.gradients]
+    stored_like = [first, *differentiated, *differentiated]
+    for got, want, like in zip(compute(row.loss, first, second), wide, stored_like, strict=True):
+        assert got.dtype == like.dtype
+        np.testing.assert_array_equal(got, want.astype(like.dtype))
 
 
+@pytest.mark.rows("sums_elements")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean", "sample_mean", "sample_sum", "none"])
-def test_grad_output_is_the_chain_rule(name, batch, rng, reduction):
-    z, t = batch
-    loss = LOSSES[name].loss
+def test_grad_output_is_the_chain_rule(row, arrays, dtype, rng, reduction):
+    z, loss = arrays[0], row.loss
     shape = {"none": z.shape}.get(reduction, z.shape[:1] if reduction.startswith("sample") else ())
+    count = {"mean": z.size, "batchmean": len(z), "sample_mean": z[0].size}.get(reduction, 1)
     for upstream in (0.37, np.float32(2.5), rng.normal(size=shape), rng.normal(size=shape).astype(np.float32)):
         factor = np.asarray(upstream, np.longdouble)
         factor = factor.reshape(-1, 1, 1, 1) if np.ndim(upstream) == 1 else factor
         for method in (loss.grad, loss.curvature, lambda *a, **k: loss.value_and_grad(*a, **k)[1]):
-            plain = method(z, t, reduction="sum").astype(np.longdouble)
-            count = {"mean": z.size, "batchmean": len(z), "sample_mean": z[0].size}.get(reduction, 1)
-            assert_scaled(method(z, t, reduction=reduction, grad_output=upstream), plain, factor / count, z.dtype, "weight and scale")
-    assert loss.value_and_grad(z, t, reduction="sum", grad_output=3.0)[0] == loss(z, t, reduction="sum")
+            scaled = flat(method(*arrays, reduction=reduction, grad_output=upstream))
+            for got, plain in zip(scaled, flat(method(*arrays, reduction="sum")), strict=True):
+                assert_scaled(got, plain.astype(np.longdouble), factor / count, dtype, "weight and scale")
+    value, _ = loss.value_and_grad(*arrays, reduction="sum", grad_output=3.0)
+    np.testing.assert_array_equal(value, loss(*arrays, reduction="sum"))
 
 
-def test_out_receives_the_result(name, batch):
-    z, t = batch
-    loss = LOSSES[name].loss
-    for method in (loss.grad, loss.curvature):
-        out = np.full_like(z, 7)
-        assert method(z, t, out=out) is out
-        np.testing.assert_array_equal(out, method(z, t))
-    out = np.full_like(z, 7)
-    assert loss(z, t, reduction="none", out=out) is out
-    np.testing.assert_array_equal(out, loss(z, t, reduction="none"))
+def test_out_receives_the_result(row, arrays):
+    loss, buffers = row.loss, [np.empty_like(arrays[k]) for k in row.gradients]
+
+    def assert_written(grads, want):
+        assert all(grad is buffer for grad, buffer in zip(flat(grads), buffers, strict=True))
+        assert_same(buffers, flat(want))
+        for buffer in buffers:
+            buffer[...] = 7
+
+    for method in (loss.grad, loss.curvature) if row.has_curvature else (loss.grad,):
+        assert_written(method(*arrays, out=row.out(buffers)), method(*arrays))
+    if row.sums_elements and row.has_one_gradient:
+        assert_written(loss(*arrays, reduction="none", out=buffers[0]), loss(*arrays, reduction="none"))
     for reduction in ("mean", "none"):
-        value, grad = loss.value_and_grad(z, t, reduction=reduction, out=out)
-        assert grad is out
-        want = loss.value_and_grad(z, t, reduction=reduction)
-        np.testing.assert_array_equal(value, want[0])
-        np.testing.assert_array_equal(grad, want[1])
+        value, grads = loss.value_and_grad(*arrays, **row.reduced(reduction), out=row.out(buffers))
+        want, want_grads = loss.value_and_grad(*arrays, **row.reduced(reduction))
+        assert_same(flat(value), flat(want))
+        assert_written(grads, want_grads)
 
 
-def test_in_place(name, batch):
-    z, t = batch
-    loss = LOSSES[name].loss
-    want = loss.value_and_grad(z, t, reduction="mean")
-    overwritten = z.copy()
-    value, grad = loss.value_and_grad(overwritten, t, reduction="mean", out=overwritten)
-    assert grad is overwritten
-    assert value == want[0]
-    np.testing.assert_array_equal(grad, want[1])
+def test_in_place(row, arrays):
+    want, want_grads = row.loss.value_and_grad(*arrays, **row.reduced("mean"))
+    overwritten = [arrays[k] for k in row.gradients]
+    value, grads = row.loss.value_and_grad(*arrays, **row.reduced("mean"), out=row.out(overwritten))
+    assert all(grad is x for grad, x in zip(flat(grads), overwritten, strict=True))
+    assert_same(flat(value, grads), flat(want, want_grads))
 
 
 def test_label_smoothing_equals_smoothed_targets(batch):
@@ -303,34 +316,36 @@ def test_entropy_takes_the_options_of_the_losses(batch, rng):
         fl.binary_entropy(images | 2, validate=True)
 
 
-@pytest.mark.parametrize("method", ["__call__", "grad", "value_and_grad", "curvature"])
-def test_empty_input(name, dtype, method):
-    loss, empty = LOSSES[name].loss, np.empty((0, 3), dtype)
-    result = getattr(loss, method)(empty, empty, reduction="sum")
-    value, grad = {"__call__": (result, empty), "value_and_grad": result}.get(method, (0.0, result))
-    assert value == 0.0
-    assert grad.shape == (0, 3)
-    with pytest.warns(RuntimeWarning, match="mean of no elements") if method in ("__call__", "value_and_grad") else nullcontext():
-        result = getattr(loss, method)(empty, empty, reduction="mean")
-    if method == "__call__":
-        assert np.isnan(result)
-    assert loss(empty, empty, reduction="sample_sum").shape == (0,)
-    assert loss(np.empty((2, 0), dtype), np.empty((2, 0), dtype), reduction="sample_sum").tolist() == [0.0, 0.0]
+@pytest.mark.rows("has_reductions")
+def test_empty_input(row, dtype):
+    loss, empty = row.loss, [np.empty((0, 3), dtype)] * 2
+    for method in (loss, loss.value_and_grad, loss.grad, loss.curvature) if row.has_curvature else (loss, loss.value_and_grad, loss.grad):
+        result = method(*empty, reduction="sum")
+        value, grads = {loss: (result, ()), loss.value_and_grad: result}.get(method, (0.0, result))
+        assert value == 0.0
+        assert all(grad.shape == (0, 3) for grad in flat(grads))
+        with pytest.warns(RuntimeWarning, match="mean of no elements") if method in (loss, loss.value_and_grad) else nullcontext():
+            method(*empty, reduction="mean")
+    assert loss(*empty, reduction="sample_sum").shape == (0,)
+    assert loss(*[np.empty((2, 0), dtype)] * 2, reduction="sample_sum").tolist() == [0.0, 0.0]
 
 
-def test_the_warning_points_at_the_caller():
-    with pytest.warns(RuntimeWarning, match="mean of no elements") as record:
-        fl.mse_loss(np.empty(0), np.empty(0))
-    assert record[0].filename == __file__
+@warns_the_caller
+@pytest.mark.parametrize("method", ["__call__", "value_and_grad"])
+def test_a_mean_of_nothing_warns_at_the_caller(row, method):
+    empty = [np.empty((0, 3)) for _ in row.arrays]
+    for reduction in ("mean", "batchmean"):
+        with pytest.warns(RuntimeWarning, match="mean of no elements") as record:
+            value, *_ = flat(getattr(row.loss, method)(*empty, **row.reduced(reduction)))
+        assert np.isnan(np.ravel(value)[0])
+        assert [warning.filename for warning in record] == [__file__] * (len(row.arrays) // 2)  # once for each mean
+
+
+@warns_the_caller
+def test_a_mean_of_no_entropies_warns_at_the_caller():
     with pytest.warns(RuntimeWarning, match="mean of no elements") as record:
         fl.binary_entropy(np.empty(0))
-    assert record[0].filename == __file__
-
-
-def test_value_and_grad_warns_at_the_caller_too():
-    with pytest.warns(RuntimeWarning, match="mean of no elements") as record:
-        fl.mse_loss.value_and_grad(np.empty(0), np.empty(0))
-    assert record[0].filename == __file__
+    assert [warning.filename for warning in record] == [__file__]
 
 
 def test_a_constant_batch_sums_without_bias():
@@ -339,13 +354,12 @@ def test_a_constant_batch_sums_without_bias():
         assert_close(fl.mse_loss(z, np.zeros_like(z)), np.float32(z[0] * z[0]), SUM[z.dtype])
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_largest_logarithms_sum_without_overflow(name, dtype):
+@pytest.mark.rows("sums_elements")
+def test_the_largest_logarithms_sum_without_overflow(row, dtype):
     """At z = t = 0 every factor of the product that collects logarithms is at its largest, 2."""
     z = np.zeros(100_000, dtype)
-    loss = LOSSES[name].loss
-    want = loss(z, z, reduction="none").mean(dtype=np.float64)
-    assert_close(loss(z, z, reduction="mean"), want, SUM[z.dtype])
+    want = row.loss(z, z, reduction="none").mean(dtype=np.float64)
+    assert_close(row.loss(z, z, reduction="mean"), want, SUM[z.dtype])
 
 
 def test_any_byte_but_0_is_true(rng):
@@ -398,5 +412,7 @@ def test_options_do_not_interact(batch, rng):
         assert_close(grad, 3 * g * w / kept.sum(), 2 * SUM[z.dtype])
 
 
-def test_ulp_table_has_every_loss():
-    assert all((name, quantity) in ULP for name in LOSSES for quantity in ("value", "slope", "curvature"))
+@computes_nothing
+@pytest.mark.rows("sums_elements")
+def test_ulp_table_has_every_loss(row):
+    assert all((row.name, quantity) in ULP for quantity in QUANTITIES)

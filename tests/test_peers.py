@@ -16,6 +16,7 @@ import sklearn
 from sklearn._loss import loss as sklearn_losses
 
 import fastloss as fl
+from tests.table import LOSSES
 from tests.ulp import PEER, PEER_ULP, assert_close, assert_ulp
 
 SHAPE = (4, 3, 17, 13)
@@ -174,6 +175,10 @@ def theirs(torch, name, operands, dtype, options, compute=None):
 def resolved(quantity, *operands):
     """Return the least magnitude that a peer in float64 has digits of: its values are differences of terms that are this large."""
     return 1 + sum(map(np.abs, operands)) if quantity == 0 else 1
+
+
+def test_every_loss_has_a_peer():
+    assert PAIRS.keys() == LOSSES.keys()
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=said)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 import fastloss as fl
 from fastloss import reference
 from tests import oracle
-from tests.table import LOSSES
 from tests.ulp import NUMPY, SUM, assert_close
 
 
-def test_reference_agrees_with_the_oracle(name, batch):
-    z, t = batch
-    (value, _), (slope, _), _ = LOSSES[name].oracle(z.astype(np.longdouble), t.astype(np.longdouble), oracle.LONG)
-    got_value, got_slope = LOSSES[name].reference(z, t)
+@pytest.mark.rows("is_elementwise")
+def test_reference_agrees_with_the_oracle(row, arrays):
+    z, t = arrays
+    (value, _), (slope, _), _ = row.oracle(z.astype(np.longdouble), t.astype(np.longdouble), oracle.LONG)
+    got_value, got_slope = row.reference(z, t)
     assert_close(got_value, value, NUMPY[z.dtype])
     assert_close(got_slope, slope, NUMPY[z.dtype])
-    mean, grad = reference.value_and_grad(LOSSES[name].reference, z, t)
-    want, want_grad = LOSSES[name].loss.value_and_grad(z, t, reduction="mean")
+    mean, grad = reference.value_and_grad(row.reference, z, t)
+    want, want_grad = row.loss.value_and_grad(z, t, reduction="mean")
     assert_close(mean, want, NUMPY[z.dtype])
     assert_close(grad, want_grad, NUMPY[z.dtype])
 

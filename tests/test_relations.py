@@ -6,13 +6,9 @@ import numpy as np
 import pytest
 
 import fastloss as fl
-from tests.ulp import PROBABILITY, SUM, ULP, assert_close, assert_ulp, compute
+from tests.ulp import PROBABILITY, SUM, ULP, assert_close, assert_same, assert_ulp, compute
 
-
-def assert_same(got, want):
-    """Assert that value, slope and curvature are the very same."""
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_array_equal(a, b)
+pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.alike]
 
 
 def test_focal_without_focus_is_cross_entropy(batch):

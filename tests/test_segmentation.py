@@ -6,15 +6,25 @@ import itertools
 import re
 import tracemalloc
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 import fastloss as fl
 from fastloss.core.checks import REDUCTIONS
 from tests import oracle
+from tests.devices import (
+    has_the_hosts_arrays,
+    is_about_the_host,
+    is_long_on_the_stand_in,
+    only_on,
+    some,
+    sums_in_another_order,
+    warns_the_caller,
+)
 from tests.test_threads import run_python
-from tests.ulp import DIFFERENCE, SUM, ULP, assert_close, assert_ulp
+from tests.ulp import DIFFERENCE, SUM, ULP, assert_close, assert_same, assert_ulp
+
+pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.alike("stand-in")]
 
 DICE, BOTH = fl.dice_with_logits_loss, fl.dice_bce_with_logits_loss
 BCE = fl.binary_cross_entropy_with_logits
@@ -46,11 +56,6 @@ def limit(quantity, dtype):
 def losses_and_slopes(z, t, *args, **options):
     """Return the losses of the groups, and the gradient of their sum."""
     return DICE(z, t, *args, reduction="none", **options), DICE.grad(z, t, *args, reduction="sum", **options)
-
-
-def assert_same(got, want):
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 # --- digits ----------------------------------------------------------------------------------------------------------
@@ -178,6 +183,7 @@ def test_ranks(shape, dtype, rng):
             assert_true(losses_and_slopes(z, t, **groups), oracle.dice_with_logits_loss(z, t, **groups), dtype)
 
 
+@is_about_the_host
 def test_a_number_alone():
     """In a process of its own, because it ended one."""
     code = """
@@ -186,6 +192,7 @@ print(*fl.dice_with_logits_loss.value_and_grad(0.0, 1.0, per_channel=False, per_
     assert [float(x) for x in run_python(code).split()] == [0.2, -0.12]
 
 
+@is_long_on_the_stand_in
 def test_many_small_groups(rng, dtype):
     z, t = rng.normal(size=(5000, 3, 2, 2)).astype(dtype), rng.random((5000, 3, 2, 2)).astype(dtype)
     losses, slope = losses_and_slopes(z, t)
@@ -207,17 +214,6 @@ def test_weight(scene, rng, shape):
         assert_true(losses_and_slopes(*scene, weight, **groups), want, scene[0].dtype)
 
 
-def test_weights_of_0_and_2_drop_and_repeat(scene):
-    z, t = (x.reshape(1, 1, -1) for x in scene)
-    times = np.arange(z.size) % 3
-    repeated = [x.repeat(times, axis=2) for x in (z, t)]
-    tolerance = 2 * SUM[z.dtype]
-    assert_close(DICE(z, t, times), DICE(*repeated), tolerance)
-    assert_close(DICE.grad(z, t, times)[..., times == 2], 2 * DICE.grad(*repeated)[..., np.cumsum(times)[times == 2] - 1], tolerance)
-    assert not DICE.grad(z, t, times)[..., times == 0].any()
-    assert_close(BOTH(z, t, times, "sum"), BOTH(*repeated, reduction="sum"), tolerance)
-
-
 @pytest.mark.parametrize("shape", ["full", "per channel", "per pixel"])
 def test_mask(scene, rng, shape):
     z, t = scene
@@ -228,39 +224,7 @@ def test_mask(scene, rng, shape):
         assert_true(losses_and_slopes(np.where(inside, z, np.nan), t, mask=mask, **groups), want, z.dtype)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "sample_mean"])
-@pytest.mark.parametrize(("kind", "dtype", "ignored"), [("uint8", "f4", 255), ("int64", "f8", -100), ("f4", "f4", 255.0)])
-def test_ignore_index_is_a_mask(rng, kind, dtype, ignored, reduction):
-    z, t, out = rng.normal(size=SHAPE).astype(dtype), rng.integers(0, 2, SHAPE), rng.random(SHAPE) < 0.3
-    out[1, 1] = True
-    t[out] = ignored
-    t = t.astype(kind)
-    filled = np.where(out, 0, t).astype(t.dtype)
-    for loss in (DICE, BOTH):
-        got = loss.value_and_grad(z, t, ignore_index=ignored, reduction=reduction)
-        assert_same(got, loss.value_and_grad(z, filled, mask=~out, reduction=reduction))
-        assert not got[1][out].any()
-
-
-@pytest.mark.parametrize("loss", [DICE, BOTH])
-def test_integer_targets_equal_their_float_copy(rng, loss):
-    z, t = rng.normal(size=SHAPE).astype(np.float32), rng.integers(0, 256, SHAPE).astype(np.uint8)
-    copy = t.astype(np.float32) * np.float32(1 / 255)
-    assert_same(loss.value_and_grad(z, t, target_scale=1 / 255), loss.value_and_grad(z, copy))
-    hard = t > 99
-    assert_same(loss.value_and_grad(z, hard), loss.value_and_grad(z, hard.astype(np.float32)))
-
-
-@pytest.mark.parametrize("half", [np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("loss", [DICE, BOTH])
-def test_halves_are_the_float32_result_rounded_once(rng, half, loss):
-    z, t, weight = (x.astype(half) for x in (rng.normal(0, 3, SHAPE), rng.random(SHAPE), rng.random((3, 1, 1))))
-    value, grad = loss.value_and_grad(z, t, weight)
-    assert grad.dtype == half
-    want = loss.value_and_grad(*(x.astype(np.float32) for x in (z, t, weight)))
-    assert_same((value, grad), (want[0], want[1].astype(half)))
-
-
+@sums_in_another_order
 def test_mixed_dtypes_compute_in_float64(scene):
     z, t = scene
     other = t.astype(np.float32 if z.dtype == np.float64 else np.float64)
@@ -344,19 +308,7 @@ def test_groups_without_elements_count_nowhere(scene, smooth):
         assert_close(DICE(z, t, mask=mask, smooth=smooth, reduction=reduction), want, SUM[np.dtype(np.float64)])
 
 
-@pytest.mark.parametrize("loss", [DICE, BOTH])
-def test_a_sample_without_elements_has_mean_nan_and_gradient_0(scene, loss):
-    z, t = scene
-    mask = np.array([True, False]).reshape(2, 1, 1, 1)
-    want = loss.value_and_grad(z[:1], t[:1], reduction="sample_mean")
-    with pytest.warns(RuntimeWarning, match="mean of no elements"):
-        value, grad = loss.value_and_grad(z, t, mask=mask, reduction="sample_mean")
-    assert np.isnan(value).tolist() == [False, True]
-    assert_close(value[:1], want[0], SUM[z.dtype])
-    assert_close(grad[:1], want[1], SUM[z.dtype])
-    assert not grad[1].any()
-
-
+@warns_the_caller
 @pytest.mark.parametrize("loss", [DICE, BOTH])
 def test_all_masked(scene, loss):
     nothing = np.zeros((3, 1, 1), bool)
@@ -383,15 +335,6 @@ def test_empty_input(shape, groups, dtype):
     assert BOTH(empty, empty, reduction="sum", **groups) == 0.0
 
 
-@pytest.mark.parametrize(("loss", "reduction"), [(DICE, "mean"), (BOTH, "mean"), (DICE, "batchmean")])
-@pytest.mark.parametrize("method", ["__call__", "value_and_grad"])
-def test_a_mean_of_nothing_warns_once_at_the_caller(loss, reduction, method):
-    empty = np.empty((0, 3, 2))
-    with pytest.warns(RuntimeWarning, match="mean of no elements") as record:
-        getattr(loss, method)(empty, empty, reduction=reduction)
-    assert [warning.filename for warning in record] == [__file__]
-
-
 @pytest.mark.filterwarnings("ignore:mean of no elements:RuntimeWarning")
 def test_numpy_set_to_raise_changes_nothing():
     t = np.zeros((2, 1, 2))
@@ -403,18 +346,6 @@ def test_numpy_set_to_raise_changes_nothing():
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("loss", [DICE, BOTH])
-def test_out_receives_the_gradient(scene, loss):
-    z, t = scene
-    value, want = loss.value_and_grad(z, t)
-    out = np.full_like(z, 7)
-    assert loss.grad(z, t, out=out) is out
-    np.testing.assert_array_equal(out, want)
-    again, grad = loss.value_and_grad(z, t, out=z)
-    assert grad is z
-    assert_same((again, z), (value, want))
 
 
 VIEWS = {
@@ -441,17 +372,7 @@ def test_views(scene, view):
     np.testing.assert_array_equal(z, grad)
 
 
-def test_read_only_and_memory_mapped(scene, tmp_path):
-    z, t = scene
-    want = DICE.value_and_grad(z, t)
-    z.tofile(tmp_path / "z")
-    mapped = np.memmap(tmp_path / "z", z.dtype, "r+", shape=SHAPE)
-    t.flags.writeable = False
-    assert_same(DICE.value_and_grad(mapped, t), want)
-    assert DICE.grad(mapped, t, out=mapped) is mapped
-    np.testing.assert_array_equal(mapped, want[1])
-
-
+@is_about_the_host
 @by_groups
 def test_any_number_of_threads_gives_the_same_bits(rng, groups):
     z, t = rng.normal(0, 3, (2, 3, 190, 301)).astype(np.float32), rng.random((2, 3, 190, 301)).astype(np.float32)
@@ -465,6 +386,7 @@ def test_any_number_of_threads_gives_the_same_bits(rng, groups):
     assert_same(*results)
 
 
+@is_about_the_host
 @pytest.mark.parametrize("loss", [DICE, BOTH])
 def test_with_out_nothing_large_is_allocated(rng, loss):
     z = rng.normal(0, 3, (4, 3, 256, 256)).astype(np.float32)
@@ -571,7 +493,7 @@ def test_bad_input(loss, case):
     assert (out == 7).all()
 
 
-@pytest.mark.parametrize("case", GRADIENT_CASES)
+@pytest.mark.parametrize("case", some(GRADIENT_CASES, has_the_hosts_arrays, "out read-only", "out type"))
 def test_bad_input_of_gradients(case):
     error, message, options = GRADIENT_CASES[case]
     for loss, method in itertools.product((DICE, BOTH), ("grad", "value_and_grad")):
@@ -588,21 +510,7 @@ def test_the_value_has_no_grad_output_and_no_out():
         DICE(Z, T, reduction="none", out=np.zeros((2, 3)))
 
 
-@pytest.mark.parametrize("loss", [DICE, BOTH])
-def test_overlapping_out(loss):
-    memory = np.linspace(0, 1, 30, dtype=np.float32)
-    z, t = memory[:10].reshape(2, 5), memory[10:20].reshape(2, 5)
-    before = memory.copy()
-    for out, other in ((t, "target"), (memory[1:11].reshape(2, 5), "input"), (z[::-1], "input"), (memory[15:25].reshape(2, 5), "target")):
-        with pytest.raises(ValueError, match=f"out shares memory with {other}; accepted: memory of its own, or out=input itself"):
-            loss.grad(z, t, out=out)
-        np.testing.assert_array_equal(memory, before)
-    weight = np.ones((2, 5), np.float32)
-    with pytest.raises(ValueError, match="out shares memory with weight"):
-        loss.grad(z, t, weight, out=weight)
-    assert (weight == 1).all()
-
-
+@only_on("cpu", reason="of several bad targets a device names any; test_device.py asks with one")
 @pytest.mark.parametrize("bad", [-0.01, 1.01, np.nan])
 @pytest.mark.parametrize("loss", [DICE, BOTH])
 def test_validate_names_the_first_bad_target(scene, loss, bad):
@@ -619,6 +527,7 @@ def test_validate_names_the_first_bad_target(scene, loss, bad):
     assert loss(z, t, mask=mask, validate=True) == loss(z, t, mask=mask)
 
 
+@only_on("cpu", reason="of several bad targets a device names any; test_device.py asks with one")
 def test_validate_hints_at_target_scale(scene):
     z, t = scene[0], np.full(SHAPE, 200, np.uint8)
     with pytest.raises(

@@ -13,6 +13,7 @@ import pytest
 
 import fastloss as fl
 from fastloss.cpu import pool
+from tests.ulp import assert_same, flat
 
 LOSS = fl.binary_cross_entropy_with_logits
 
@@ -66,19 +67,19 @@ def run_python(code, **environment):
     ).stdout.strip()
 
 
+@pytest.mark.alike
 @pytest.mark.parametrize("reduction", ["mean", "sum", "sample_mean"])
-def test_bit_identical_for_any_number_of_threads(name, large, threads, reduction, rng):
-    loss = getattr(fl, name)
-    z, t = large
-    mask = rng.random(z.shape) < 0.7
+def test_bit_identical_for_any_number_of_threads(row, threads, reduction, rng):
+    arrays = row.draw(rng, np.float32, (5, 3, 171, 257))
+    mask = rng.random(arrays[0].shape) < 0.7
     results = []
     for n in (1, 2, 4, 7, 2):
         threads(n)
         assert fl.get_num_threads() == n
-        results += [loss.value_and_grad(z, t, reduction=reduction, mask=m) for m in (None, mask)]
-    for k, (value, grad) in enumerate(results):
-        np.testing.assert_array_equal(value, results[k % 2][0])
-        np.testing.assert_array_equal(grad, results[k % 2][1])
+        results += [row.loss.value_and_grad(*arrays, mask=m, **row.reduced(reduction)) for m in (None, mask)]
+    for k, (value, grads) in enumerate(results):
+        want, want_grads = results[k % 2]
+        assert_same(flat(value, grads), flat(want, want_grads))
 
 
 def test_bit_identical_from_run_to_run_and_at_any_address(large):

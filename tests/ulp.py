@@ -103,12 +103,23 @@ def assert_tensor(got, want):
     assert_close(*(x.detach().double().numpy() for x in (got, want)), tolerance)
 
 
-def compute(loss, z, t, **options):
-    """Return value, slope and curvature of every element, without a reduction."""
-    return (
-        loss(z, t, reduction="none", **options),
-        loss.grad(z, t, reduction="sum", **options),
-        loss.curvature(z, t, reduction="sum", **options),
+def assert_same(got, want):
+    """Assert that every number and array of a sequence is the very same."""
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def flat(*results):
+    """Return the numbers and arrays of results, of which some are tuples, in one list."""
+    return [x for result in results for x in (result if isinstance(result, tuple) else (result,))]
+
+
+def compute(loss, *arrays, **options):
+    """Return value, gradients and curvatures of every element, without a reduction."""
+    return flat(
+        loss(*arrays, reduction="none", **options),
+        loss.grad(*arrays, reduction="sum", **options),
+        loss.curvature(*arrays, reduction="sum", **options),
     )
 
 

@@ -13,7 +13,8 @@ from bench.cases import BCE, MSE, Case
 from bench.record import Record
 from bench.row import Row
 
-CASES = [replace(case, size=size) for case in gpu.cases() for size in ("1Ki", "mnist")]
+SIZED = {replace(case, size=size) for case in gpu.cases() for size in ("1Ki", "mnist")}
+CASES = sorted((case for case in SIZED if case.is_possible), key=str)
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def record(cp, monkeypatch):
     return Record(gpu.description(), lambda line: None)
 
 
-@pytest.mark.parametrize("case", sorted({case for case in CASES if case.is_possible}, key=str), ids=str)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case.size == "1Ki"), id=str(case)) for case in CASES])
 def test_every_case(record, case):
     gpu.run(record, case, rounds=1)
     (entry,) = record.content["cases"]

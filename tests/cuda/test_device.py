@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fastloss as fl
-from tests.cuda.conftest import asks_the_stand_in
+from tests.devices import asks_the_stand_in
 from tests.ulp import PEER, SUM, assert_close
 
 LOGISTIC = fl.binary_cross_entropy_with_logits

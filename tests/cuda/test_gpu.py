@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import fastloss as fl
-from tests.cuda.conftest import a_gpu
 from tests.ulp import PEER, SUM, assert_close
 
 LOGISTIC = fl.binary_cross_entropy_with_logits
@@ -16,12 +15,7 @@ SPIN = """extern "C" __global__ void spin(const long long cycles) {
 }"""
 
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture
-def cp():
-    return a_gpu()
+pytestmark = pytest.mark.only_on("gpu", reason="captures graphs, overlaps streams, fills memory")
 
 
 @pytest.fixture

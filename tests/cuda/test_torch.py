@@ -10,7 +10,7 @@ import pytest
 
 import fastloss as fl
 from tests.cuda import on_cpu
-from tests.cuda.conftest import asks_the_stand_in
+from tests.devices import asks_the_stand_in
 from tests.table import LOSSES
 from tests.ulp import PEER, SUM, assert_close
 
@@ -22,7 +22,7 @@ ASK_WHERE_TENSORS_ARE = [
 ]
 
 BCE = fl.binary_cross_entropy_with_logits
-NAMES = [*LOSSES, "gaussian_kl_loss", "dice_with_logits_loss", "dice_bce_with_logits_loss"]
+NAMES = [name for name, case in LOSSES.items() if case.has_reductions]
 STREAM, CPU = 77, torch.device("cpu")
 BLOCKS: list[np.ndarray] = []  # what was allocated: workspaces outlive a test
 
@@ -78,13 +78,11 @@ def on_host(monkeypatch, compute):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none", "sample_mean"])
 @pytest.mark.parametrize("name", NAMES)
 def test_value_and_gradients(device, monkeypatch, name, reduction):
-    if name == "dice_bce_with_logits_loss" and reduction == "none":
-        reduction = "batchmean"
-    loss = getattr(fl, name)
+    loss, options = getattr(fl, name), LOSSES[name].reduced(reduction)
 
     def differentiate(place):
         z, t = on(place, *operands(name))
-        value = loss(z, t, reduction=reduction)
+        value = loss(z, t, **options)
         upstream = torch.linspace(0.5, 2, value.numel(), device=place).reshape(value.shape)
         return value, *torch.autograd.grad(value, (z, t), upstream)
 
