@@ -1,6 +1,6 @@
 """Write the tables and draw the pictures of the losses: `python -m docs.losses`.
 
-With `--check` nothing is written, and a table that is not what would be written is an error. Needs the extra `test`.
+With `--check`, nothing is written, and a table that is out of date is an error. Needs the extra `test`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from tabulate import tabulate
 
 import fastloss as fl
+from bench.page import replace_block
 from fastloss.formula import OPTIONS
 from tests.table import LOSSES, OTHERS, Case
 from tests.ulp import QUANTITIES, ULP
@@ -31,9 +32,9 @@ CASES = {**LOSSES, **OTHERS}
 
 
 def main() -> None:
-    """Write every table and picture, or only look at the tables."""
+    """Write every table and picture, or only check the tables."""
     parser = argparse.ArgumentParser(prog="python -m docs.losses", description="Write the tables and draw the pictures of the losses.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not what would be written")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is out of date")
     if parser.parse_args().check:
         sys.exit("\n".join(outdated()) or None)
     for name, (file, table) in TABLES.items():
@@ -47,17 +48,14 @@ def main() -> None:
 
 
 def outdated() -> list[str]:
-    """Return a message for every table that is not what would be written."""
+    """Return a message for every table that is out of date."""
     stale = [(name, file) for name, (file, table) in TABLES.items() if replaced(file.read_text(), name, table()) != file.read_text()]
     return [f"{file.relative_to(ROOT)}: the table '{name}' is out of date; run python -m docs.losses" for name, file in stale]
 
 
 def replaced(text: str, name: str, table: str) -> str:
-    """Return the text with the table between its two marks."""
-    begin, end = f"<!-- {name}: written by docs/losses.py -->\n", f"<!-- end of {name} -->"
-    before, rest = text.split(begin)
-    _, after = rest.split(end)
-    return f"{before}{begin}{table}\n{end}{after}"
+    """Return a page's text with the table between its two marks."""
+    return replace_block(text, name, "docs/losses.py", table)
 
 
 def table_of(rows: Iterable[list[str]], header: list[str]) -> str:
@@ -66,63 +64,64 @@ def table_of(rows: Iterable[list[str]], header: list[str]) -> str:
 
 
 def loss_table() -> str:
-    """Return the table of what there is: every loss with its input, its parameters and its use."""
-    rows = ([f"`{call(case)}`", case.input, parameters(case), case.about] for case in CASES.values())
-    return table_of(rows, ["loss", "input", "parameters", "for"])
+    """Return the table of every loss with its input and its parameters."""
+    rows = ([f"`{call(case)}`", case.input, parameters(case)] for case in CASES.values())
+    return table_of(rows, ["loss", "input", "parameters"])
 
 
 def overview_table() -> str:
-    """Return the table of which loss to choose."""
-    return table_of(([case.about, f"[`{name}`](#{name})"] for name, case in CASES.items()), ["when", "loss"])
+    """Return the table of when to choose which loss."""
+    return table_of(([f"[`{name}`](#{name})", case.about] for name, case in CASES.items()), ["loss", "when to choose it"])
 
 
 def accuracy_table() -> str:
-    """Return the table of the largest errors, a row for each loss and way to call it."""
+    """Return the table of the largest errors, a row for each loss and each way to call it."""
     names = dict.fromkeys(name for name, _ in ULP if name.split(",")[0] in CASES)
-    return table_of(([code(name), *(largest_error(name, quantity) for quantity in QUANTITIES)] for name in names), ["", *QUANTITIES])
+    rows = ([code(name), *(largest_error(name, quantity) for quantity in QUANTITIES)] for name in names)
+    return table_of(rows, ["loss", "value", "gradient", "second derivative"])
 
 
 def largest_error(name: str, quantity: str) -> str:
-    """Return what is allowed of a quantity; of a loss with two gradients, of each."""
+    """Return the error bound of a quantity as text, or both bounds for a loss with two gradients."""
     allowed = ulps(ULP.get((name, quantity), ()))
     second = ULP.get((name, f"target_{quantity}"))
     return allowed if second is None else f"{allowed} by mu, {ulps(second)} by logvar"
 
 
 def code(name: str) -> str:
-    """Set a loss's name as code, and the parameter after it, if there is one."""
+    """Set a loss's name, and the parameter or dtype after it, as code."""
     return ", ".join(f"`{word}`" for word in name.split(", "))
 
 
 def ulps(limits: Any) -> str:
-    """Return what is allowed for targets 0 and 1 and for soft targets, or once what is allowed for both."""
+    """Return the bounds for targets 0 and 1 and for soft targets as text, once where they are equal."""
     texts = [f"{limit:g}" if limit else "exact" for limit in (limits if isinstance(limits, tuple) else (limits,))]
     return ", soft ".join(dict.fromkeys(texts))
 
 
 def call(case: Case) -> str:
-    """Return a loss's name, with its arguments if they are other than an input and a target."""
+    """Return a loss's name, with its arguments where they are not an input and a target."""
     arguments = [p.name for p in inspect.signature(case.loss).parameters.values() if p.default is p.empty and p.kind != p.VAR_KEYWORD]
     return case.name if arguments == ["input", "target"] else f"{case.name}({', '.join(arguments)})"
 
 
 def parameters(case: Case) -> str:
-    """Return what a loss takes besides the options of every loss, with the defaults."""
+    """Return the parameters that only this loss has, with their defaults."""
     found = inspect.signature(case.loss).parameters.values()
     own = [p for p in found if p.default is not p.empty and p.name not in ("weight", "reduction", *OPTIONS)]
-    # a default that is another than that of most losses
+    # a default reduction that differs from that of most losses
     own += [p for p in found if p.name == "reduction" and p.default != "mean"]
     return ", ".join(f"`{p.name}`" if p.default is None else f"`{p.name}={default(p.default)}`" for p in own)
 
 
 def default(value: Any) -> str:
-    """Return a default as one would type it, numbers without a trailing .0."""
+    """Return a default as it is typed in a call, numbers without a trailing .0."""
     return f"{value:g}" if isinstance(value, float) else f'"{value}"' if isinstance(value, str) else str(value)
 
 
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "losses": (ROOT / "README.md", loss_table),
-    "accuracy": (ROOT / "README.md", accuracy_table),
+    "accuracy": (ROOT / "docs" / "accuracy.md", accuracy_table),
     "overview": (ROOT / "docs" / "losses.md", overview_table),
 }
 
@@ -131,37 +130,37 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
 
 
 class Line(NamedTuple):
-    """One line of the legend, drawn in both panels."""
+    """One curve of each panel, with their common label."""
 
     label: str
     value: Array
-    slope: Array
+    gradient: Array
 
 
 class Picture(NamedTuple):
-    """Two panels beside each other, over the same axis."""
+    """Two panels side by side, over the same axis."""
 
     axis: str
     x: Array
     lines: Iterable[Line]
     limits: tuple[tuple[float, float] | None, tuple[float, float] | None] = (None, None)
-    titles: tuple[str, str] = ("value", "slope")
-    mark: Callable[[Axes, Axes], None] | None = None  # draws what is special about this one
+    titles: tuple[str, str] = ("value", "gradient")
+    mark: Callable[[Axes, Axes], None] | None = None  # draws additional marks
 
 
-# Okabe and Ito, "Color Universal Design", 2008: told apart by colour-blind readers too; the strokes, in print
+# Colours by Okabe and Ito, "Color Universal Design", 2008: distinct for colour-blind readers; the strokes are distinct in print
 STROKES = (("#0072b2", "-"), ("#d55e00", "--"), ("#009e73", "-."), ("#cc79a7", ":"))
 GREY = "#555555"
 LOGITS = np.linspace(-6, 6, 601)
 ERRORS = np.linspace(-3, 3, 601)
 PROBABILITIES = np.linspace(0, 1, 2001)
-SOFT = 0.25  # the target in between
-IMAGE = 0.1  # the target of cross-entropy against squared error: at 0.25, H(t) happens to be the squared error's limit (1 - t)**2
+SOFT = 0.25  # a target between 0 and 1
+IMAGE = 0.1  # the target for cross-entropy and squared error: at 0.25, H(t) is nearly the limit (1 - t)**2 of squared error
 
 
 def draw(name: str, picture: Picture) -> None:
     """Draw a picture into its file."""
-    figure = Figure(figsize=(7, 2.8), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
+    figure = Figure(figsize=(7, 2.8), dpi=140, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
     panels = figure.subplots(1, 2)
     for line, (colour, stroke) in zip(picture.lines, STROKES, strict=False):
         for axes, y in zip(panels, line[1:], strict=True):
@@ -172,7 +171,7 @@ def draw(name: str, picture: Picture) -> None:
     if picture.mark:
         picture.mark(*panels)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8, handlelength=2.4)
-    figure.savefig(PICTURES / f"{name}.png")
+    figure.savefig(PICTURES / f"{name}.png", bbox_inches="tight", pad_inches=0.15)
 
 
 def finish(axes: Axes, title: str, label: str, ticks: Array, limits: tuple[float, float] | None) -> None:
@@ -188,21 +187,21 @@ def finish(axes: Axes, title: str, label: str, ticks: Array, limits: tuple[float
 
 
 def broken(y: Array) -> Array:
-    """Return a curve with gaps where it jumps from -1 to 1: a vertical stroke would say that there are values in between."""
+    """Return a curve with gaps at its jumps, so that no vertical stroke is drawn there."""
     with np.errstate(invalid="ignore"):
         return np.where(np.abs(np.gradient(y)) > 0.45, np.nan, y)
 
 
 def curves(name: str, x: Array, *lines: tuple[str, float, dict[str, float]]) -> Iterator[Line]:
-    """Compute a loss of one element over its input; each line has a label, a target and parameters."""
+    """Compute a loss of one element over its input, for lines given as a label, a target and parameters."""
     loss = LOSSES[name].loss
     for label, target, given in lines:
-        value, slope = loss.value_and_grad(x, np.full_like(x, target), reduction="none", **given)
-        yield Line(label, value, slope)
+        value, gradient = loss.value_and_grad(x, np.full_like(x, target), reduction="none", **given)
+        yield Line(label, value, gradient)
 
 
 def targets(name: str, x: Array) -> Iterator[Line]:
-    """Compute a loss for targets 0, 1 and one between."""
+    """Compute a loss for targets 0, 1 and one between them."""
     return curves(name, x, *((f"t = {t:g}", t, {}) for t in (0.0, SOFT, 1.0)))
 
 
@@ -212,62 +211,62 @@ def settings(name: str, x: Array, t: float, parameter: str, *numbers: float, **f
 
 
 def log_cosh_lines() -> Iterator[Line]:
-    """Compute log-cosh and its nearest relatives."""
+    """Compute log-cosh, the Huber loss and the absolute error."""
     yield from curves("log_cosh_loss", ERRORS, ("log-cosh", 0, {}))
     yield from curves("huber_loss", ERRORS, ("Huber, delta = 1", 0, {}))
     yield from curves("l1_loss", ERRORS, ("absolute error", 0, {}))
 
 
 def gaussian_lines() -> Iterator[Line]:
-    """Compute the divergence of a Gaussian over its mean, and over the logarithm of its variance."""
+    """Compute the Gaussian divergence over its mean, and over the logarithm of its variance."""
     zero = np.zeros_like(ERRORS)
     for label, k, latents in (("over mu,\nlogvar = 0", 0, (ERRORS, zero)), ("over logvar,\nmu = 0", 1, (zero, ERRORS))):
-        value, slopes = fl.gaussian_kl_loss.value_and_grad(*latents, reduction="none")
-        yield Line(label, value, slopes[k])
+        value, gradients = fl.gaussian_kl_loss.value_and_grad(*latents, reduction="none")
+        yield Line(label, value, gradients[k])
 
 
 def vae_lines() -> Iterator[Line]:
-    """Compute the objective of a code of one number, for several weights of its cost."""
+    """Compute the VAE objective for a code of one number, for several values of beta."""
     for beta in (0.0, 1.0, 4.0):
-        value, slope = np.transpose([code_and_pixel(mu, beta) for mu in ERRORS])
-        yield Line(f"beta = {beta:g}", value, slope)
+        value, gradient = np.transpose([code_and_pixel(mu, beta) for mu in ERRORS])
+        yield Line(f"beta = {beta:g}", value, gradient)
 
 
 def code_and_pixel(mu: float, beta: float) -> tuple[float, float]:
-    """Return the objective and its slope by mu, where the decoder makes the logit 4 mu of the code, and the pixel is 1."""
+    """Return the VAE objective and its gradient by mu, for one pixel with target 1 and a decoder that returns the logit 4 mu."""
     code = np.array([[mu]])
-    value, slopes = fl.vae_loss.value_and_grad(4 * code, np.ones_like(code), code, np.zeros_like(code), beta=beta)
-    return float(value.total), (4 * slopes.reconstruction_logits + slopes.mu).item()
+    value, gradients = fl.vae_loss.value_and_grad(4 * code, np.ones_like(code), code, np.zeros_like(code), beta=beta)
+    return float(value.total), (4 * gradients.reconstruction_logits + gradients.mu).item()
 
 
 def pixel(loss: Any, size: int, inside: bool, label: str, **given: float) -> Line:
-    """Compute a loss over one pixel's logit in an image of 64, of which `size` are the region and the others are right."""
+    """Compute a loss over the logit of one pixel of 64, of which `size` form the region; the predictions of the others are right."""
     region = np.arange(64) < size
     target = np.broadcast_to(region.astype(float), (LOGITS.size, 1, 64))
     logits = np.where(target > 0, 6.0, -6.0)
     at = 0 if inside else 63
     logits[:, 0, at] = LOGITS
-    value, slope = loss.value_and_grad(logits, target, reduction="sample_mean", **given)
-    return Line(label, value, slope[:, 0, at])
+    value, gradient = loss.value_and_grad(logits, target, reduction="sample_mean", **given)
+    return Line(label, value, gradient[:, 0, at])
 
 
 def dice_lines() -> Iterator[Line]:
-    """Compute the Dice loss of a pixel inside and outside of a small region and a larger one."""
+    """Compute the Dice loss over a pixel inside and outside a small and a larger region."""
     for size in (4, 16):
-        yield pixel(fl.dice_with_logits_loss, size, True, f"in a region\nof {size} pixels")
-        yield pixel(fl.dice_with_logits_loss, size, False, f"outside one\nof {size} pixels")
+        yield pixel(fl.dice_with_logits_loss, size, True, f"inside a region\nof {size} pixels")
+        yield pixel(fl.dice_with_logits_loss, size, False, f"outside a region\nof {size} pixels")
 
 
 def dice_bce_lines() -> Iterator[Line]:
-    """Compute the sum and its two parts for a pixel of a small region."""
+    """Compute Dice plus cross-entropy, and each alone, over a pixel of a small region."""
     loss = fl.dice_bce_with_logits_loss
-    yield pixel(loss, 4, True, "both")
+    yield pixel(loss, 4, True, "sum")
     yield pixel(loss, 4, True, "Dice alone", bce_weight=0.0)
     yield pixel(loss, 4, True, "cross-entropy\nalone", dice_weight=0.0)
 
 
 def floor_lines() -> Iterator[Line]:
-    """Compute the cross-entropy over the probability, and what of it is above the entropy of the target."""
+    """Compute the cross-entropy over the probability, and the same less the entropy of the target."""
     with np.errstate(divide="ignore"):
         logits = np.log(PROBABILITIES) - np.log1p(-PROBABILITIES)
     for t in (0.05, SOFT, 0.5):
@@ -276,9 +275,9 @@ def floor_lines() -> Iterator[Line]:
 
 
 def mark_floor(left: Axes, right: Axes) -> None:
-    """Draw the entropy, and mark where each cross-entropy touches it."""
+    """Draw the entropy, and mark the points where the cross-entropies touch it."""
     entropy = fl.binary_entropy(PROBABILITIES, reduction="none")
-    left.plot(PROBABILITIES, entropy, color="black", linewidth=1, label="entropy of p,\nthe floor at t = p")
+    left.plot(PROBABILITIES, entropy, color="black", linewidth=1, label="entropy H(p)")
     for t, (colour, _) in zip((0.05, SOFT, 0.5), STROKES, strict=False):
         left.plot(t, fl.binary_entropy([t]), "o", color=colour, markersize=5)
         right.plot(t, 0, "o", color=colour, markersize=5, clip_on=False)
@@ -291,7 +290,7 @@ def both_lines() -> Iterator[Line]:
 
 
 def mark_minimum(left: Axes, right: Axes) -> None:
-    """Mark the minimum that both have, and the entropy, which is the least cross-entropy."""
+    """Mark the common minimum, and the entropy, which is the lowest cross-entropy."""
     logit, floor = np.log(IMAGE / (1 - IMAGE)), float(fl.binary_entropy([IMAGE]))
     for axes in (left, right):
         axes.axvline(logit, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
@@ -317,12 +316,10 @@ DRAWN: dict[str, Callable[[], Picture]] = {
         "logit", LOGITS, settings("sigmoid_focal_loss", LOGITS, 1, "gamma", 0, 1, 2, 5, alpha=-1), ((-0.15, 4), None)
     ),
     "gaussian_kl_loss": lambda: Picture("mu, or logvar", ERRORS, gaussian_lines(), ((-0.3, 6), (-3.2, 6))),
-    "vae_loss": lambda: Picture("mu", ERRORS, vae_lines(), ((-0.6, 12), (-8, 8)), titles=("total", "slope by mu")),
+    "vae_loss": lambda: Picture("mu", ERRORS, vae_lines(), ((-0.6, 12), (-8, 8)), titles=("total", "gradient by mu")),
     "dice_with_logits_loss": lambda: Picture("logit of one pixel", LOGITS, dice_lines()),
     "dice_bce_with_logits_loss": lambda: Picture("logit of one pixel", LOGITS, dice_bce_lines()),
-    "binary_entropy": lambda: Picture(
-        "p", PROBABILITIES, floor_lines(), ((-0.05, 2), (-0.05, 2)), ("BCE, and its floor", "BCE above its floor"), mark_floor
-    ),
+    "binary_entropy": lambda: Picture("p", PROBABILITIES, floor_lines(), ((-0.05, 2), (-0.05, 2)), ("BCE", "BCE - H(t)"), mark_floor),
     "bce-or-mse": lambda: Picture("logit", LOGITS, both_lines(), ((-0.1, 3), None), mark=mark_minimum),
 }
 

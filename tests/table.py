@@ -37,27 +37,27 @@ LOSSES = {
     case.name: case
     for case in (
         Case("binary_cross_entropy_with_logits", about="targets in [0, 1]: classes, masks, the pixels of images"),
-        Case("binary_cross_entropy", "probabilities", input="probabilities", about="only probabilities are to be had, no logits"),
-        Case("mse_loss", input="any", about="large errors are to count most; the mean is sought"),
-        Case("l1_loss", input="any", about="outliers are to count no more than their size; the median is sought"),
+        Case("binary_cross_entropy", "probabilities", input="probabilities", about="only probabilities are available, no logits"),
+        Case("mse_loss", input="any", about="large errors should count most; you want the mean"),
+        Case("l1_loss", input="any", about="outliers should count in proportion to their size; you want the median"),
         Case(
             "smooth_l1_loss",
             parameters=({}, {"beta": 0.375}, {"beta": 0}),
             input="any",
-            about="as `l1_loss`, but without its jump at the target: boxes",
+            about="like `l1_loss`, without the jump of the gradient at the target: bounding boxes",
         ),
         Case(
             "huber_loss",
             parameters=({}, {"delta": 2.5}),
             input="any",
-            about="as `mse_loss`, but an outlier pulls no harder than an error of `delta`",
+            about="like `mse_loss`, with the gradient of outliers limited to `delta`",
         ),
-        Case("log_cosh_loss", input="any", about="as `huber_loss`, but smooth everywhere and with nothing to set"),
-        Case("mse_with_logits_loss", about="a sigmoid's squared error itself is the aim, and outputs do not saturate"),
+        Case("log_cosh_loss", input="any", about="like `huber_loss`, smooth everywhere and without a parameter"),
+        Case("mse_with_logits_loss", about="the squared error of a sigmoid is the measure that counts, and outputs do not saturate"),
         Case(
             "sigmoid_focal_loss",
             parameters=({}, {"alpha": -1, "gamma": 0.5}, {"alpha": 0.75, "gamma": 3.25}),
-            about="most elements are easy and would drown the few that are not: detection",
+            about="most elements are easy and would outweigh the few hard ones: detection",
         ),
     )
 }
@@ -66,9 +66,17 @@ OTHERS = {
     case.name: case
     for case in (
         Case("gaussian_kl_loss", input="means, log-variances", about="the latent code of a variational autoencoder"),
-        Case("vae_loss", input="logits, images, means, log-variances", about="a variational autoencoder's whole objective"),
-        Case("dice_with_logits_loss", input="logits, (N, C, ...)", about="segmentation in which small regions count as much as large"),
-        Case("dice_bce_with_logits_loss", input="logits, (N, C, ...)", about="the same, with a slope that does not saturate"),
-        Case("binary_entropy", input="none", about="how low the cross-entropy of soft targets can get"),
+        Case("vae_loss", input="logits, images, means, log-variances", about="the whole objective of a variational autoencoder"),
+        Case(
+            "dice_with_logits_loss",
+            input="logits, (N, C, ...)",
+            about="segmentation where small regions should count as much as large ones",
+        ),
+        Case(
+            "dice_bce_with_logits_loss",
+            input="logits, (N, C, ...)",
+            about="segmentation as a first choice: Dice, with a gradient that does not vanish in saturated outputs",
+        ),
+        Case("binary_entropy", input="none", about="the lowest cross-entropy that soft targets allow"),
     )
 }
