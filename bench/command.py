@@ -103,7 +103,7 @@ def check_folders(arguments: argparse.Namespace) -> None:
     if not arguments.png.is_dir():
         raise ValueError(f"the folder {arguments.png} for the pictures does not exist")
     for page in arguments.write:
-        report.check_page(page)
+        report.blocks(page)
     if arguments.write and not (arguments.show or arguments.json):
         raise ValueError("a page names the file with the rounds: give --json or --show too")
 

@@ -10,6 +10,7 @@ from bench.results import PEERS, Measured, Results, Timing
 
 LIMIT, FASTEST = "the limit", "the fastest peer"
 TENSORS = "fastloss on tensors"  # forward and backward
+TENSORS_IN_PLACE = f"{TENSORS}, in place"
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""Tables of a results file: for the terminal by rich, for the README by tabulate."""
+"""Tables of a results file: in the terminal by rich, in a page by tabulate."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,41 +15,48 @@ from bench import goals, machine
 from bench.cases import SIZES, Case
 from bench.compare import Change
 from bench.ours import PLAIN
-from bench.results import PEERS, Measured, Results
+from bench.page import has_block, marks, replace_block
+from bench.results import PEERS, Measured, Results, Timing
 
-MISSED = "missed"
-WIDE = 40  # characters of a column, before its text is folded
+WIDE = 40  # characters of a column before its text is folded
 PARTS = {"value": "value", "grad": "gradient", "value_and_grad": "value+grad"}
-MARKS = {
-    "short": "<!-- speed: written by python -m bench --write -->",
-    "all": "<!-- all speeds: written by python -m bench --write -->",
-}
-END = "<!-- end of speed -->"
-ABOUT = {
-    "limit": "Bars: how many times as long as the memory's limit each library takes for BCE and MSE",
-    "losses": "For every loss, the time of fastloss and of others over the limit",
+SUMMARY, REST = "speed", "all speeds"  # the blocks of a page: the first look, and every other case
+AUTHOR = "python -m bench --write"
+ALT_TEXTS = {
+    "limit": "Bars: the time of each library over the memory limit, for BCE and MSE",
+    "losses": "For every loss, the time of fastloss and of other libraries over the memory limit",
     "size": "Time per element over the size of the batch, from 1,000 elements on",
     "memory": "Bars: extra memory of each library for BCE, in multiples of the logits",
 }
+# groups of cases, a table each; the first two are in the summary
+EVERY_LOSS, SIZE, PART, SIZE_AND_PART, DTYPE, LAYOUT = GROUPS = (
+    "Every loss",
+    "Batch sizes",
+    "Value alone, gradient alone",
+    "Batch sizes, value alone, gradient alone",
+    "Dtypes",
+    "Layouts and options",
+)
 
 
 @dataclass
 class Table:
-    """A title, headings and cells; the first column is text, the others are numbers."""
+    """A title, headings, cells and a note; the first column is text, the others are numbers."""
 
     title: str
     headings: list[str]
     rows: list[list[str]] = field(default_factory=list)
+    note: str = ""
 
     def markdown(self) -> str:
-        """Return the table for a README."""
+        """Return the table as a section of a page."""
         align = ["left"] + ["right"] * (len(self.headings) - 1)
         text = tabulate(self.rows, self.headings, tablefmt="github", disable_numparse=True, colalign=align)
-        return f"**{self.title}**\n\n{text}"
+        return "\n\n".join(filter(None, (f"### {self.title}", self.note, text)))
 
     def rich(self) -> RichTable:
         """Return the table for a terminal."""
-        table = RichTable(title=self.title, title_justify="left")
+        table = RichTable(title=self.title, title_justify="left", caption=self.note or None, caption_justify="left")
         for k, heading in enumerate(self.headings):
             widest = max(map(len, (*heading.split(), *(row[k] for row in self.rows))))
             table.add_column(heading, justify="right" if k else "left", min_width=min(widest, WIDE))
@@ -59,38 +66,51 @@ class Table:
 
 
 def tables(results: Results) -> list[Table]:
-    """Return all tables that the results have rows for."""
-    made = [
-        details(results.measured[case]) for case in (results.headline(), Case(size="mnist"), Case(size="1Ki")) if case in results.measured
-    ]
-    return [
-        table
-        for table in [
-            *made,
-            overview(results.measured),
-            tensors(results.measured),
-            ways(results),
-            threads(results),
-            start(results),
-            aims(results),
-        ]
-        if table.rows
-    ]
+    """Return all tables for which the results have rows."""
+    return [*summary(results), *rest(results)]
 
 
-def short(results: Results) -> list[Table]:
-    """Return the tables for a first look: the headline, value and gradient of every loss, and what is not as it should be."""
-    headlines = {case: m for case, m in results.measured.items() if case == Case(case.loss) or case == Case(size=case.size)}
-    missed = aims(results)
-    missed.title = "Goals that are missed"
-    missed.rows = [row for row in missed.rows if row[-1] == MISSED]
-    made = [details(headlines[Case()])] if Case() in headlines else []
-    return [table for table in [*made, overview(headlines), tensors(headlines), missed, start(results)] if table.rows]
+def summary(results: Results) -> list[Table]:
+    """Return the tables for a first look: the headline, every loss, the batch sizes, and where fastloss falls short."""
+    headline = results.measured.get(results.headline())
+    made = [details(headline)] if headline else []
+    for group in (EVERY_LOSS, SIZE):
+        found = grouped(results, group)
+        made += [overview(group, found), tensors(group, found)]
+    made += [faster_peers(results), aims(results, met=False), start(results)]
+    return [table for table in made if table.rows]
+
+
+def rest(results: Results) -> list[Table]:
+    """Return the tables of all cases that are not in the summary."""
+    small = (Case(size="mnist"), Case(size="1Ki"))
+    made = [details(results.measured[case]) for case in small if case in results.measured]
+    for group in GROUPS[2:]:
+        found = grouped(results, group)
+        made += [overview(group, found), tensors(group, found)]
+    made += [ways(results), threads(results), aims(results, met=True)]
+    return [table for table in made if table.rows]
+
+
+def grouped(results: Results, group: str) -> list[Measured]:
+    """Return the cases of a group; the sizes of the curve are in the picture alone."""
+    return [m for case, m in results.measured.items() if case.size in SIZES and group_of(case, results.headline(case.loss)) == group]
+
+
+def group_of(case: Case, headline: Case) -> str:
+    """Return the group of a case by the axes on which it differs from the headline of its loss."""
+    if (case.layout, case.option) != (headline.layout, headline.option):
+        return LAYOUT
+    if case.dtype != headline.dtype:
+        return DTYPE
+    if case.size != headline.size:
+        return SIZE if case.part == headline.part else SIZE_AND_PART
+    return EVERY_LOSS if case.part == headline.part else PART
 
 
 def details(measured: Measured) -> Table:
-    """Return every row of a case."""
-    headings = ["", "time", "quartiles", "x the limit", "fastloss is faster by", "memory, x logits", "error"]
+    """Return every row of a case, the fastest first."""
+    headings = ["", "time", "quartiles", "time / limit", "speed-up of fastloss", "extra memory / logits", "error"]
     table = Table(title(measured.case), headings)
     ours, limit = measured.ours.median, measured.limit.median
     for name, row in sorted(measured.rows.items(), key=lambda item: item[1].median):
@@ -111,49 +131,60 @@ def title(case: Case) -> str:
     return ", ".join([f"{case.subject.short} {PARTS[case.part]}", *rest, *([shape] if case.size != plain.size else [])])
 
 
-def overview(cases: Mapping[Case, Measured]) -> Table:
-    """Return a line a case: ours, against the limit, and how much faster than each peer."""
-    peers = [name for name in PEERS if any(name in m.rows for m in cases.values())]
-    headings = ["", "fastloss", "x the limit", *peers]
-    table = Table("Time of fastloss with out=, and how many times as long the others take", headings)
-    for case, measured in cases.items():
-        if case.size in SIZES:
-            ratios = [measured.ratio(name, measured.ours.name) for name in peers]
-            cells = ["" if ratio is None else f"{ratio:.1f}" for ratio in ratios]
-            table.rows.append([title(case), duration(measured.ours.median), f"{measured.ours.median / measured.limit.median:.2f}", *cells])
+def overview(group: str, cases: Iterable[Measured]) -> Table:
+    """Return a group's table, a row for each case: fastloss, its distance from the limit, and its speed-up over each peer."""
+    peers = [name for name in PEERS if any(name in m.rows for m in cases)]
+    table = Table(group, ["", "fastloss", "time / limit", *peers], note="Under each library: its time over that of fastloss with `out=`.")
+    for measured in cases:
+        ratios = [measured.ratio(name, measured.ours.name) for name in peers]
+        times = [duration(measured.ours.median), f"{measured.ours.median / measured.limit.median:.2f}"]
+        table.rows.append([title(measured.case), *times, *("" if ratio is None else f"{ratio:.1f}" for ratio in ratios)])
     return table
 
 
-def tensors(cases: Mapping[Case, Measured]) -> Table:
-    """Return forward and backward in PyTorch: ours, and how many times as long and how much memory PyTorch's own take."""
-    headings = [
-        "",
-        "fastloss",
-        "in place",
-        "torch eager",
-        "torch.compile",
-        *(f"memory, {name}" for name in ("fastloss", "in place", "eager")),
-    ]
-    table = Table(
-        "PyTorch: forward and backward; how many times as long torch takes, and extra memory in multiples of the logits", headings
+def tensors(group: str, cases: Iterable[Measured]) -> Table:
+    """Return forward and backward in PyTorch: time and extra memory of fastloss and of PyTorch's own loss."""
+    memories = [f"memory, {name}" for name in ("fastloss", "in place", "eager")]
+    table = Table(f"{group}, PyTorch tensors", ["", "fastloss", "in place", "torch eager", "torch.compile", *memories])
+    table.note = (
+        "Forward and backward. Under torch: its time over that of fastloss. Memory: beside the arguments, in multiples of the logits."
     )
-    names = [goals.TENSORS, f"{goals.TENSORS}, in place", "torch eager", "torch.compile"]
-    for case, measured in cases.items():
-        if goals.TENSORS not in measured.rows or case.size not in SIZES:
+    names = [goals.TENSORS, goals.TENSORS_IN_PLACE, "torch eager", "torch.compile"]
+    for measured in cases:
+        if goals.TENSORS not in measured.rows:
             continue
         ours, in_place = (measured.rows.get(name) for name in names[:2])
         times = [duration(row.median) if row else "" for row in (ours, in_place)]
         ratios = [measured.ratio(name, goals.TENSORS) for name in names[2:]]
         memory = [measured.memory(name) if name in measured.rows else None for name in names[:3]]
         shown = [f"{ratio:.1f}" if ratio else "" for ratio in ratios] + ["" if m is None else f"{m:.1f}" for m in memory]
-        table.rows.append([title(case), *times, *shown])
+        table.rows.append([title(measured.case), *times, *shown])
     return table
+
+
+def faster_peers(results: Results) -> Table:
+    """Return every case in which another library is faster than fastloss, the largest difference first."""
+    table = Table("Where other libraries are faster", ["", "fastloss", "other library", "its time", "fastloss / other"])
+    found = [(m, ours, peer) for m in results.measured.values() for ours, peer in rivals(m) if peer.median < ours.median]
+    for measured, ours, peer in sorted(found, key=lambda row: row[2].median / row[1].median):
+        name = title(measured.case) + ("" if ours is measured.ours else f", {ours.name}")
+        table.rows.append([name, duration(ours.median), peer.name, duration(peer.median), f"{ours.median / peer.median:.2f} x"])
+    return table
+
+
+def rivals(measured: Measured) -> list[tuple[Timing, Timing]]:
+    """Return the pairs of rows of fastloss and of a peer that do the same on the same arrays."""
+    torch = tuple(name for name in PEERS if name.startswith("torch"))
+    pairs = ((measured.ours.name, PEERS), (goals.TENSORS, torch), (goals.TENSORS_IN_PLACE, torch))
+    rows = measured.rows
+    return [(rows[ours], rows[peer]) for ours, peers in pairs for peer in peers if ours in rows and peer in rows]
 
 
 def ways(results: Results) -> Table:
     """Return what buffers save, and what dtypes, layouts and options cost."""
-    headings = ["", "with out=", "fresh gradient, x that", "in place, x that", "x float32, contiguous, without option"]
-    table = Table("Buffers, dtypes, layouts and options", headings)
+    headings = ["", "with out=", "fresh gradient / out=", "in place / out=", "out= / plain"]
+    table = Table("Cost of buffers, dtypes, layouts and options", headings)
+    table.note = "Ratios of times. Plain: float32, contiguous, without an option."
     for case, measured in results.measured.items():
         ours = measured.ours.name
         ratios = [measured.ratio(name, ours) for name in ("fastloss, fresh gradient", "fastloss, in place")]
@@ -165,7 +196,7 @@ def ways(results: Results) -> Table:
 
 def threads(results: Results) -> Table:
     """Return times by the number of threads."""
-    table = Table("Threads", ["", "threads", "time", "x faster than 1 thread"])
+    table = Table("Threads", ["", "threads", "time", "speed-up over 1 thread"])
     first: dict[str, float] = {}
     for case, count, row in results.threads:
         name = f"{case.subject.short}: {row.name}"
@@ -175,22 +206,23 @@ def threads(results: Results) -> Table:
 
 
 def start(results: Results) -> Table:
-    """Return what a process pays before its first result."""
+    """Return the wall time of a process up to its first result."""
     rows, compiled = results.start, results.content.get("kernels_compiled", {})
     counts = ", ".join(f"{count} in the {process}" for process, count in compiled.items())
-    table = Table(f"Wall time of whole processes; kernels compiled: {counts}", ["", "time", "more than import numpy"])
+    table = Table("Start of a process", ["", "time", "more than import numpy"])
+    table.note = f"Wall time of whole processes. Kernels compiled: {counts}."
     for name, row in rows.items():
         table.rows.append([name, duration(row.median), f"{duration(row.median - rows['import numpy'].median)}"])
     return table
 
 
-def aims(results: Results) -> Table:
-    """Return the goals, and whether they are met."""
-    table = Table("Goals", ["", "against", "asked", "measured", ""])
+def aims(results: Results, met: bool) -> Table:
+    """Return the goals that are met, or those that are missed."""
+    table = Table("Goals that are met" if met else "Goals that are missed", ["", "compared with", "goal", "measured"])
     for goal, ratio in goals.verdicts(results):
-        row = f", {goal.row}" if goal.row else ""
-        verdict = "met" if goal.met(ratio) else MISSED
-        table.rows.append([title(goal.case) + row, goal.against, goal.asked, f"{ratio:.2f} x", verdict])
+        if goal.met(ratio) == met:
+            row = f", {goal.row}" if goal.row else ""
+            table.rows.append([title(goal.case) + row, goal.against, goal.asked, f"{ratio:.2f} x"])
     return table
 
 
@@ -218,27 +250,32 @@ def show(console: Console, results: Results) -> None:
         console.print()
 
 
-def check_page(page: Path) -> tuple[str, str, str]:
-    """Return a page's text before and after its marks, and which tables go between. Raises `ValueError` if it has none."""
+def blocks(page: Path) -> list[str]:
+    """Return the names of the blocks that a page has. Raises `ValueError` if it has none."""
     text = page.read_text() if page.is_file() else ""
-    for selection, begin in MARKS.items():
-        if text.count(begin) == 1 and text.count(END) == 1:
-            before, rest = text.split(begin)
-            return before + begin, END + rest.split(END)[1], selection
-    raise ValueError(f"{page} has no place for the tables; it needs, once each, a line {' or '.join(MARKS.values())}, and a line {END}")
+    found = [name for name in (SUMMARY, REST) if has_block(text, name, AUTHOR)]
+    if not found:
+        places = " or ".join(" and ".join(marks(name, AUTHOR)) for name in (SUMMARY, REST))
+        raise ValueError(f"{page} has no place for the tables; it needs, once each, the lines {places}")
+    return found
 
 
 def filled(page: Path, results: Results, source: Path | str, pictures: list[Path]) -> str:
     """Return a page's text with the tables and pictures between its marks."""
-    before, after, selection = check_page(page)
     here = page.resolve().parent
     head = f"{machine.sentence(results.machine)}; {results.date}; raw rounds in `{source}`."
-    images = [f"![{ABOUT[path.stem]}]({os.path.relpath(path.resolve(), here)})" for path in pictures]
-    chosen = tables(results) if selection == "all" else short(results)
-    absent = [f"- {line}" for line in results.content["left_out"]] if selection == "all" else []
-    return "\n\n".join([before, head, *images, *(table.markdown() for table in chosen), "\n".join([*absent, after])])
+    images = [f"![{ALT_TEXTS[path.stem]}]({os.path.relpath(path.resolve(), here)})" for path in pictures]
+    left_out = "\n".join(f"- {line}" for line in results.content["left_out"])
+    parts = {
+        SUMMARY: [head, *images, *(table.markdown() for table in summary(results))],
+        REST: [head, *(table.markdown() for table in rest(results)), left_out],
+    }
+    text = page.read_text()
+    for name in blocks(page):
+        text = replace_block(text, name, AUTHOR, "\n\n".join(filter(None, parts[name])))
+    return text
 
 
 def write_page(page: Path, results: Results, source: Path | str, pictures: list[Path]) -> None:
-    """Replace what stands between a page's two marks."""
+    """Write the tables and pictures between a page's marks."""
     page.write_text(filled(page, results, source, pictures))

@@ -1,11 +1,11 @@
 """Time the loss inside training steps of the example's autoencoder, where PyTorch's threads have just been at work.
 
 python -m bench.training_step                                  (needs the extras torch, bench and demo; some minutes)
-python -m bench.training_step --json FILE --write README.md
-python -m bench.training_step --show FILE --write README.md    (measures nothing)
+python -m bench.training_step --json FILE --write docs/benchmarks.md
+python -m bench.training_step --show FILE --write docs/benchmarks.md    (measures nothing)
 
-A step is forward, loss, backward and Adam's update; what is timed is the loss: from the logits to its value and to the gradient
-that the decoder is given. Rows take turns, a step each, in an order drawn anew in each round; nothing is waited for.
+A step is forward, loss, backward and Adam's update. Only the loss is timed: from the logits to the value and to the gradient
+that the decoder receives. Rows take turns, one step each, in a new random order each round, without pauses.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from rich.progress import track
 
 import fastloss as fl
 from bench import machine
+from bench.page import replace_block
 from bench.report import Table, duration
 from examples.vae_torch import VAE, cut, load_photographs
 
 SHAPE = (64, 3, 256, 256)
 ROUNDS = 9
-BEGIN, END = "<!-- training step: written by python -m bench.training_step --write -->", "<!-- end of training step -->"
+BLOCK = ("training step", "python -m bench.training_step --write")  # the name of its block in a page, and the command that writes it
 LOSSES: dict[str, tuple[Any, Any]] = {
     "BCE": (fl.binary_cross_entropy_with_logits, F.binary_cross_entropy_with_logits),
     "MSE": (fl.mse_loss, F.mse_loss),
@@ -92,23 +93,22 @@ def measure(threads: int) -> dict[str, Any]:
 
 
 def table(content: dict[str, Any], source: Path | str) -> str:
-    """Return what was measured, for the README."""
+    """Return the table of a results file in Markdown, with the machine it was measured on."""
     shape = "x".join(map(str, content["shape"]))
-    made = Table(f"Inside a training step, {shape}", ["", "time of the loss", "fastloss is faster by"])
+    made = Table(f"Time of the loss, {shape}", ["", "time of the loss", "speed-up of fastloss"])
     for loss, seconds in content["seconds"].items():
         medians = {name: float(np.median(times)) for name, times in seconds.items()}
         for name, median in sorted(medians.items(), key=lambda item: item[1]):
             faster = "" if name.startswith("fastloss") else f"{median / medians['fastloss']:.1f} x"
             made.rows.append([f"{loss}: {name}", duration(median), faster])
     sentence = machine.sentence(content["machine"])
-    step = f"The whole step takes {duration(float(np.median(content['steps'])))}."
+    step = f"The whole training step takes {duration(float(np.median(content['steps'])))}."
     return f"{made.markdown()}\n\n{step} {sentence}; {content['date'][:10]}; every round is in `{source}`."
 
 
 def filled(page: Path, text: str) -> str:
     """Return a page's text with the table between its marks."""
-    before, rest = page.read_text().split(BEGIN)
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}"
+    return replace_block(page.read_text(), *BLOCK, text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
