@@ -146,7 +146,7 @@ class OnDevice:
         import torch
 
         from bench.peers.with_torch import loss_function
-        from fastloss.torch.tensors import to_tensor
+        from fastloss.backends.torch.memory_views import to_tensor
 
         tensors = [to_tensor(x).cuda() for x in self.batch.arrays]
         options = dict(self.options)
@@ -323,9 +323,9 @@ def main(arguments: list[str]) -> int:
     chosen = parse(arguments)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes the memory of the others
     try:
-        from fastloss.cuda import cupy, device
+        from fastloss.cuda import cupy, workspace
 
-        device.current()
+        workspace.current_device()
     except (ImportError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 ARRAYS = "import numpy as np; z = np.linspace(-3, 3, 1000, dtype=np.float32); t = (z > 0).astype(np.float32); "
 FIRST = ARRAYS + "import fastloss as fl; fl.binary_cross_entropy_with_logits.value_and_grad(z, t); "
-COUNT = FIRST + "from fastloss.cpu import jit; print(jit.statistics['compiled'], jit.statistics['loaded'])"
+COUNT = FIRST + "from fastloss.cpu.compile import statistics; print(statistics['compiled'], statistics['loaded'])"
 TORCH = ARRAYS + (
     "import torch; F = torch.nn.functional; z, t = torch.from_numpy(z).requires_grad_(), torch.from_numpy(t); "
     "loss = {}; loss(z, t).backward()"

@@ -1,109 +1,29 @@
-"""`Loss`, what every loss can do, and `elementwise_loss`, which makes one out of a formula.
-
-A `Loss` is called for the value; its methods give slopes and curvatures. What a call does with NumPy's arrays and options is
-in `call.py`; arrays of a framework go through that framework's door (`fastloss.torch`).
-"""
+"""`Loss`, which every elementwise loss is an instance of, and `elementwise_loss`, which makes one from a formula."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, overload
 
-import numpy as np
-
-from fastloss.call import Bounds, Call, Definition, as_array, kept_axes
+from fastloss.backends.find import find_backend
+from fastloss.core.abstract_loss import AbstractLoss, signature
+from fastloss.core.call import Arguments
+from fastloss.core.checks import refuse_grad_output
+from fastloss.core.definition import Bounds, Definition
+from fastloss.core.plan import Array
 from fastloss.formula import OPTIONS, Formula
-from fastloss.plan import Array, is_float
+
+VALUE, SLOPE, CURVATURE = ("value",), ("slope",), ("curvature",)
 
 
-def find_door(array: Any) -> Any:
-    """Return what takes a framework's arrays; None if the array is not of one. What nobody has imported has made no array."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, getattr(torch, "Tensor", ())):  # it may be on its way
-        from fastloss.torch import autograd  # not import_module, which torch.compile refuses, nor sys.modules, on which it guards
-
-        return autograd
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(array, getattr(cupy, "ndarray", ())):
-        from fastloss.cuda import door
-
-        return door
-    return None
+def evaluate(loss: AbstractLoss, arguments: Arguments) -> tuple[Any, list[Array]]:
+    """Compute what the arguments ask for on the backend of the first array: the reduced value or None, and the wanted arrays."""
+    return find_backend(arguments.first).compute(loss, arguments)
 
 
-def raise_deferred() -> None:
-    """Wait for the GPU, and raise the error of a bad element that a call with `validate` has found on it, if there was one.
-
-    On a GPU such a call does not wait to see whether it has to raise: the error comes with the next call that validates, or
-    here. Without a GPU this does nothing.
-    """
-    if (calls := sys.modules.get("fastloss.cuda.call")) is not None:
-        calls.raise_deferred()
-
-
-class AnyLoss:
-    """What losses of every kind have: a name, and one way for a call's arrays, whoever made them, to the passes over memory."""
-
-    __name__: str
-    __qualname__: str
-    _reduction = "mean"  # the default
-    operands: tuple[str, str] = ("input", "target")
-    defaults: Mapping[str, Any] = {}  # of settings that are not a formula's
-    overwrites = True  # whether one gradient may take the place of the input
-    options: tuple[str, ...]  # the names that are accepted beside those of the operands
-    key: str  # the loss's own, in LOSSES
-
-    def __reduce__(self) -> str:
-        return self.__qualname__  # pickled by name, as functions are
-
-    def _register(self, *definitions: Definition) -> None:
-        """Make the loss known, under a key that is another one for another loss of the same name."""
-        self.options = definitions[0].options
-        module = getattr(self, "__module__", None) or ""
-        own = module.partition(".")[0] == "fastloss"
-        text = repr([(d.formula.text, d.bounds, d.unit) for d in definitions])
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.key = self.__qualname__ if own else f"{module}.{self.__qualname__} {digest}"
-        LOSSES[self.key] = self
-
-    def writes_value(self, reduction: str) -> bool:
-        """Whether the value is an array like the first operand, and so not summed but wanted."""
-        return reduction == "none"
-
-    def value_shape(self, shape: tuple[int, ...], reduction: str, options: Mapping[str, Any]) -> tuple[int, ...]:
-        """Return the shape of the value, of operands of a shape."""
-        return shape if reduction == "none" else shape[: kept_axes(reduction, shape)]
-
-    def require(self, quantity: str) -> None:
-        """Refuse what the loss's formula does not return."""
-
-    def _run(
-        self, summed: tuple[str, ...], wanted: tuple[str, ...], first: Any, second: Any, weight: Any, reduction: str | None,
-        options: dict[str, Any]
-    ) -> tuple[Any, list[Array]]:  # fmt: skip
-        """Return the reduced value, if it is summed, and the arrays that are wanted; of tensors, tensors."""
-        reduction = self._reduction if reduction is None else reduction
-        if type(first) is not np.ndarray and (door := find_door(first)) is not None:
-            outcome: tuple[Any, list[Array]] = door.run(self, summed, wanted, first, second, weight, reduction, options)
-            return outcome
-        return self._compute(summed, wanted, first, second, weight, reduction, options)
-
-    def _compute(
-        self, summed: tuple[str, ...], wanted: tuple[str, ...], first: Any, second: Any, weight: Any, reduction: str,
-        options: dict[str, Any], call: type[Call] = Call
-    ) -> tuple[Any, list[Array]]:  # fmt: skip
-        """Do the same for arrays: NumPy's, or those that another kind of call is for."""
-        raise NotImplementedError
-
-
-LOSSES: dict[str, AnyLoss] = {}  # by key: how a compiled graph names them
-
-
-class Loss(AnyLoss):
+class Loss(AbstractLoss):
     """A loss function: call it for the value; `grad`, `value_and_grad` and `curvature` take the same arguments.
 
     Arrays are NumPy's, CuPy's or PyTorch's tensors, all of one kind and on one device. On a GPU no call waits for the device: of
@@ -140,34 +60,37 @@ class Loss(AnyLoss):
     A mean of no elements, all masked or the input empty, is NaN with a RuntimeWarning.
     """
 
-    def __init__(self, function: Callable[..., Any], unit: tuple[str, ...], bounds: Bounds, reduction: str) -> None:
+    definition: Definition
+
+    def __init__(self, function: Callable[..., Any], probabilities: tuple[str, ...], bounds: Bounds, reduction: str) -> None:
         formula = Formula(function, counts=(2, 3, 6))
         if unknown := bounds.keys() - formula.defaults.keys():
             raise ValueError(f"bounds are given for {', '.join(sorted(unknown))}, which {function.__name__} does not have")
-        self._definition = Definition(formula, bounds, unit, (*formula.defaults, "weight", "reduction", *OPTIONS))
+        self.definition = Definition(formula, bounds, probabilities, (*formula.defaults, "weight", "reduction", *OPTIONS))
         self._reduction = reduction
         functools.update_wrapper(self, function, updated=())
-        self.__signature__ = signature(("input", "target"), reduction, {**formula.defaults, **OPTIONS})
-        self._register(self._definition)
+        self.__signature__ = signature(self.operands, reduction, {**formula.defaults, **OPTIONS})
+        self.register(self.definition)
 
     def __repr__(self) -> str:
         return f"<loss {self.__name__}{self.__signature__}>"
 
     def __call__(self, input: Any, target: Any, weight: Any = None, reduction: str | None = None, **options: Any) -> Any:
-        """Return the loss: a float64 number, one a sample, or with reduction "none" an array of the input's dtype."""
+        """Return the loss: a float64 number, one number for each sample, or with reduction "none" an array of the input's dtype."""
         reduction = self._reduction if reduction is None else reduction
         refuse_grad_output(options)
         if reduction == "none":
-            return self._run((), ("value",), input, target, weight, reduction, options)[1][0]
+            return evaluate(self, Arguments((), VALUE, input, target, weight, reduction, options))[1][0]
         if options.get("out") is not None:
             raise ValueError(
                 f"out takes an array of the input's shape, and with reduction {reduction!r} the value is none; use grad or value_and_grad"
             )
-        return self._run(("value",), (), input, target, weight, reduction, options)[0]
+        return evaluate(self, Arguments(VALUE, (), input, target, weight, reduction, options))[0]
 
     def grad(self, input: Any, target: Any, weight: Any = None, reduction: str | None = None, **options: Any) -> Array:
         """Return the gradient with respect to the input, in the input's dtype."""
-        return self._run((), ("slope",), input, target, weight, reduction, options)[1][0]
+        reduction = self._reduction if reduction is None else reduction
+        return evaluate(self, Arguments((), SLOPE, input, target, weight, reduction, options))[1][0]
 
     def value_and_grad(
         self, input: Any, target: Any, weight: Any = None, reduction: str | None = None, **options: Any
@@ -175,32 +98,26 @@ class Loss(AnyLoss):
         """Return the loss and its gradient with respect to the input, from one pass over memory."""
         reduction = self._reduction if reduction is None else reduction
         if reduction == "none":
-            slope, value = self._run((), ("slope", "value"), input, target, weight, reduction, options)[1]
+            slope, value = evaluate(self, Arguments((), ("slope", "value"), input, target, weight, reduction, options))[1]
             return value, slope
-        value, outputs = self._run(("value",), ("slope",), input, target, weight, reduction, options)
+        value, outputs = evaluate(self, Arguments(VALUE, SLOPE, input, target, weight, reduction, options))
         return value, outputs[0]
 
     def curvature(self, input: Any, target: Any, weight: Any = None, reduction: str | None = None, **options: Any) -> Array:
         """Return the second derivative with respect to each element of the input: the diagonal of the Hessian."""
         self.require("curvature")
-        return self._run((), ("curvature",), input, target, weight, reduction, options)[1][0]
+        reduction = self._reduction if reduction is None else reduction
+        return evaluate(self, Arguments((), CURVATURE, input, target, weight, reduction, options))[1][0]
 
     def require(self, quantity: str) -> None:
-        """Refuse what the formula does not return."""
-        if quantity not in (names := self._definition.formula.names):
+        """Raise NotImplementedError if the formula does not return a quantity, such as "curvature"."""
+        if quantity not in (names := self.definition.formula.names):
             raise NotImplementedError(f"{self.__name__} has no {quantity}: its formula returns ({', '.join(names)})")
 
-    def _compute(
-        self, summed: tuple[str, ...], wanted: tuple[str, ...], first: Any, second: Any, weight: Any, reduction: str,
-        options: dict[str, Any], call: type[Call] = Call
-    ) -> tuple[Any, list[Array]]:  # fmt: skip
-        return call(self._definition, first, second, weight, reduction, options).compute(summed, wanted)
-
-
-def refuse_grad_output(options: Mapping[str, Any]) -> None:
-    """Refuse to take a derivative where there is no gradient to multiply."""
-    if options.get("grad_output") is not None:
-        raise ValueError("grad_output scales a gradient, and the value alone has none: use grad or value_and_grad")
+    def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
+        """Compute what the arguments ask for in one pass."""
+        outcome: tuple[Any, list[Any]] = call(self.definition, arguments).compute()
+        return outcome
 
 
 class TargetLoss:
@@ -222,32 +139,19 @@ class TargetLoss:
         """Return the value, as a loss does; with reduction "none" in the target's dtype, or float32 for integers."""
         if "grad_output" in options:
             raise TypeError(f"{self._loss.__name__} has no gradient, and so no grad_output")
-        if (door := find_door(target)) is not None:
-            return self._loss(door.unread_like(target), target, weight, reduction, **options)
-        t = as_array("target", target)
-        unread = np.broadcast_to(np.zeros((), t.dtype if is_float(t.dtype) else np.float32), t.shape)
-        return self._loss(unread, t, weight, reduction, **options)
-
-
-def signature(arrays: tuple[str, str], reduction: str, options: Mapping[str, Any]) -> inspect.Signature:
-    """Return what a call accepts, for help() and editors."""
-    Parameter = inspect.Parameter
-    leading = {**dict.fromkeys(arrays, Parameter.empty), "weight": None, "reduction": reduction}
-    return inspect.Signature(
-        [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default) for name, default in leading.items()]
-        + [Parameter(name, Parameter.KEYWORD_ONLY, default=default) for name, default in options.items()]
-    )
+        return self._loss(find_backend(target).unread_input(target), target, weight, reduction, **options)
 
 
 @overload
 def elementwise_loss(function: Callable[..., Any], /) -> Loss: ...
 @overload
 def elementwise_loss(
-    *, unit: tuple[str, ...] = ..., bounds: Bounds = ..., reduction: str = ...
+    *, probabilities: tuple[str, ...] = ..., bounds: Bounds = ..., reduction: str = ...
 ) -> Callable[[Callable[..., Any]], Loss]: ...
 def elementwise_loss(
-    function: Callable[..., Any] | None = None, /, *, unit: tuple[str, ...] = (), bounds: Bounds | None = None, reduction: str = "mean"
-) -> Any:
+    function: Callable[..., Any] | None = None, /, *, probabilities: tuple[str, ...] = (), bounds: Bounds | None = None,
+    reduction: str = "mean"
+) -> Any:  # fmt: skip
     """Make a loss out of a formula: a function of one element, which returns (value, slope) or (value, slope, curvature).
 
         from fastloss.ops import sqrt
@@ -267,12 +171,12 @@ def elementwise_loss(
     formula may not branch on an element, and computes with operators and the functions of `fastloss.ops` alone; helpers
     written like that may be called.
 
-    `unit` names the operands, of "input" and "target", that belong in [0, 1], which `validate=True` then checks. `bounds`
+    `probabilities` names the operands, of "input" and "target", that must lie in [0, 1]; `validate=True` checks them. `bounds`
     gives, by parameter, the least and the largest number that is accepted; arrays are not looked at. `reduction` is the
     loss's default.
 
     Raises `FormulaError`, a `TypeError`, at once if the formula cannot be compiled; it names the line and what to use.
     """
     if function is None:
-        return lambda f: Loss(f, unit, bounds or {}, reduction)
-    return Loss(function, unit, bounds or {}, reduction)
+        return lambda f: Loss(f, probabilities, bounds or {}, reduction)
+    return Loss(function, probabilities, bounds or {}, reduction)

@@ -318,7 +318,7 @@ def test_what_is_left_at_its_default_is_a_constant():
     def power(z, t, gamma=2.0):
         return ops.pow(abs(z), gamma), where(gamma > 1.0, 1.0, 0.0)
 
-    formula = power._definition.formula
+    formula = power.definition.formula
     assert "pow" not in formula.trace(())
     assert "where" not in formula.trace(())
     assert "pow" in formula.trace(("gamma",))

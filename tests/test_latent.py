@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fastloss as fl
-from fastloss.plan import REDUCTIONS
+from fastloss.core.checks import REDUCTIONS
 from tests import oracle
 from tests.ulp import DIFFERENCE, PRODUCT, SUM, ULP, assert_close, assert_ulp
 

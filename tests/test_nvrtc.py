@@ -67,9 +67,9 @@ except ImportError as error:
 
 def test_the_error_without_a_gpu_says_so():
     code = """
-import fastloss.cuda.device as device
+import fastloss.cuda.workspace as device
 try:
-    print(device.current())
+    print(device.current_device())
 except RuntimeError as error:
     print(error)
 """

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fastloss as fl
-from fastloss.plan import REDUCTIONS
+from fastloss.core.checks import REDUCTIONS
 from tests.table import LOSSES
 from tests.ulp import PRODUCT, SUM, ULP, assert_close, assert_ulp, compute
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import fastloss as fl
+from fastloss.kernel import cache
 from tests.test_threads import run_python
 
 PACKAGE = Path(fl.__file__).parent
@@ -20,8 +21,8 @@ FIRST_CALL = """
 import sys, numpy as np, fastloss as fl
 z = np.linspace(-3, 3, 100)
 value, grad = fl.binary_cross_entropy_with_logits.value_and_grad(z, z > 0)
-from fastloss.cpu import jit
-print(jit.statistics["compiled"], jit.statistics["loaded"], "numba" in sys.modules, value.hex(), grad[3].hex())"""
+from fastloss.cpu.compile import statistics
+print(statistics["compiled"], statistics["loaded"], "numba" in sys.modules, value.hex(), grad[3].hex())"""
 
 
 def test_import_brings_no_compiler_and_no_framework():
@@ -44,8 +45,8 @@ def test_an_edited_formula_is_compiled_anew(tmp_path):
 import sys; sys.path.insert(0, {str(tmp_path)!r})
 import numpy as np, mine
 print(mine.loss(np.ones(3), np.zeros(3)))
-from fastloss.cpu import jit
-print(jit.statistics["compiled"])"""
+from fastloss.cpu.compile import statistics
+print(statistics["compiled"])"""
     for factor, compiled in ((2.0, 1), (3.0, 1), (2.0, 0)):
         module.write_text(f"import fastloss\n@fastloss.elementwise_loss\ndef loss(z, t):\n    return {factor} * z, {factor}\n")
         assert run_python(code, FASTLOSS_CACHE_DIR=str(tmp_path / "cache"), PYTHONDONTWRITEBYTECODE="1").split() == [
@@ -54,17 +55,46 @@ print(jit.statistics["compiled"])"""
         ]
 
 
-def test_an_edited_package_is_compiled_anew(tmp_path, monkeypatch):
-    from fastloss.cpu import jit
+DECIDES_CODE = [
+    "ops.py", "formula.py", "version.py", "core/dtypes.py", "core/plan.py", "kernel/element.py", "kernel/elementary.py", "cpu/abi.py",
+    "cpu/compile.py", "cpu/loop.py", "cpu/vector.py",
+]  # fmt: skip
 
-    assert {"loops.py", "simd.py", "ops.py", "step.py", "vmath.py"} <= {path.name for path in jit.sources()}
-    source = tmp_path / "loops.py"
-    monkeypatch.setattr(jit, "sources", lambda: [source])
-    fingerprints = []
-    for text in ("a = 1", "a = 2"):
-        source.write_text(text)
-        fingerprints.append(jit._fingerprint.__wrapped__())
-    assert fingerprints[0] != fingerprints[1]
+
+@pytest.mark.parametrize("name", DECIDES_CODE)
+def test_an_edited_package_is_compiled_anew(package_copy, name):
+
+    path = package_copy / "fastloss" / name
+    text = path.read_text()
+    edited = text.replace('"0.1.0"', '"0.1.1"') if name == "version.py" else f"{text}\n# edited\n"
+    assert edited != text
+    try:
+        assert kernels_compiled(package_copy) == "0"
+        path.write_text(edited)
+        assert kernels_compiled(package_copy) == "1"
+    finally:
+        path.write_text(text)
+
+
+@pytest.fixture(scope="module")
+def package_copy(tmp_path_factory):
+    """A copy of the package, and a cache with the kernel of FIRST_CALL."""
+    folder = tmp_path_factory.mktemp("copy")
+    shutil.copytree(PACKAGE, folder / "fastloss", ignore=shutil.ignore_patterns("__pycache__"))
+    assert kernels_compiled(folder) == "1"
+    return folder
+
+
+def kernels_compiled(folder):
+    """Run FIRST_CALL with a copy of the package; return how many kernels it compiled."""
+    copied = {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}  # else Python finds the package in the current folder first
+    return run_python(FIRST_CALL, FASTLOSS_CACHE_DIR=str(folder / "cache"), **copied).split()[0]
+
+
+def test_every_source_of_a_machine_is_part_of_the_key():
+    names = {machine: {str(path.relative_to(PACKAGE)) for path in cache.sources(machine)} for machine in ("cpu", "cuda")}
+    assert names["cpu"] >= set(DECIDES_CODE) - {"version.py"}
+    assert names["cuda"] >= {"cuda/elements.cuh", "cuda/loop.cuh", "cuda/scalar.py", "cuda/source.py", "kernel/element.py"}
 
 
 @pytest.mark.parametrize("content", [b"", b"cut off", None])
@@ -109,41 +139,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
     assert int(run_python(code, FASTLOSS_NUM_THREADS="3")) < 4096
 
 
-# who may import whom: the layers from the bottom up; a module imports from lower layers, or from its own folder
-LAYERS = [["ops", "disk"], ["formula"], ["vmath", "plan"], ["step"], ["cpu"], ["call"], ["cuda"], ["loss"], ["losses"], ["__init__"]]
-LAYERS += [["torch"], ["demo", "bench"], ["__main__"]]
-ALONE = ["reference"]
-DOORS = {("fastloss.loss", "fastloss.torch")}  # the one import upwards, made when the first tensor comes
+def test_imports_run_one_way_and_in_no_circle():
+    """The contracts are in pyproject.toml; imports inside functions count."""
+    from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
-
-def layer_of(module):
-    first = module.split(".")[1] if "." in module else "__init__"
-    return next((k for k, names in enumerate(LAYERS) if first in names), None)
-
-
-def names_imported(node):
-    if isinstance(node, ast.Import):
-        return [a.name for a in node.names]
-    if isinstance(node, ast.ImportFrom):
-        return [f"fastloss.{a.name}" for a in node.names] if node.module == "fastloss" else [node.module]
-    return []
-
-
-def test_imports_run_one_way():
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-        module = ".".join(parts)
-        nodes = ast.walk(ast.parse(path.read_text()))
-        imported = {name for node in nodes for name in names_imported(node) if name.split(".")[0] == "fastloss"}
-        if parts[1] in ALONE:
-            assert not imported, f"{module} imports {imported}"
-            continue
-        assert layer_of(module) is not None, f"{module} has no layer"
-        for other in imported - {"fastloss"}:
-            if other.split(".")[1] in ALONE or (module, other) in DOORS:
-                continue
-            same_folder = other.split(".")[1] == parts[1]
-            assert layer_of(other) < layer_of(module) or same_folder, f"{module} imports {other}"
+    assert lint_imports(config_filename=str(PACKAGE.parent / "pyproject.toml")) == EXIT_STATUS_SUCCESS
 
 
 def test_the_package_names_what_it_exports():
@@ -174,18 +174,16 @@ print(loss(np.ones(3), np.zeros(3)), loss.grad(np.ones(1), np.zeros(1))[0])"""
 
 
 def test_without_a_home_nothing_is_kept(monkeypatch):
-    from fastloss import disk
-
     for name in ("FASTLOSS_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
 
     def no_home():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(disk.Path, "home", no_home)
-    folder = disk.cache_folder.__wrapped__()
-    disk.write(folder / "name", b"code")
-    assert disk.read(folder / "name") is None
+    monkeypatch.setattr(cache.Path, "home", no_home)
+    folder = cache.cache_folder.__wrapped__()
+    cache.write(folder / "name", b"code")
+    assert cache.read(folder / "name") is None
 
 
 def test_help_runs():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fastloss as fl
-from fastloss.plan import REDUCTIONS
+from fastloss.core.checks import REDUCTIONS
 from tests import oracle
 from tests.test_threads import run_python
 from tests.ulp import DIFFERENCE, SUM, ULP, assert_close, assert_ulp

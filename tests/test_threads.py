@@ -127,8 +127,8 @@ got = []
 callers = [threading.Thread(target=lambda: got.append(fl.mse_loss(z, z + 1))) for _ in range(8)]
 [c.start() for c in callers]
 [c.join() for c in callers]
-from fastloss.cpu import jit
-print(len(set(got)), len(got), jit.statistics["compiled"])"""
+from fastloss.cpu.compile import statistics
+print(len(set(got)), len(got), statistics["compiled"])"""
     assert run_python(code, FASTLOSS_CACHE_DIR=str(tmp_path)) == "1 8 1"
 
 

@@ -23,8 +23,8 @@ from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.library import opcheck  # noqa: E402
 
 import fastloss.torch as ft  # noqa: E402
-from fastloss.torch import memory  # noqa: E402
-from fastloss.torch.tensors import to_array  # noqa: E402
+from fastloss.backends.torch import reuse as memory  # noqa: E402
+from fastloss.backends.torch.memory_views import to_array  # noqa: E402
 
 BCE = fl.binary_cross_entropy_with_logits
 ALL = [*LOSSES, "gaussian_kl_loss", "dice_with_logits_loss", "dice_bce_with_logits_loss"]
@@ -685,7 +685,7 @@ def test_a_loss_that_checks_has_another_key_than_one_that_does_not():
     def square(z, t):
         return (z - t) * (z - t), 2 * (z - t)
 
-    checking, plain = fl.elementwise_loss(unit=("target",))(square), fl.elementwise_loss(square)
+    checking, plain = fl.elementwise_loss(probabilities=("target",))(square), fl.elementwise_loss(square)
     z, t = operands("")
     assert checking.key != plain.key
     assert compiled(lambda: plain(z, t.detach() + 2, validate=True))() > 0

@@ -9,17 +9,19 @@ from typing import Any
 import cupy
 import numpy as np
 
-from fastloss.call import Call, complaint, warn_of_nothing
-from fastloss.cuda import device
+from fastloss.core.call import Call
+from fastloss.core.checks import describe_bad_element, warn_of_empty_mean
+from fastloss.core.dtypes import code_of
+from fastloss.core.overlap import share_memory, span_of
+from fastloss.core.plan import Request
+from fastloss.cuda import workspace
 from fastloss.cuda.launch import LAUNCHES, Launch, Outcome
-from fastloss.plan import Request, check_overlap, code_of, shares_memory
 
 
 class DeviceCall(Call):
     """One call's arrays and options on the current device, and the launches on its current stream that are made for it."""
 
     __slots__ = ()
-    kind = None  # all are looked at
     value_dtype: Any = np.float64  # of reduced values
 
     @staticmethod
@@ -49,8 +51,13 @@ class DeviceCall(Call):
         check_device(name, out)
 
     @staticmethod
+    def address_of(array: Any) -> int:
+        """Return the address of an array's first element."""
+        return int(array.data.ptr)
+
+    @staticmethod
     def empty_like(array: Any) -> Any:
-        """Return an array to write to."""
+        """Allocate an output with the shape, dtype and memory order of an array."""
         return cupy.empty_like(array)
 
     @staticmethod
@@ -64,28 +71,28 @@ class DeviceCall(Call):
         return array
 
     @staticmethod
-    def warn_of_nothing(counted: Any) -> None:
+    def warn_of_empty_mean(counted: Any) -> None:
         """Warn where a mean is of no element, as far as the host knows."""
         if not isinstance(counted, cupy.ndarray) and not np.all(counted):
-            warn_of_nothing()
+            warn_of_empty_mean()
 
-    def compute(self, summed: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[Any, list[Any]]:
-        """Return the reduced value, if it is summed, and the arrays that are wanted."""
+    def compute(self) -> tuple[Any, list[Any]]:
+        """Compute what the arguments ask for: the reduced value or None, and the arrays that are wanted."""
+        summed, wanted, *_ = self.arguments
         is_mean = self.must_count and not wanted  # gradients have to know the count beforehand
         counted = 1 if is_mean else self.count()
         outputs = self.make_outputs(wanted)
-        value = self.empty(self.shape[: self.kept], self.value_dtype) if summed else None
+        value = self.empty(self.shape[: self.group_axes], self.value_dtype) if summed else None
         self.launch((*summed, "count") if is_mean else summed, wanted, outputs, value, counted, is_mean, self.validate)
         if summed:
-            self.warn_of_nothing(counted)
+            self.warn_of_empty_mean(counted)
         return value, outputs
 
     def run(
-        self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Any], scale: Any = 1.0, validate: bool = False,
-        borrowed: bool = False
+        self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Any], scale: Any = 1.0, validate: bool = False
     ) -> Any:  # fmt: skip
-        """Make one pass; return the sums, an array of each."""
-        sums = cupy.ndarray((len(summed), *self.shape[: self.kept]), np.float64) if summed else None
+        """Make one pass; return the sums, as arrays on the device."""
+        sums = cupy.ndarray((len(summed), *self.shape[: self.group_axes]), np.float64) if summed else None
         self.launch(summed, wanted, outputs, sums, 1, False, validate)
         return sums
 
@@ -96,7 +103,11 @@ class DeviceCall(Call):
         """Launch one pass, which divides sums and gradients by what is counted."""
         upstream: Any
         upstream, has_counts = self.upstream if wanted else 1.0, isinstance(counted, cupy.ndarray)
-        if self.out is not None and isinstance(upstream, cupy.ndarray) and any(shares_memory(upstream, out) for out in outputs):
+        if (
+            self.out is not None
+            and isinstance(upstream, cupy.ndarray)
+            and any(share_memory(span_of(upstream, upstream.data.ptr), span_of(out, out.data.ptr)) for out in outputs)
+        ):
             upstream = upstream.copy()  # it is read while they are written
         is_array = isinstance(upstream, cupy.ndarray)
         outcome = Outcome(code_of(results.dtype) if summed else "f8", is_mean, code_of(upstream.dtype) if is_array else "", has_counts)
@@ -106,9 +117,9 @@ class DeviceCall(Call):
                 results.fill(0.0 / counted if not (is_mean or has_counts) and counted else math.nan)
             return
         arrays = self.arrays + outputs
-        addresses = [a.data.ptr for a in arrays]
+        addresses = [self.address_of(a) for a in arrays]
         if self.out is not None and wanted:
-            check_overlap(launch.plan, arrays, addresses)
+            launch.plan.check_overlap(arrays, addresses)
         if launch.request.checked:
             raise_recorded()
         launch.run(
@@ -131,7 +142,7 @@ def find_launch(outcome: Outcome, *request: Any) -> Launch:
 
 def check_device(name: str, array: Any) -> None:
     """Refuse arrays on another device than the current one."""
-    here, there = device.current(), array.data.device_id
+    here, there = workspace.current_device(), array.data.device_id
     if here != there:
         raise ValueError(
             f"{name} is on CUDA device {there}, and the current device is {here}; accepted: arrays on the current device "
@@ -141,14 +152,14 @@ def check_device(name: str, array: Any) -> None:
 
 def raise_recorded() -> None:
     """Raise the error of a bad element, if a launch that has ended found one."""
-    if (record := device.take_record()) is None:
+    if (record := workspace.take_record()) is None:
         return
     launch = LAUNCHES.get(record.launch)
     if launch is None:
         raise ValueError("an earlier call with validate has found an element outside [0, 1]")
     name, index = launch.bad_element(record.key)
     dtype = launch.request.layouts[launch.request.operands.index(name)][0]
-    message = complaint(name, index, as_stored(record.found, dtype), "target_scale" in launch.request.numbers)
+    message = describe_bad_element(name, index, as_stored(record.found, dtype), "target_scale" in launch.request.numbers)
     raise ValueError(f"{message} (found on the GPU, by an earlier call)")
 
 

@@ -98,8 +98,8 @@ struct Arguments {
     long long groups, group_packs, group_segments;  // a group is cut into segments, a part of a row each,
     long long segment_size, segment_packs, row_segments;  // and these into packs
     long long group_ranges, range_packs;
-    long long run_size;  // after which the elements of a row go on by `turns`
-    long long strides[ARRAYS], turns[ARRAYS];
+    long long inner_size;  // of a row's inner axis
+    long long inner_strides[ARRAYS], outer_strides[ARRAYS];  // along the two axes of a row
     Axis axes[AT_LEAST_1(AXES)];  // outside the rows, innermost first
 };
 
@@ -185,26 +185,26 @@ template <class T>
 DEVICE void load_strided(T (&x)[PACK], const Arguments& a, const Place& place, const int k) {
 #pragma unroll
     for (int j = 0; j < PACK; ++j)
-        x[j] = !IS_RAGGED || j < place.count ? *(const T*)(at(a, place, k) + (long long)(place.column + j) * a.strides[k]) : T(0);
+        x[j] = !IS_RAGGED || j < place.count ? *(const T*)(at(a, place, k) + (long long)(place.column + j) * a.inner_strides[k]) : T(0);
 }
 
 template <class T>
 DEVICE void store_strided(const T (&x)[PACK], const Arguments& a, const Place& place, const int k) {
 #pragma unroll
     for (int j = 0; j < PACK; ++j)
-        if (!IS_RAGGED || j < place.count) *(T*)(at(a, place, k) + (long long)(place.column + j) * a.strides[k]) = x[j];
+        if (!IS_RAGGED || j < place.count) *(T*)(at(a, place, k) + (long long)(place.column + j) * a.inner_strides[k]) = x[j];
 }
 
-// The rows of arrays that turn after each run: with the offset of each element of a pack, one division a pack.
+// Rows with two axes: visit each element of a pack with its address, at the cost of one division for the pack.
 template <class Visit>
 DEVICE void visit_nested(const Arguments& a, const Place& place, const int k, const Visit& visit) {
-    index_t run = place.column / (index_t)a.run_size, index = place.column - run * (index_t)a.run_size;
+    index_t outer = place.column / (index_t)a.inner_size, index = place.column - outer * (index_t)a.inner_size;
 #pragma unroll
     for (int j = 0; j < PACK; ++j) {
-        if (!IS_RAGGED || j < place.count) visit(j, at(a, place, k) + (long long)run * a.turns[k] + (long long)index * a.strides[k]);
-        if (++index == (index_t)a.run_size) {
+        if (!IS_RAGGED || j < place.count) visit(j, at(a, place, k) + (long long)outer * a.outer_strides[k] + (long long)index * a.inner_strides[k]);
+        if (++index == (index_t)a.inner_size) {
             index = 0;
-            ++run;
+            ++outer;
         }
     }
 }

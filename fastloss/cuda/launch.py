@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastloss.cuda import compiler, device
+from fastloss.core.plan import Plan, Request, make_plan
+from fastloss.cuda import workspace
+from fastloss.cuda.compile import kernel
 from fastloss.cuda.source import THREADS, WORD, Variant, pack_of, source
-from fastloss.plan import Plan, Request, make_plan
 
-MOST_RANGES = device.GROUPS  # a group of several is more than such a part of everything: there are fewer of these
+MOST_RANGES = workspace.GROUPS  # a group of several is more than such a part of everything: there are fewer of these
 BLOCKS = 8  # a processor: of 256 threads, no device has room for more
 INT32 = 2**31 - 2**20  # elements: the loop looks some steps ahead
 LAUNCHES: weakref.WeakValueDictionary[int, Launch] = weakref.WeakValueDictionary()  # by the number that a record has
@@ -76,7 +77,7 @@ class Launch:
         self.alignments = [self.alignment(k) for k in range(arrays)]
         self.kernels: dict[tuple[int, tuple[int, ...]], Any] = {}
         axes = [x for length, by in plan.axes for x in (length, *by)] or [0] * (1 + arrays)
-        fields = [self.number, *self.cut, plan.run_size, *plan.row_strides, *plan.turn_strides, *axes]
+        fields = [self.number, *self.cut, plan.inner_size, *plan.inner_strides, *plan.outer_strides, *axes]
         self.fixed = struct.pack(f"{len(fields)}q", *fields)
         self.own = struct.Struct(f"{arrays + 8}q{2 + max(1, len(spec.numbers))}d")
         self.no_numbers = (0.0,) * (not spec.numbers)
@@ -85,7 +86,7 @@ class Launch:
     def alignment(self, k: int) -> int:
         """Return by how many bytes array k can be loaded along a row, if its first element allows it."""
         operand, plan, pack = self.plan.spec.arrays[k], self.plan, pack_of(self.plan.spec)
-        size = int(operand.code[1])
+        size = operand.size
         if operand.access != "contiguous":
             return size
         steps = [pack * size, *(by[k] for _, by in plan.axes)]
@@ -100,20 +101,20 @@ class Launch:
         if found is None:
             self.check_alignment(widths)
             variant = self.variant(widths)
-            found = self.kernels[here, widths] = compiler.kernel(source(variant), variant.name, here)
+            found = self.kernels[here, widths] = kernel(source(variant), variant.name, here)
         return found
 
     def check_alignment(self, widths: tuple[int, ...]) -> None:
         """Refuse arrays whose elements lie where a device cannot load them."""
         for k, operand in enumerate(self.plan.spec.arrays):
-            size = int(operand.code[1])
+            size = operand.size
             if widths[k] < size or any(stride % size for stride in self.strides(k)):
                 name = "out" if operand in self.plan.spec.outputs else operand.name
                 raise ValueError(f"{name} is not aligned; accepted on a GPU: addresses and strides that are multiples of its {size} bytes")
 
     def strides(self, k: int) -> list[int]:
         """Return the strides of an array, in bytes."""
-        return [self.plan.row_strides[k], self.plan.turn_strides[k], *(by[k] for _, by in self.plan.axes)]
+        return [self.plan.inner_strides[k], self.plan.outer_strides[k], *(by[k] for _, by in self.plan.axes)]
 
     def variant(self, widths: tuple[int, ...]) -> Variant:
         """Return what decides the kernel's text."""
@@ -131,15 +132,15 @@ class Launch:
         """
         if not self.ranges:
             return
-        here, starts = device.current(), self.plan.starts
+        here, starts = workspace.current_device(), self.plan.starts
         firsts = [address + start for address, start in zip(addresses, starts, strict=True)]
-        space = device.workspace(here)
+        space = workspace.find_workspace(here)
         if space.is_captured:
             space.kept = keep
         shared = space.partials.ptr, space.finished.ptr, space.is_recorded.ptr, space.slot.address
         own = self.own.pack(*firsts, *upstream, counts, results, *shared, numerator, divisor, *numbers, *self.no_numbers)
         frame = np.frombuffer(own + self.fixed, self.frame)
-        blocks = min(self.ranges, BLOCKS * device.processors(here))
+        blocks = min(self.ranges, BLOCKS * workspace.processors(here))
         self.kernel(here, firsts)((blocks,), (THREADS,), (frame,))
 
     def bad_element(self, key: int) -> tuple[str, tuple[int, ...]]:
@@ -148,8 +149,8 @@ class Launch:
         name, linear = checked[key % len(checked)], key // len(checked)
         k = self.request.operands.index(name)
         row, column = divmod(linear, plan.row_size)
-        run, within = divmod(column, plan.run_size)
-        offset = plan.starts[k] + run * plan.turn_strides[k] + within * plan.row_strides[k]
+        outer, inner = divmod(column, plan.inner_size)
+        offset = plan.starts[k] + outer * plan.outer_strides[k] + inner * plan.inner_strides[k]
         for length, by in plan.axes:
             row, at = divmod(row, length)
             offset += at * by[k]

@@ -7,18 +7,19 @@ import struct
 
 import numpy as np
 
-from fastloss.cuda import compiler, device
+from fastloss.cuda import workspace
+from fastloss.cuda.compile import kernel
 from fastloss.cuda.launch import BLOCKS
+from fastloss.cuda.scalar import TYPES
 from fastloss.cuda.source import THREADS, part
-from fastloss.cuda.text import TYPES
 
 
 def rescale(address: int, size: int, code: str, factor: int, factor_code: str) -> None:
     """Multiply `size` elements that lie beside each other by a number, both given by address and NumPy's code of float32 or float64."""
-    here = device.current()
-    blocks = min(-(-size // THREADS), BLOCKS * device.processors(here))
+    here = workspace.current_device()
+    blocks = min(-(-size // THREADS), BLOCKS * workspace.processors(here))
     arguments = np.frombuffer(struct.pack("3q", address, size, factor), np.dtype((np.void, 24)))
-    compiler.kernel(text_of(code, factor_code), "fastloss_rescale", here)((max(1, blocks),), (THREADS,), (arguments,))
+    kernel(text_of(code, factor_code), "fastloss_rescale", here)((max(1, blocks),), (THREADS,), (arguments,))
 
 
 @functools.cache

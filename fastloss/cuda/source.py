@@ -1,9 +1,9 @@
 """From a `Variant` to the text of its kernel.
 
 Design: a) A `Variant` says everything that decides the text: a `Spec`, as on the CPU, and what only a GPU has to know. b) The
-text is `elements.cuh`, which has the types and the loads and stores, then what is written here, then `loops.cuh`, the loop.
+text is `elements.cuh`, which has the types and the loads and stores, then what is written here, then `loop.cuh`, the loop.
 c) What is written here are straight lines for one element: the formula is called with `Scalar` arguments and writes its own
-(`text.py`), and `step.py`, which the CPU's kernels share, says what becomes of the results.
+(`text.py`), and `element.py`, which the CPU's kernels share, says what becomes of the results.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastloss import step, vmath
-from fastloss.cuda.text import TYPES, Scalar
-from fastloss.plan import Operand, Spec
+from fastloss.core.plan import Operand, Spec
+from fastloss.cuda.scalar import TYPES, Scalar
+from fastloss.kernel import element, elementary
 
 WORD = 16  # bytes of the widest load and store
 THREADS = 256  # of a block
-SUMMED = 64  # elements that a thread sums in the type of the arithmetic, and then in float64: see BLOCK of cpu/loops.py
+SUMMED = 64  # elements that a thread sums in the type of the arithmetic, and then in float64: see BLOCK of cpu/loop.py
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Variant:
 
 def pack_of(spec: Spec) -> int:
     """Return how many elements of a row a thread loads together: a word of the input, or of what is written, if that is wider."""
-    sizes = [int(op.code[1]) for op in spec.arrays if op.name == "input" or op in spec.outputs]
+    sizes = [op.size for op in spec.arrays if op.name == "input" or op in spec.outputs]
     return WORD // max(sizes, default=2)
 
 
@@ -68,8 +68,8 @@ def part(name: str) -> str:
 
 def source(variant: Variant) -> str:
     """Return the text of a kernel."""
-    own = [storage(variant.spec), element(variant.spec), folding(variant.spec), scaling(variant)]
-    return "\n".join([constants(variant), part("elements.cuh"), *own, part("loops.cuh")])
+    own = [storage(variant.spec), element_function(variant.spec), folding(variant.spec), scaling(variant)]
+    return "\n".join([constants(variant), part("elements.cuh"), *own, part("loop.cuh")])
 
 
 def constants(variant: Variant) -> str:
@@ -81,7 +81,7 @@ def constants(variant: Variant) -> str:
         "index_t": "unsigned long long" if variant.is_wide else "unsigned int",
         "THREADS": THREADS,
         # two blocks on a processor: left to itself the compiler spills some of 8 bytes to have room for a third
-        "BOUNDS": f"{THREADS}, 2" if any(op.code[1] == "8" for op in spec.arrays) else THREADS,
+        "BOUNDS": f"{THREADS}, 2" if any(op.size == 8 for op in spec.arrays) else THREADS,
         "PACK": variant.pack,
         "PACKS": variant.packs,
         "STEPS": max(1, SUMMED // (variant.pack * variant.packs)),
@@ -125,7 +125,7 @@ def move(verb: str, k: int, operand: Operand) -> str:
     return f"{verb}_{operand.access}{width}(pack.x{k}, a, place, {k});"
 
 
-def element(spec: Spec) -> str:
+def element_function(spec: Spec) -> str:
     """Return what kernels know of the options that are numbers, and the function that computes an element and adds it to the sums."""
     compute, lines = TYPES[spec.compute], list[str]()
     raw = {op.name: named(lines, op, k) for k, op in enumerate(spec.operands)}
@@ -138,18 +138,18 @@ def element(spec: Spec) -> str:
             return stored != Scalar(lines, "number.ignored", stored.type)
         return widened != number["ignore_index"]
 
-    loaded, counted = step.load(spec, raw, number, everywhere, lambda x, code: x.convert(code, spec.compute), differs)
-    found = step.quantities(spec, loaded, number)
+    loaded, counted = element.load(spec, raw, number, everywhere, lambda x, code: x.convert(code, spec.compute), differs)
+    found = element.quantities(spec, loaded, number)
     scale = Scalar(lines, "number.scale", compute)
-    for k, (output, result) in enumerate(step.stored(spec, found, loaded, scale, counted), len(spec.operands)):
+    for k, (output, result) in enumerate(element.stored(spec, found, loaded, scale, counted), len(spec.operands)):
         lines.append(f"pack.x{k}[j] = {result.convert(spec.compute, output.code).name};")
-    values, factors = step.summands(spec, found, loaded.get("weight"), counted)
+    values, factors = element.summands(spec, found, loaded.get("weight"), counted)
     for sums, added, as_factors in (("total", values, False), ("factor", factors, True)):
         for k, x in enumerate(added):
-            total = step.accumulate(Scalar(lines, f"sums.{sums}[{k}]", compute), counted.match(x), as_factors)
+            total = element.accumulate(Scalar(lines, f"sums.{sums}[{k}]", compute), counted.match(x), as_factors)
             lines.append(f"sums.{sums}[{k}] = {total.name};")
     for k, name in enumerate(spec.checked):
-        bad = step.is_bad(loaded[name], counted)
+        bad = element.is_bad(loaded[name], counted)
         lines.append(
             f"if ({bad.name}) note(sums, {len(spec.checked)}.0 * (double)linear + {k}.0, {raw[name].convert(codes[name], 'f8').name});"
         )
@@ -179,7 +179,7 @@ def folding(spec: Spec) -> str:
     """Return the function that adds a thread's sums to its totals in float64."""
     lines = [f"totals.x[{k}] += (double)sums.total[{k}];" for k in range(len(spec.summed))]
     for k, name in enumerate(spec.multiplied):
-        logarithm = vmath.log1p_of_product(Scalar(lines, f"sums.factor[{k}]", TYPES[spec.compute]))
+        logarithm = elementary.log1p_of_product(Scalar(lines, f"sums.factor[{k}]", TYPES[spec.compute]))
         lines.append(f"totals.x[{spec.summed.index(name)}] += (double){logarithm.name};")
     return function("void fold(Totals& totals, const Sums& sums)", lines)
 

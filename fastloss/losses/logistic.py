@@ -52,7 +52,7 @@ def _minus(x: Any, log_x: Any) -> Any:
     return where(x == 0.0, 0.0, -x * log_x)
 
 
-@elementwise_loss(unit=("target",), bounds=_BOUNDS)
+@elementwise_loss(probabilities=("target",), bounds=_BOUNDS)
 def binary_cross_entropy_with_logits(z: Any, t: Any, pos_weight: Any = None, label_smoothing: Any = None) -> Any:
     """Binary cross-entropy between targets in [0, 1] and the sigmoid of the input.
 
@@ -99,7 +99,7 @@ def binary_cross_entropy_with_logits(z: Any, t: Any, pos_weight: Any = None, lab
     return value, where(z > 0.0, slope, -slope), curvature, kept * target_slope, kept * cross, 0.0
 
 
-@elementwise_loss(unit=("input", "target"))
+@elementwise_loss(probabilities=("input", "target"))
 def binary_cross_entropy(z: Any, t: Any) -> Any:
     """Binary cross-entropy between targets and probabilities, both in [0, 1]; prefer `binary_cross_entropy_with_logits`.
 
@@ -134,7 +134,7 @@ def binary_cross_entropy(z: Any, t: Any) -> Any:
     return value, (z - t) / spread, curvature, minimum(-log(z), 100.0) - minimum(-log1p(-z), 100.0), -1.0 / spread, 0.0
 
 
-@elementwise_loss(unit=("target",), bounds={"alpha": (-inf, 1.0), "gamma": (0.0, inf)}, reduction="none")
+@elementwise_loss(probabilities=("target",), bounds={"alpha": (-inf, 1.0), "gamma": (0.0, inf)}, reduction="none")
 def sigmoid_focal_loss(z: Any, t: Any, alpha: Any = 0.25, gamma: Any = 2.0) -> Any:
     """Binary cross-entropy that counts an element the less, the better it is classified; reduction "none" by default.
 
@@ -220,7 +220,7 @@ def mse_with_logits_loss(z: Any, t: Any) -> Any:
 
 
 @TargetLoss
-@elementwise_loss(unit=("target",), bounds=_BOUNDS)
+@elementwise_loss(probabilities=("target",), bounds=_BOUNDS)
 def binary_entropy(z: Any, t: Any, pos_weight: Any = None, label_smoothing: Any = None) -> Any:
     """Entropy of the targets: the least binary cross-entropy that any input reaches, at sigmoid(input) = target.
 

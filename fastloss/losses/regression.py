@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import factorial, inf
 from typing import Any
 
-from fastloss.call import ABOVE_0
+from fastloss.core.checks import SMALLEST
 from fastloss.loss import elementwise_loss
 from fastloss.losses.logistic import variance
 from fastloss.ops import abs, add_log1p, exp, fma, polynomial, sigmoid, tanh, where
@@ -113,7 +113,7 @@ def smooth_l1_loss(z: Any, t: Any, beta: Any = 1.0) -> Any:
     return _of_difference(value, where(near, ratio, _sign(d)), where(near, 1.0 / beta, 0.0))
 
 
-@elementwise_loss(bounds={"delta": (ABOVE_0, inf)})
+@elementwise_loss(bounds={"delta": (SMALLEST, inf)})
 def huber_loss(z: Any, t: Any, delta: Any = 1.0) -> Any:
     """Squared error that goes on as a straight line where the error exceeds `delta`.
 

@@ -14,21 +14,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastloss.call import (
+from fastloss.core.abstract_loss import AbstractLoss, signature
+from fastloss.core.call import Arguments
+from fastloss.core.checks import (
     LARGEST,
-    Call,
-    Definition,
-    bounded,
+    REDUCTIONS,
     check_flag,
+    check_grad_output,
     check_reduction,
-    check_upstream,
+    refuse_grad_output,
+    to_bounded,
     to_float,
 )
+from fastloss.core.definition import Definition
+from fastloss.core.plan import Array
 from fastloss.formula import OPTIONS, Formula
-from fastloss.loss import AnyLoss, refuse_grad_output, signature
+from fastloss.loss import SLOPE, VALUE, evaluate
 from fastloss.losses.logistic import probability_missed, tail, times, variance
 from fastloss.ops import abs, add_log1p, where
-from fastloss.plan import REDUCTIONS, Array
 
 _SETTINGS: dict[str, Any] = {"smooth": 1.0, "per_channel": True, "per_sample": True}
 _WEIGHTS: dict[str, Any] = {"dice_weight": 1.0, "bce_weight": 1.0}
@@ -69,18 +72,18 @@ class _Dice(NamedTuple):
     size: Array  # sum of p + t, and smooth
 
 
-class DiceLoss(AnyLoss):
+class DiceLoss(AbstractLoss):
     """A Dice loss, alone or with cross-entropy: called for the value; `grad` and `value_and_grad` take the same arguments."""
 
     def __init__(self, name: str, doc: str, with_entropy: bool) -> None:
         self.__name__ = self.__qualname__ = name
         self.__doc__ = doc
-        self.defaults = {**_SETTINGS, **(_WEIGHTS if with_entropy else {})}
+        self.settings = {**_SETTINGS, **(_WEIGHTS if with_entropy else {})}
         self.with_entropy = with_entropy
-        options = (*self.defaults, "weight", "reduction", *OPTIONS)
+        options = (*self.settings, "weight", "reduction", *OPTIONS)
         self.first, self.second = (Definition(formula, {}, ("target",), options) for formula in (_SUMS, _SLOPES))
-        self.__signature__ = signature(("input", "target"), "mean", {**self.defaults, **OPTIONS})
-        self._register(self.first, self.second)
+        self.__signature__ = signature(("input", "target"), "mean", {**self.settings, **OPTIONS})
+        self.register(self.first, self.second)
 
     def __repr__(self) -> str:
         return f"<loss {self.__name__}{self.__signature__}>"
@@ -90,44 +93,42 @@ class DiceLoss(AnyLoss):
         refuse_grad_output(options)
         if options.get("out") is not None:
             raise ValueError("out takes the gradient, and the value alone has none: use grad or value_and_grad")
-        return self._run(("value",), (), input, target, weight, reduction, options)[0]
+        return evaluate(self, Arguments(VALUE, (), input, target, weight, reduction, options))[0]
 
     def grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Array:
         """Return the gradient with respect to the input, in the input's dtype."""
-        return self._run((), ("slope",), input, target, weight, reduction, options)[1][0]
+        return evaluate(self, Arguments((), SLOPE, input, target, weight, reduction, options))[1][0]
 
     def value_and_grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> tuple[Any, Array]:
         """Return the loss and its gradient with respect to the input, from two passes over memory."""
-        value, outputs = self._run(("value",), ("slope",), input, target, weight, reduction, options)
+        value, outputs = evaluate(self, Arguments(VALUE, SLOPE, input, target, weight, reduction, options))
         return value, outputs[0]
 
-    def _compute(
-        self, summed: tuple[str, ...], wanted: tuple[str, ...], first: Any, second: Any, weight: Any, reduction: str,
-        options: dict[str, Any], call: type[Call] = Call
-    ) -> tuple[Any, list[Array]]:  # fmt: skip
-        passes = _Passes(self, first, second, weight, reduction, dict(options), call)
-        return passes.value() if summed else None, passes.slopes(wanted) if wanted else []
+    def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
+        """Compute what the arguments ask for: sums in one pass, gradients in a second."""
+        passes = _Passes(self, arguments._replace(options=dict(arguments.options)), call)
+        return passes.value() if arguments.summed else None, passes.slopes(arguments.wanted) if arguments.wanted else []
 
     def writes_value(self, reduction: str) -> bool:
-        """No: without a reduction the value is one number a group."""
+        """Return False: even with reduction "none" the value is made of sums, one number for each group."""
         return False
 
     def value_shape(self, shape: tuple[int, ...], reduction: str, options: Mapping[str, Any]) -> tuple[int, ...]:
         """Return the shape of the value; without a reduction (N, C), (N,), (C,) or ()."""
-        own = {**self.defaults, **options}
+        own = {**self.settings, **options}
         if reduction != "none":
             return shape[:1] if reduction.startswith("sample") else ()
         kept = shape[: leading_axes(own)]
         return kept if own["per_sample"] else kept[1:]
 
-    def settings(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Take this loss's own options out of the others."""
-        own = {name: options.pop(name, default) for name, default in self.defaults.items()}
+    def take_settings(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Remove the settings from the options, check them, and return them with the defaults of those that are missing."""
+        own = {name: options.pop(name, default) for name, default in self.settings.items()}
         for name, value in own.items():
             if name.startswith("per_"):
                 check_flag(name, value)
             else:
-                own[name] = bounded(name, value, (0.0, LARGEST))
+                own[name] = to_bounded(name, value, (0.0, LARGEST))
         return own
 
 
@@ -137,16 +138,14 @@ def leading_axes(settings: Mapping[str, Any]) -> int:
 
 
 class _Passes:
-    """One call: the sums, made at once, and from them the value and the slope."""
+    """One call: the first pass, made at once, and from its sums the value and the second pass."""
 
-    def __init__(
-        self, loss: DiceLoss, input: Any, target: Any, weight: Any, reduction: Any, options: dict[str, Any], call: type[Call]
-    ) -> None:  # fmt: skip
-        self.loss, self.set, self.reduction = loss, loss.settings(options), reduction
-        upstream = options.pop("grad_output", None)
-        self.call = call(loss.first, input, target, weight, "sum", options)
+    def __init__(self, loss: DiceLoss, arguments: Arguments, call: Any) -> None:
+        self.loss, self.set, self.reduction = loss, loss.take_settings(arguments.options), arguments.reduction
+        upstream = arguments.options.pop("grad_output", None)
+        self.call = call(loss.first, arguments._replace(reduction="sum"))
         self.shape = self.call.shape
-        self.call.kept = self.leading_axes()
+        self.call.group_axes = self.leading_axes()
         self.check_reduction()
         self.upstream = 1.0 if upstream is None else self.take_upstream(upstream)
         self.sum()
@@ -171,7 +170,7 @@ class _Passes:
         if self.call.is_number(grad_output):
             return to_float("grad_output", grad_output)
         array = self.call.as_array("grad_output", grad_output)
-        check_upstream(array, self.shape_of_value(), self.reduction)
+        check_grad_output(array, self.shape_of_value(), self.reduction)
         return array.astype(np.float64)
 
     def shape_of_value(self) -> tuple[int, ...]:
@@ -182,9 +181,9 @@ class _Passes:
         """Make the first pass: the Dice losses, which of them are of any element, and the sums of the cross-entropy."""
         names = ("overlap", "missed", *(("entropy",) if self.loss.with_entropy else ()), *(("count",) if self.call.excludes else ()))
         sums = self.call.run(names, (), [], validate=self.call.validate)
-        named = {name: np.reshape(x, self.shape[: self.call.kept]) for name, x in zip(names, sums, strict=False)}
+        named = {name: np.reshape(x, self.shape[: self.call.group_axes]) for name, x in zip(names, sums, strict=False)}
         if "count" not in named:
-            named["count"] = np.full_like(named["missed"], float(prod(self.shape[self.call.kept :])))
+            named["count"] = np.full_like(named["missed"], float(prod(self.shape[self.call.group_axes :])))
         self.counted = named["count"]
         self.entropy = named.get("entropy", self.counted)
         overlap, missed, counted = (self.over_batch(x) for x in (named["overlap"], named["missed"], self.counted))
@@ -202,7 +201,7 @@ class _Passes:
         """Return the reduced value."""
         if self.reduction == "none":
             return self.dice.loss[()]
-        self.call.warn_of_nothing(self.divisor(self.counted))
+        self.call.warn_of_empty_mean(self.divisor(self.counted))
         parts = [("dice_weight", self.dice.loss, self.present), ("bce_weight", self.entropy, self.counted)]
         weights = {"dice_weight": 1.0, "bce_weight": 0.0} | self.set
         with np.errstate(all="ignore"):  # a part of weight 0 does not count, not even where it is infinite
@@ -227,8 +226,8 @@ class _Passes:
         """Make the second pass, and return the gradients that are wanted."""
         with np.errstate(all="ignore"):
             call = self.call.derive(self.loss.second, self.slope_parameters())
-        outputs = call.make_outputs(wanted)
-        call.run((), wanted, outputs, borrowed=call.out is not None)
+        outputs: list[Array] = call.make_outputs(wanted)
+        call.run((), wanted, outputs)
         return outputs
 
     def slope_parameters(self) -> dict[str, Array]:

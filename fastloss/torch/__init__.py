@@ -9,10 +9,12 @@
 The functions of `fastloss` itself take tensors too. On the CPU, and on a GPU through CuPy; tensors are read and written where they are.
 """
 
-from fastloss.losses.latent import gaussian_kl_loss, vae_loss
+from fastloss.backends.torch.reuse import empty_cache
+from fastloss.losses.latent import gaussian_kl_loss
 from fastloss.losses.logistic import binary_entropy, mse_with_logits_loss
 from fastloss.losses.regression import log_cosh_loss
 from fastloss.losses.segmentation import dice_bce_with_logits_loss, dice_with_logits_loss
+from fastloss.losses.vae import vae_loss
 from fastloss.torch.functional import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -22,7 +24,6 @@ from fastloss.torch.functional import (
     sigmoid_focal_loss,
     smooth_l1_loss,
 )
-from fastloss.torch.memory import empty_cache
 from fastloss.torch.modules import (
     BCELoss,
     BCEWithLogitsLoss,

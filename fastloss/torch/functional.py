@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 import fastloss
-from fastloss.call import check_reduction, outside, to_float
-from fastloss.plan import REDUCTIONS, check_shapes
+from fastloss.core.checks import REDUCTIONS, caller_level, check_reduction, check_shapes, to_float
 
 
 def binary_cross_entropy_with_logits(
@@ -155,7 +154,7 @@ def broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     warnings.warn(
         f"input has shape {tuple(input.shape)} and target {tuple(target.shape)}; they are broadcast, which is rarely what is meant: "
         "give them the same shape",
-        stacklevel=outside(),
+        stacklevel=caller_level(),
     )
     expanded: tuple[Tensor, Tensor] = torch.broadcast_tensors(input, target)
     return expanded

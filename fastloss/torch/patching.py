@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastloss.backends.torch.memory_views import HALVES, has_memory, is_on_gpu, is_transformed
 from fastloss.torch import functional
-from fastloss.torch.tensors import HALVES, has_memory, is_on_gpu, is_transformed
 
 NAMES = ("binary_cross_entropy", "binary_cross_entropy_with_logits", "huber_loss", "l1_loss", "mse_loss", "smooth_l1_loss")
 DTYPES = (torch.float32, torch.float64, *(HALVES if importlib.util.find_spec("ml_dtypes") else ()))

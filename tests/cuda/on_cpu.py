@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fastloss.disk import cache_folder
+from fastloss.kernel.cache import cache_folder
 
 FOLDER = Path(__file__).parent
 COMPILER = os.environ.get("CXX", "g++")

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
 import fastloss as fl
-from fastloss.loss import AnyLoss, TargetLoss
-from fastloss.losses.latent import VAELoss
+from fastloss.core.abstract_loss import AbstractLoss
+from fastloss.loss import TargetLoss
+from fastloss.losses.vae import VAELoss
 
 METHODS = ("__call__", "grad", "value_and_grad", "curvature")
 
@@ -47,7 +48,7 @@ class Carrier:
 
 def methods() -> Iterator[tuple[type, str]]:
     """Yield what is called with arrays: the methods of every class of losses, by name."""
-    classes: list[type] = [AnyLoss, TargetLoss, VAELoss]
+    classes: list[type] = [AbstractLoss, TargetLoss, VAELoss]
     for kind in classes:
         classes += kind.__subclasses__()
         yield from ((kind, name) for name in METHODS if name in vars(kind))

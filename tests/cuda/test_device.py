@@ -100,7 +100,7 @@ def test_sums_do_not_depend_on_the_device(cp, fresh, rng):
     a, b, z, t = batch(cp, rng, (3, 2, 200, 701))
     found = []
     for processors in (1, 3, 1000):
-        fresh.setattr("fastloss.cuda.device.processors", lambda device, n=processors: n)
+        fresh.setattr("fastloss.cuda.workspace.processors", lambda device, n=processors: n)
         found += [LOGISTIC(z, t).get(), LOGISTIC(z, t, reduction="sample_sum").get().sum()]
     assert len(set(map(float, found[::2]))) == len(set(map(float, found[1::2]))) == 1
     assert_close(found[0], LOGISTIC(a, b), SUM[z.dtype])
@@ -131,7 +131,7 @@ def test_large_batches_are_counted_in_64_bits(size, is_wide):
     from tests.cuda.variants import launch
 
     z = np.broadcast_to(np.float32(0), size)
-    made = launch(LOGISTIC._definition, z, z, ("value",))
+    made = launch(LOGISTIC.definition, z, z, ("value",))
     assert made.variant(tuple(made.alignments)).is_wide is is_wide
 
 
@@ -255,14 +255,14 @@ def test_no_memory_left(cp, monkeypatch, rng):
 
 @asks_the_stand_in
 def test_each_stream_has_a_workspace_and_each_captured_launch(cp, rng):
-    from fastloss.cuda import device
+    from fastloss.cuda import workspace as device
 
     a, b, z, t = batch(cp, rng, (2, 300, 211))
     found = []
     for pointer in (0, 111, 222, 111):
         with cp.cuda.Stream(pointer):
             LOGISTIC(z, t)
-            found.append(device.workspace(0))
+            found.append(device.find_workspace(0))
     assert len(set(map(id, found))) == 3
     assert found[1] is found[3]
     with cp.cuda.Stream(111) as stream:
@@ -278,11 +278,11 @@ def test_each_stream_has_a_workspace_and_each_captured_launch(cp, rng):
 
 @asks_the_stand_in
 def test_threads_with_default_streams_of_their_own_share_no_workspace(cp):
-    from fastloss.cuda import device
+    from fastloss.cuda import workspace as device
 
     def of_a_thread():
         with cp.cuda.Stream(device.PER_THREAD):
-            return device.workspace(0)
+            return device.find_workspace(0)
 
     with ThreadPoolExecutor(1) as pool:
         assert of_a_thread() is of_a_thread() is not pool.submit(of_a_thread).result()
@@ -290,7 +290,7 @@ def test_threads_with_default_streams_of_their_own_share_no_workspace(cp):
 
 @asks_the_stand_in
 def test_workspaces_are_small_and_not_kept_for_ever(cp, rng):
-    from fastloss.cuda import device
+    from fastloss.cuda import workspace as device
 
     _, _, z, t = batch(cp, rng, 10)
     for pointer in range(1000, 1000 + 2 * device.STREAMS):
@@ -374,7 +374,7 @@ def test_a_bad_element_of_overlapping_windows_exists(cp):
 
 @asks_the_stand_in
 def test_subnormal_numbers_are_kept(cp):
-    from fastloss.cuda import compiler
+    from fastloss.cuda import compile as compiler
 
     compiler.compiled("", "sm_0")
     options = cp.nvrtc.options[-1]

@@ -15,7 +15,11 @@ from tests.table import LOSSES
 from tests.ulp import PEER, SUM, assert_close
 
 torch = pytest.importorskip("torch")
-autograd, patching, tensors = (importlib.import_module(f"fastloss.torch.{name}") for name in ("autograd", "patching", "tensors"))
+patching = importlib.import_module("fastloss.torch.patching")
+ASK_WHERE_TENSORS_ARE = [
+    patching,
+    *(importlib.import_module(f"fastloss.backends.torch.{name}") for name in ("autograd", "bound", "memory_views")),
+]
 
 BCE = fl.binary_cross_entropy_with_logits
 NAMES = [*LOSSES, "gaussian_kl_loss", "dice_with_logits_loss", "dice_bce_with_logits_loss"]
@@ -28,7 +32,7 @@ def device(cp, monkeypatch):
     """Where tensors of the device are made; without a GPU on the CPU, and taken for some of a GPU's."""
     if cp is not on_cpu:
         return torch.device("cuda")
-    for module in (tensors, autograd, patching):
+    for module in ASK_WHERE_TENSORS_ARE:
         monkeypatch.setattr(module, "is_on_gpu", lambda x: True)
     monkeypatch.setattr(patching, "has_cupy", lambda: True)
 
@@ -66,7 +70,7 @@ def close(got, want, dtype=None):
 def on_host(monkeypatch, compute):
     """Compute without a device."""
     with monkeypatch.context() as patched:
-        for module in (tensors, autograd, patching):
+        for module in ASK_WHERE_TENSORS_ARE:
             patched.setattr(module, "is_on_gpu", lambda x: x.is_cuda)
         return compute()
 

@@ -21,12 +21,13 @@ import cupy  # noqa: F401 (finds NVRTC)
 import numpy as np
 
 import fastloss as fl
-from fastloss.call import Call
-from fastloss.cuda.compiler import compiled
+from fastloss.core.call import Arguments
+from fastloss.core.plan import Request
+from fastloss.cpu.call import HostCall
+from fastloss.cuda.compile import compiled
 from fastloss.cuda.launch import Launch, Outcome
 from fastloss.cuda.rescale import text_of
 from fastloss.cuda.source import source
-from fastloss.plan import Request
 from tests.table import LOSSES
 
 SHAPE = (8, 3, 32, 32)
@@ -51,7 +52,7 @@ def launch(
 ) -> Launch:  # fmt: skip
     """Return what would launch a call."""
     weight = options.pop("weight", None)
-    call = Call(definition, input, target, weight, reduction, options)
+    call = HostCall(definition, Arguments(summed, wanted, input, target, weight, reduction, options))
     outputs = [np.empty_like(target if name.startswith("target_") else input) for name in wanted]
     return Launch(Request(*call.request(summed, wanted, outputs, validate)), outcome or Outcome())
 
@@ -60,7 +61,8 @@ def launches() -> Iterator[tuple[str, Launch]]:
     """Yield every kind of launch, with a name."""
     single, double = (array(dtype) for dtype in ("float32", "float64"))
     for name in [*LOSSES, "gaussian_kl_loss"]:
-        one = getattr(fl, name)._definition
+        loss = getattr(fl, name)
+        one = loss.definition or loss._definition
         for z in (single, double):
             yield f"{name} {z.dtype}: value and slope", launch(one, z, z, ("value",), ("slope",))
             yield f"{name} {z.dtype}: value", launch(one, z, z, ("value",))
@@ -70,9 +72,9 @@ def launches() -> Iterator[tuple[str, Launch]]:
         for z in (single, double):
             yield f"{loss.__name__} {z.dtype}: sums", launch(loss.first, z, z, ("overlap", "missed", "entropy", "count"), mask=z > 0)
             groups = dict.fromkeys(loss.second.formula.defaults, array("float64", (8, 3, 1, 1)))
-            call = Call(loss.first, z, z, None, "sum", {}).derive(loss.second, groups)
+            call = HostCall(loss.first, Arguments((), BOTH, z, z, None, "sum", {})).derive(loss.second, groups)
             yield f"{loss.__name__} {z.dtype}: slopes", Launch(Request(*call.request((), BOTH, [z, z])), Outcome())
-    one = LOGISTIC._definition
+    one = LOGISTIC.definition
     for dtype, target in product(FLOATS, (*FLOATS, *INTEGERS)):
         yield f"{dtype} and {target}", launch(one, array(dtype), array(target), ("value",), ("slope",))
     yield from options(one)
@@ -111,7 +113,7 @@ def texts() -> Iterator[tuple[str, str, str]]:
         yield what, source(variant), variant.name
     for what, one in launches():
         if what in ("float32 and float32", "float16 and uint8", "ragged"):
-            sizes = tuple(int(op.code[1]) for op in one.plan.spec.arrays)
+            sizes = tuple(op.size for op in one.plan.spec.arrays)
             variant = one.variant(sizes)
             yield f"{what}, not aligned", source(variant), variant.name
             yield f"{what}, 64 bits", source(replace(variant, is_wide=True)), variant.name

@@ -1,7 +1,7 @@
-"""exp, log and their kin, in plain operators on any target's symbols; the coefficients come from `docs/minimax.py`.
+"""exp, log and related functions, in operators that every machine's symbols have. `docs/minimax.py` computes the coefficients.
 
 Errors: exp, log and pow below 1 ulp, expm1 and log1p below 1.5 ulp, subnormal results included (`tests/test_accuracy.py`).
-NaN goes through; infinities and poles have their limits.
+NaN stays NaN; at infinities and poles the functions have their limits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from fastloss.ops import copysign, estrin, fma, where
 
-Number = Any  # a `cpu.simd.Vector` or a `cuda.text.Scalar`: one element of a vector, or alone
+Number = Any  # a symbol: a `cpu.vector.Vector` or a `cuda.scalar.Scalar`
 
 LOG2_E = 1.4426950408889634
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import cupy
 
-from fastloss.disk import cache_folder, read, write
+from fastloss.kernel.cache import cache_folder, read, write
+from fastloss.version import __version__
 
 OPTIONS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
 HIP_OPTIONS = ("--std=c++17", "-ffp-contract=off")
@@ -39,7 +40,7 @@ def architecture(capability: str) -> str:
 
 def machine_code(text: str, architecture: str) -> bytes:
     """Return the machine code of a text, from the disk if it is there."""
-    digest = hashlib.sha256(f"{nvrtc().getVersion()} {architecture} {OPTIONS} {text}".encode()).hexdigest()
+    digest = hashlib.sha256(f"cuda {__version__} {nvrtc().getVersion()} {architecture} {OPTIONS} {text}".encode()).hexdigest()
     path = cache_folder() / digest
     if (code := read(path)) is None:
         code = compiled(text, architecture)

@@ -6,19 +6,26 @@ training step, so PyTorch's autograd may have them, with its temporaries and its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 
 def second_derivatives(
-    reduction: str, options: dict[str, Any], wanted: Sequence[str], grads: Sequence[Any], first: Any, second: Any, upstream: Any
+    formula: Callable[..., Any],
+    reduction: str,
+    options: dict[str, Any],
+    wanted: Sequence[str],
+    grads: Sequence[Any],
+    first: Any,
+    second: Any,
+    upstream: Any,
 ) -> Sequence[Any]:
     """Return the derivatives of slopes by both operands and by what comes down the chain, each times the slopes' gradients."""
     with torch.enable_grad():
         z, t, u = (x.detach().requires_grad_(x.is_floating_point()) for x in (first, second, upstream))
-        value = dice_bce(z, t, reduction, **options)
+        value = formula(z, t, reduction, **options)
         slopes = torch.autograd.grad(value, [t if name == "target_slope" else z for name in wanted], u, create_graph=True)
         by = [x for x in (z, t, u) if x.requires_grad]
         found = iter(torch.autograd.grad(slopes, by, grads, allow_unused=True))
@@ -53,3 +60,6 @@ def dice_bce(
         entropy = torch.nn.functional.binary_cross_entropy_with_logits(z, t, reduction="none")
         value = value + bce_weight * reduced(sum_groups(one * entropy, False), sum_groups(torch.ones_like(z), False))
     return value
+
+
+FORMULAS = {"dice_with_logits_loss": dice_bce, "dice_bce_with_logits_loss": dice_bce}  # by the loss's key

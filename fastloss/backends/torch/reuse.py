@@ -13,7 +13,7 @@ import weakref
 
 import numpy as np
 
-from fastloss.plan import Array
+from fastloss.core.plan import Array
 
 LARGE = 8 << 20  # bytes; below, malloc keeps memory itself
 KEPT = 2  # at most so many pieces

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-NAMES = "float16 float32 float64 bool uint8 uint16 uint32 uint64 int8 int16 int32 int64"
-NUMPY = {getattr(torch, name): np.dtype(name) for name in NAMES.split()}
+from fastloss.core.dtypes import NAMES
+
+NUMPY = {getattr(torch, name): np.dtype(name) for name in NAMES if name != "bfloat16"}
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:

@@ -1,26 +1,23 @@
 """The operators `fastloss::loss` and `fastloss::derivatives`: what PyTorch's compilers see of the losses.
 
 They are opaque to it, but for the shapes of what they return and for their derivatives. One pair serves every loss, also one
-of the user's: the first argument is its key in `fastloss.loss.LOSSES`.
+of the user's: the first argument is its key in `LOSSES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastloss.call import refuse_unknown
-from fastloss.loss import LOSSES, AnyLoss
-from fastloss.losses.segmentation import DiceLoss
-from fastloss.plan import belongs_to, check_shapes
-from fastloss.torch import textbook
-from fastloss.torch.tensors import to_array, to_tensor
-
-if TYPE_CHECKING:
-    from fastloss.torch.autograd import Bound
+from fastloss.backends.torch import double_backward
+from fastloss.backends.torch.bound import Bound
+from fastloss.backends.torch.memory_views import to_array, to_tensor
+from fastloss.core.abstract_loss import LOSSES, AbstractLoss
+from fastloss.core.checks import check_shapes, refuse_unknown
+from fastloss.core.definition import operand_of
 
 CALL = "str loss, str reduction, Tensor first, Tensor second, Tensor[] others, str[] names, float[] numbers"
 FLAGS = ("validate", "per_channel", "per_sample")  # options that are no numbers
@@ -52,7 +49,7 @@ def derivatives(bound: Bound, wanted: Sequence[str], upstream: Any, tensors: Seq
     return grads
 
 
-def passes(
+def evaluate(
     bound: Bound, summed: Sequence[str], wanted: Sequence[str], tensors: Sequence[Any], special: Mapping[str, Any]
 ) -> tuple[Any, list[Any]]:
     """Return the reduced value, if it is summed, and what is wanted, without autograd."""
@@ -71,8 +68,6 @@ def passes(
 
 def bind(loss: str, reduction: str, others: Sequence[Any], names: Sequence[str], numbers: Sequence[float], dtype: torch.dtype) -> Bound:
     """Return the call that an operator's arguments are."""
-    from fastloss.torch.autograd import Bound
-
     options = zip(names[len(others) :], numbers, strict=True)
     settings = {name: bool(x) if name in FLAGS else x for name, x in options}
     return Bound(LOSSES[loss], reduction, tuple(names[: len(others)]), settings, dtype)
@@ -108,7 +103,7 @@ def _derivatives(
     bound = bind(loss, reduction, others, names, numbers, first.dtype)
     options = {} if upstream is None else {"grad_output": to_array(upstream)}
     computed = bound.compute((), tuple(wanted), [first, second, *others], **options)[1]
-    return [as_declared(to_tensor(x), operand_of(name, first, second)) for name, x in zip(wanted, computed, strict=True)]
+    return [as_declared(to_tensor(x), operand_like(name, first, second)) for name, x in zip(wanted, computed, strict=True)]
 
 
 @torch.library.register_fake("fastloss::derivatives", lib=LIBRARY)
@@ -117,18 +112,18 @@ def _(
     upstream: Any
 ) -> list[Any]:  # fmt: skip
     check(LOSSES[loss], first, second, names)
-    return [torch.empty_like(operand_of(name, first, second)) for name in wanted]
+    return [torch.empty_like(operand_like(name, first, second)) for name in wanted]
 
 
-def check(loss: AnyLoss, first: Any, second: Any, names: Sequence[str]) -> None:
+def check(loss: AbstractLoss, first: Any, second: Any, names: Sequence[str]) -> None:
     """Refuse while compiling what the kernels would refuse while running."""
     check_shapes(loss.operands[0], first.shape, loss.operands[1], second.shape)
     refuse_unknown(dict.fromkeys(names), loss.options)
 
 
-def operand_of(output: str, first: Any, second: Any) -> Any:
+def operand_like(output: str, first: Any, second: Any) -> Any:
     """Return the operand whose shape and dtype an output has."""
-    return second if belongs_to(output) == "target" else first
+    return second if operand_of(output) == "target" else first
 
 
 def as_declared(computed: Any, operand: Any) -> Any:
@@ -163,10 +158,10 @@ def differentiate_slopes(ctx: Any, grads: list[Any]) -> tuple[Any, ...]:
     (wanted,), (loss, reduction, names, numbers) = ctx.rest, ctx.call
     if not SECOND.keys() >= set(wanted):
         raise NotImplementedError("a loss has no third derivative")
-    if isinstance(LOSSES[loss], DiceLoss):
+    if (formula := double_backward.FORMULAS.get(loss)) is not None:
         known = bind(loss, reduction, others, names, numbers, first.dtype)
-        settings = {**LOSSES[loss].defaults, **known.settings, **dict(zip(known.names, others, strict=True))}
-        by = textbook.second_derivatives(reduction, settings, wanted, grads, first, second, upstream)
+        settings = {**LOSSES[loss].settings, **known.settings, **dict(zip(known.names, others, strict=True))}
+        by = double_backward.second_derivatives(formula, reduction, settings, wanted, grads, first, second, upstream)
     else:
         by = diagonal(ctx, wanted, grads, first, second, upstream, others)
     return None, None, by[0], by[1], *nothing(others, names, numbers, wanted), by[2]

@@ -87,7 +87,7 @@ def is_capturing(stream: Any) -> bool:
     return not cupy.cuda.runtime.is_hip and bool(stream.is_capturing())
 
 
-def workspace(device: int) -> Workspace:
+def find_workspace(device: int) -> Workspace:
     """Return the workspace of the current stream; of a launch that is captured into a graph, one of its own."""
     stream = cupy.cuda.get_current_stream()
     if is_capturing(stream):
@@ -118,7 +118,7 @@ def processors(device: int) -> int:
     return int(cupy.cuda.runtime.deviceGetAttribute(cupy.cuda.runtime.cudaDevAttrMultiProcessorCount, device))
 
 
-def current() -> int:
+def current_device() -> int:
     """Return the current device, or raise the error that says what is missing."""
     try:
         return int(cupy.cuda.runtime.getDevice())

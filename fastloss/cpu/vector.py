@@ -15,25 +15,28 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import config
 
-from fastloss import vmath
+from fastloss.core.dtypes import BY_CODE
+from fastloss.kernel import elementary
 from fastloss.ops import Symbol, where
 
 # Numba compiles for the CPU it runs on, unless NUMBA_CPU_NAME and NUMBA_CPU_FEATURES say otherwise.
 _IS_HOST = config.CPU_NAME is None and config.CPU_FEATURES is None
 HAS_AVX512 = bool(llvm.get_host_cpu_features().get("avx512f")) if _IS_HOST else "+avx512f" in (config.CPU_FEATURES or "")
 
-_FLOATS: dict[str, ir.Type] = {"f2": ir.HalfType(), "f4": ir.FloatType(), "f8": ir.DoubleType()}
-_SUFFIX = {"half": "f16", "float": "f32", "double": "f64", "i32": "i32", "i64": "i64", "i8": "i8", "i16": "i16", "i1": "i1"}
+_FLOATS: dict[str, ir.Type] = {"half": ir.HalfType(), "float": ir.FloatType(), "double": ir.DoubleType()}
+_SUFFIXES = {"half": "f16", "float": "f32", "double": "f64"}  # in the names of intrinsics
 
 
 def scalar_type(code: str) -> ir.Type:
-    """Return the LLVM type of one stored element; `code` is a NumPy type code such as "f4", "u1" or "b1", or "B2" for bfloat16."""
-    return _FLOATS.get(code) or ir.IntType(8 * int(code[1]))
+    """Return the LLVM type of one stored element, given the code of its element type, such as "f4" or "u1"."""
+    name = BY_CODE[code].llvm
+    return _FLOATS.get(name) or ir.IntType(int(name[1:]))
 
 
 def mangle(vector: ir.VectorType) -> str:
-    """Return the suffix LLVM gives intrinsics on this type: v16f32."""
-    return f"v{vector.count}{_SUFFIX[str(vector.element)]}"
+    """Return the suffix that LLVM gives intrinsics on a vector type: v16f32."""
+    element = str(vector.element)
+    return f"v{vector.count}{_SUFFIXES.get(element, element)}"
 
 
 def call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
@@ -116,11 +119,11 @@ class Vector(Symbol):
 
     def as_float(self) -> Vector:
         """Return integer lanes' bits as floating-point numbers."""
-        return self.bitcast(_FLOATS[f"f{self.bits // 8}"])
+        return self.bitcast(scalar_type(f"f{self.bits // 8}"))
 
     def to_float(self) -> Vector:
         """Return integer lanes converted to floating-point numbers of the same width."""
-        return self.like(self.builder.sitofp(self.value, ir.VectorType(_FLOATS[f"f{self.bits // 8}"], self.type.count)))
+        return self.like(self.builder.sitofp(self.value, ir.VectorType(scalar_type(f"f{self.bits // 8}"), self.type.count)))
 
     def convert(self, code: str, to: str) -> Vector:
         """Return lanes stored as type `code` as the type `to`, rounded once to nearest even."""
@@ -185,7 +188,7 @@ class Vector(Symbol):
     def apply(self, op: str, *args: Any) -> Vector:
         """Emit the instructions for `op`."""
         if op == "polynomial":
-            return vmath.polynomial(*args)
+            return elementary.polynomial(*args)
         vector = next(a for a in args if isinstance(a, Vector))
         return _OPS[op](*(vector.match(a) for a in args))
 
@@ -229,7 +232,7 @@ def _extremum(sign: str) -> Callable[[Vector, Vector], Vector]:
 
 
 def _add_log1p(x: Vector, e: Vector) -> Vector:
-    result = x + vmath.log1p(e.like(e.value).within(0.0, 1.0))  # a copy: elsewhere, e may be anything
+    result = x + elementary.log1p(e.like(e.value).within(0.0, 1.0))  # a copy: elsewhere, e may be anything
     result.log_term = (x, e)  # LLVM drops the logarithm where a sum reads the term instead
     return result
 
@@ -258,12 +261,12 @@ _OPS: dict[str, Callable[..., Vector]] = {
     "where": _where,
     "minimum": _extremum("<"),
     "maximum": _extremum(">"),
-    "exp": vmath.exp,
-    "expm1": vmath.expm1,
-    "log": vmath.log,
-    "log1p": vmath.log1p,
-    "pow": vmath.pow,
-    "sigmoid": vmath.sigmoid,
-    "tanh": vmath.tanh,
+    "exp": elementary.exp,
+    "expm1": elementary.expm1,
+    "log": elementary.log,
+    "log1p": elementary.log1p,
+    "pow": elementary.pow,
+    "sigmoid": elementary.sigmoid,
+    "tanh": elementary.tanh,
     "add_log1p": _add_log1p,
 }

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastloss.backends.torch.dtypes import numpy_dtype
 from fastloss.cuda import cupy
 from fastloss.cuda.call import DeviceCall
 from fastloss.cuda.rescale import rescale
-from fastloss.torch.dtypes import numpy_dtype
 
 CODES = {torch.float32: "f4", torch.float64: "f8"}
 

@@ -1,7 +1,7 @@
-"""What becomes of an element between its loads and its stores, written once for all targets.
+"""The arithmetic of one element between its loads and its stores, written once for the CPU and the GPU.
 
-A step is given symbols, each one element or a vector of them, and hands back symbols: what is stored, what is added to the
-sums. How they are loaded, stored and summed is the target's own (`cpu/loops.py`, `cuda/source.py`).
+The functions take symbols, each an element or a vector of elements, and return symbols: the results to store, and the terms to
+add to the sums. Loads, stores and sums belong to each machine (`cpu/loop.py`, `cuda/source.py`).
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from fastloss.core.plan import Operand, Spec
 from fastloss.ops import fma, where
-from fastloss.plan import Operand, Spec
 
 
 def load(
     spec: Spec, raw: Mapping[str, Any], number: Mapping[str, Any], everywhere: Any, convert: Callable[[Any, str], Any],
     differs: Callable[[Any, Any], Any]
 ) -> tuple[dict[str, Any], Any]:  # fmt: skip
-    """Return operands in the type of the arithmetic, and which elements count.
+    """Convert the loaded operands to the type of the arithmetic, and return them with the condition that an element counts.
 
-    `convert` is given what is stored and as what; `differs` a target as it is stored and as it is converted.
+    `convert(raw, code)` converts an element stored as a type code. `differs(raw, converted)` compares a target, stored and
+    converted, with `ignore_index`.
     """
     counted = everywhere
     if "mask" in raw:
@@ -33,7 +34,7 @@ def load(
 
 
 def quantities(spec: Spec, loaded: Mapping[str, Any], number: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the formula makes of an element, by name, and what one adds to the count."""
+    """Evaluate the formula and return its quantities by name. "count" is what an element adds to the count."""
     if not spec.trace:
         return {"count": 1.0}
     parameters = {name: loaded[name] if name in loaded else number[name] for name in spec.parameters}
@@ -41,7 +42,7 @@ def quantities(spec: Spec, loaded: Mapping[str, Any], number: Mapping[str, Any])
 
 
 def stored(spec: Spec, found: Mapping[str, Any], loaded: Mapping[str, Any], scale: Any, counted: Any) -> Iterator[tuple[Operand, Any]]:
-    """Yield what each output stores: slopes and curvatures with all the factors of the chain rule, a value with its weight."""
+    """Yield each output with the result to store: derivatives with every factor of the chain rule, values with their weight."""
     if not spec.outputs:
         return
     weight = loaded.get("weight")
@@ -52,7 +53,7 @@ def stored(spec: Spec, found: Mapping[str, Any], loaded: Mapping[str, Any], scal
 
 
 def summands(spec: Spec, found: Mapping[str, Any], weight: Any, counted: Any) -> tuple[list[Any], list[Any]]:
-    """Return what elements add to each sum, and for those whose logarithms go into a product, e: there, 1 + e is the factor."""
+    """Return the term of each sum, and the factors 1 + e, given as e, of those sums whose logarithms are collected as products."""
     values, factors = [], []
     for name in spec.summed:
         value = counted.match(found[name])
@@ -64,15 +65,15 @@ def summands(spec: Spec, found: Mapping[str, Any], weight: Any, counted: Any) ->
 
 
 def is_bad(x: Any, counted: Any) -> Any:
-    """Return where elements count and lie outside [0, 1]."""
+    """Return the condition that an element counts and lies outside [0, 1]."""
     return counted & ~((x >= 0.0) & (x <= 1.0))
 
 
 def accumulate(x: Any, y: Any, as_factors: bool) -> Any:
-    """Return x + y, or (1 + x) (1 + y) - 1, which keeps its relative accuracy where both are tiny."""
+    """Return x + y, or as factors (1 + x) (1 + y) - 1, which stays accurate where x and y are tiny."""
     return x + fma(x, y, y) if as_factors else x + y
 
 
 def multiply(x: Any, y: Any) -> Any:
-    """Return x * y, where None stands for 1."""
+    """Return x * y, with None standing for 1."""
     return y if x is None else x if y is None else x * y

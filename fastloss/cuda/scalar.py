@@ -12,15 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from fastloss import vmath
+from fastloss.core.dtypes import BY_CODE
+from fastloss.kernel import elementary
 from fastloss.ops import Symbol
 
-# by NumPy's codes; 16 bits are taken as they are stored, and converted by functions of loops.cuh
-TYPES = {
-    "f8": "double", "f4": "float", "f2": "unsigned short", "B2": "unsigned short", "b1": "unsigned char",
-    "i1": "signed char", "i2": "short", "i4": "int", "i8": "long long",
-    "u1": "unsigned char", "u2": "unsigned short", "u4": "unsigned int", "u8": "unsigned long long",
-}  # fmt: skip
+TYPES = {code: t.cuda for code, t in BY_CODE.items()}  # functions of elements.cuh convert the 16-bit types
 FLOATS, INTS = {"float": 32, "double": 64}, {"int": 32, "long long": 64}
 TYPE_CODES = {"float": "f4", "double": "f8"}
 CONVERSIONS = {"f2": "from_half", "B2": "from_bfloat16"}
@@ -89,7 +85,7 @@ class Scalar(Symbol):
     def apply(self, op: str, *args: Any) -> Scalar:
         """Append the lines for `op`."""
         if op == "polynomial":
-            return vmath.polynomial(*args)
+            return elementary.polynomial(*args)
         first = next(a for a in args if isinstance(a, Scalar))
         if op == "where":
             return first.choose(*args[1:])
@@ -127,7 +123,7 @@ def literal(number: float, type: str) -> str:
 
 def add_log1p(x: Scalar, e: Scalar) -> Scalar:
     """Return x + log1p(e), and remember both."""
-    result = x + vmath.log1p(Scalar(e.lines, e.name, e.type).within(0.0, 1.0))  # a copy: elsewhere, e may be anything
+    result = x + elementary.log1p(Scalar(e.lines, e.name, e.type).within(0.0, 1.0))  # a copy: elsewhere, e may be anything
     result.log_term = (x, e)  # the compiler drops the logarithm where a sum reads the term instead
     return result
 
@@ -141,6 +137,6 @@ EXPRESSIONS = {
     "minimum": "minimum({0}, {1})", "maximum": "maximum({0}, {1})",
 }  # fmt: skip
 FUNCTIONS: dict[str, Callable[..., Scalar]] = {
-    "exp": vmath.exp, "expm1": vmath.expm1, "log": vmath.log, "log1p": vmath.log1p, "pow": vmath.pow, "sigmoid": vmath.sigmoid,
-    "tanh": vmath.tanh, "add_log1p": add_log1p,
+    "exp": elementary.exp, "expm1": elementary.expm1, "log": elementary.log, "log1p": elementary.log1p, "pow": elementary.pow,
+    "sigmoid": elementary.sigmoid, "tanh": elementary.tanh, "add_log1p": add_log1p,
 }  # fmt: skip

@@ -15,8 +15,8 @@ from torch._ops import _len_torch_dispatch_stack_pre_dispatch as pre_dispatch_mo
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from fastloss.plan import Array
-from fastloss.torch.dtypes import bfloat16
+from fastloss.backends.torch.dtypes import bfloat16
+from fastloss.core.plan import Array
 
 PLAIN, STRIDED = (torch.Tensor, torch.nn.Parameter), torch.strided
 HALVES = (torch.float16, torch.bfloat16)
@@ -34,7 +34,7 @@ def to_array(tensor: Any) -> Array:
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
     if is_on_gpu(tensor):
-        from fastloss.torch.device import to_array
+        from fastloss.backends.torch.gpu import to_array
 
         return to_array(tensor)
     if tensor.dtype is torch.bfloat16:
@@ -47,7 +47,7 @@ def to_array(tensor: Any) -> Array:
 def to_tensor(array: Array) -> Any:
     """Return a tensor on an array's memory."""
     if not isinstance(array, np.ndarray):
-        from fastloss.torch.device import to_tensor
+        from fastloss.backends.torch.gpu import to_tensor
 
         return to_tensor(array)
     if array.dtype.kind == "V":  # bfloat16: its name takes longer to ask for

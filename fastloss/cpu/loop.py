@@ -21,19 +21,18 @@ from numba.core import cgutils
 from numba.core.datamodel import models, register_default
 from numba.extending import intrinsic
 
-from fastloss import step as element
-from fastloss import vmath
-from fastloss.cpu import simd
-from fastloss.cpu.frame import COUNTERS, LAYOUT_COUNTERS, LINE, PAST_BY_LATER_LINES, PAST_BY_LINES, THROUGH, UNIT, frame_of, partials_of
-from fastloss.cpu.simd import Vector
+from fastloss.core.dtypes import BY_CODE
+from fastloss.core.plan import Operand, Spec
+from fastloss.cpu.abi import COUNTERS, LAYOUT_COUNTERS, LINE, PAST_BY_LATER_LINES, PAST_BY_LINES, PIECE, THROUGH, count_partials, frame_of
+from fastloss.cpu.vector import HAS_AVX512, Vector, call, indices, mangle, scalar_type
+from fastloss.kernel import element, elementary
 from fastloss.ops import where
-from fastloss.plan import Operand, Spec
 
 # A step is four registers of AVX-512 or eight of AVX2: with fewer, its chain of dependent instructions leaves the units idle
 # (BCE value+gradient in the cache, ns an element, at 128, 256 and 512 bytes: AVX-512 0.50, 0.47, 0.51; AVX2, 64 to
 # 256 bytes 0.71, 0.55, 0.50).
 VECTOR_BYTES = 256
-REGISTER_BYTES = 64 if simd.HAS_AVX512 else 32
+REGISTER_BYTES = 64 if HAS_AVX512 else 32
 PREFETCH = 2048  # bytes, from a load to the lines it asks for
 # Steps whose elements are summed in float32: a lane adds up 64 of them, a constant batch within 2e-7; it multiplies as many
 # factors up to 2, whose product has to stay below 2**127.
@@ -45,19 +44,19 @@ SPECS: dict[str, Spec] = {}  # by key: Numba hands its intrinsics literal string
 
 def lanes_of(spec: Spec) -> int:
     """Return how many elements a step works on."""
-    return VECTOR_BYTES // int(spec.compute[1])
+    return VECTOR_BYTES // BY_CODE[spec.compute].size
 
 
 def sum_lanes_of(spec: Spec) -> int:
     """Return how many lanes a sum has."""
-    return REGISTER_BYTES // int(spec.compute[1])
+    return REGISTER_BYTES // BY_CODE[spec.compute].size
 
 
 class Lanes(types.Type):
     """Numba's name for an LLVM vector that a loop carries in registers."""
 
     def __init__(self, element: str, count: int) -> None:
-        self.llvm = ir.VectorType(simd.scalar_type(element), count)
+        self.llvm = ir.VectorType(scalar_type(element), count)
         super().__init__(f"Lanes({element} x {count})")
 
 
@@ -74,12 +73,12 @@ class Walk(NamedTuple):
     """Where the elements of a row lie, as LLVM values."""
 
     addresses: list[ir.Value]  # each array's first element of the row
-    strides: list[ir.Value]  # along a run
-    turns: list[ir.Value]  # from one run to the next
-    run_size: ir.Value
+    inner_strides: list[ir.Value]  # along the inner axis of the row
+    outer_strides: list[ir.Value]  # along the outer axis of the row
+    inner_size: ir.Value
 
 
-class Step:
+class StepEmitter:
     """The addresses and numbers one step works with, and what it loads from them."""
 
     def __init__(self, spec: Spec, builder: ir.IRBuilder, walk: Walk, start: ir.Value, left: ir.Value) -> None:
@@ -128,55 +127,55 @@ class Step:
 
         return [Vector(self.builder, v) for v in self.either(lambda: [v.value for v in vectors], slow)]
 
-    def place(self, k: int, element: ir.Type) -> ir.Value:
+    def place(self, k: int, operand: Operand) -> ir.Value:
         """Return a pointer to the step's first element of contiguous operand k."""
-        address = self.builder.add(self.walk.addresses[k], self.builder.mul(self.start, I64(element_bytes(element))))
-        return self.builder.inttoptr(address, element.as_pointer())
+        address = self.builder.add(self.walk.addresses[k], self.builder.mul(self.start, I64(operand.size)))
+        return self.builder.inttoptr(address, scalar_type(operand.code).as_pointer())
 
     def lane_pointers(self, k: int, element: ir.Type) -> ir.Value:
         """Return a vector of pointers, one a lane, for an operand that is not contiguous."""
         builder, walk = self.builder, self.walk
-        stride = spread(builder, walk.strides[k], self.lanes)
+        stride = spread(builder, walk.inner_strides[k], self.lanes)
         if self.spec.arrays[k].access == "nested":
-            run, index = self.runs()
-            offset = builder.add(builder.mul(run, spread(builder, walk.turns[k], self.lanes)), builder.mul(index, stride))
+            outer, index = self.nested_indices()
+            offset = builder.add(builder.mul(outer, spread(builder, walk.outer_strides[k], self.lanes)), builder.mul(index, stride))
         else:
             offset = builder.mul(builder.add(spread(builder, self.start, self.lanes), self.ids), stride)
         address = builder.add(spread(builder, walk.addresses[k], self.lanes), offset)
         return builder.inttoptr(address, ir.VectorType(element.as_pointer(), self.lanes))
 
-    def runs(self) -> tuple[ir.Value, ir.Value]:
-        """Return, for each lane, the run it is in, and its index there.
+    def nested_indices(self) -> tuple[ir.Value, ir.Value]:
+        """Return, for each lane, its index along the outer and along the inner axis of the row.
 
-        Only the first lane needs an integer division; the others are at most a step and a short run from it, where
+        Only the first lane needs an integer division; the others are at most a step and a short axis from it, where
         float32 tells the quotients apart.
         """
-        builder, run_size = self.builder, self.walk.run_size
-        first = builder.sdiv(self.start, run_size)
-        rest = builder.sub(self.start, builder.mul(first, run_size))
+        builder, inner_size = self.builder, self.walk.inner_size
+        first = builder.sdiv(self.start, inner_size)
+        rest = builder.sub(self.start, builder.mul(first, inner_size))
         index = builder.add(spread(builder, rest, self.lanes), self.ids)
         floats = ir.VectorType(ir.FloatType(), self.lanes)
         middle = builder.fadd(builder.sitofp(index, floats), ir.Constant(floats, [0.5] * self.lanes))
-        size = spread(builder, run_size, self.lanes)
+        size = spread(builder, inner_size, self.lanes)
         further = builder.fptosi(builder.fdiv(middle, builder.sitofp(size, floats)), index.type)
         return builder.add(spread(builder, first, self.lanes), further), builder.sub(index, builder.mul(further, size))
 
     def load(self, k: int, operand: Operand, within: ir.Value | None) -> ir.Value:
         """Load one vector of operand k; lanes outside `within` are not read."""
-        builder, element = self.builder, simd.scalar_type(operand.code)
-        vector, align = ir.VectorType(element, self.lanes), ir.Constant(ir.IntType(32), element_bytes(element))
+        builder, element = self.builder, scalar_type(operand.code)
+        vector, align = ir.VectorType(element, self.lanes), ir.Constant(ir.IntType(32), operand.size)
         zero = ir.Constant(vector, None)
         if operand.access == "constant":
             pointer = builder.inttoptr(self.walk.addresses[k], element.as_pointer())
             return spread(builder, builder.load(pointer), self.lanes)
         if operand.access != "contiguous":
-            name = f"llvm.masked.gather.{simd.mangle(vector)}.v{self.lanes}p0"
-            return simd.call(builder, name, vector, self.lane_pointers(k, element), align, within or self.all, zero)
-        pointer = self.place(k, element)
+            name = f"llvm.masked.gather.{mangle(vector)}.v{self.lanes}p0"
+            return call(builder, name, vector, self.lane_pointers(k, element), align, within or self.all, zero)
+        pointer = self.place(k, operand)
         vector_pointer = builder.bitcast(pointer, vector.as_pointer())
         if within is not None:
-            return simd.call(builder, f"llvm.masked.load.{simd.mangle(vector)}.p0", vector, vector_pointer, align, within, zero)
-        self.prefetch(pointer, self.lanes * element_bytes(element))
+            return call(builder, f"llvm.masked.load.{mangle(vector)}.p0", vector, vector_pointer, align, within, zero)
+        self.prefetch(pointer, self.lanes * operand.size)
         return builder.load(vector_pointer, align=align.constant)
 
     def prefetch(self, pointer: ir.Value, size: int) -> None:
@@ -189,55 +188,55 @@ class Step:
         bytes_pointer = builder.bitcast(pointer, ir.IntType(8).as_pointer())
         for line in range(0, size, LINE):
             ahead = builder.gep(bytes_pointer, [I64(PREFETCH + line)])
-            simd.call(builder, "llvm.prefetch.p0", ir.VoidType(), ahead, *flags)
+            call(builder, "llvm.prefetch.p0", ir.VoidType(), ahead, *flags)
 
     def store(self, k: int, operand: Operand, vector: ir.Value, how: ir.Value) -> None:
         """Store one vector to operand k, as the frame says how, and only the lanes within the row at its end."""
-        builder, element = self.builder, simd.scalar_type(operand.code)
-        align = ir.Constant(ir.IntType(32), element_bytes(element))
+        builder, element = self.builder, scalar_type(operand.code)
+        align = ir.Constant(ir.IntType(32), operand.size)
         void = ir.VoidType()
         if operand.access != "contiguous":
-            name = f"llvm.masked.scatter.{simd.mangle(vector.type)}.v{self.lanes}p0"
-            simd.call(builder, name, void, vector, self.lane_pointers(k, element), align, self.within())
+            name = f"llvm.masked.scatter.{mangle(vector.type)}.v{self.lanes}p0"
+            call(builder, name, void, vector, self.lane_pointers(k, element), align, self.within())
             return
-        pointer = builder.bitcast(self.place(k, element), vector.type.as_pointer())
+        pointer = builder.bitcast(self.place(k, operand), vector.type.as_pointer())
         with builder.if_else(self.is_full) as (full, tail):
             with full, builder.if_else(builder.icmp_signed("==", how, I64(THROUGH))) as (through, past):
                 with through:
                     builder.store(vector, pointer, align=align.constant)
                 with past:
-                    self.store_past(vector, pointer, how)
+                    self.store_past(vector, pointer, how, operand.size * self.lanes)
             with tail:
-                simd.call(builder, f"llvm.masked.store.{simd.mangle(vector.type)}.p0", void, vector, pointer, align, self.within())
+                call(builder, f"llvm.masked.store.{mangle(vector.type)}.p0", void, vector, pointer, align, self.within())
 
-    def store_past(self, vector: ir.Value, pointer: ir.Value, how: ir.Value) -> None:
+    def store_past(self, vector: ir.Value, pointer: ir.Value, how: ir.Value, size: int) -> None:
         """Store past the caches, in as few stores as the alignment allows.
 
         Stores of 16 bytes are merged to lines on their way, but take a shuffle each: with whole lines MSE went from 1.17 to
         0.98 times the triad, and BCE from 1.89 to 1.74.
         """
-        builder, size = self.builder, element_bytes(vector.type.element) * self.lanes
+        builder = self.builder
         words = builder.bitcast(vector, ir.VectorType(ir.IntType(32), size // 4))
         words_at = builder.bitcast(pointer, ir.IntType(32).as_pointer())
-        head = LINE - UNIT
-        by_units = units(0, size)
-        by_lines, by_later_lines = by_units, by_units
+        head = LINE - PIECE
+        by_pieces = pieces(0, size)
+        by_lines, by_later_lines = by_pieces, by_pieces
         if size % LINE == 0:
-            by_lines, by_later_lines = lines(0, size), [*units(0, head), *lines(head, size - UNIT), (size - UNIT, UNIT)]
+            by_lines, by_later_lines = lines(0, size), [*pieces(0, head), *lines(head, size - PIECE), (size - PIECE, PIECE)]
         with builder.if_else(builder.icmp_signed("==", how, I64(PAST_BY_LATER_LINES))) as (is_later, other):
             with is_later:
                 self.store_parts(words, words_at, by_later_lines)
-            with other, builder.if_else(builder.icmp_signed("==", how, I64(PAST_BY_LINES))) as (is_line, is_unit):
+            with other, builder.if_else(builder.icmp_signed("==", how, I64(PAST_BY_LINES))) as (is_line, is_piece):
                 with is_line:
                     self.store_parts(words, words_at, by_lines)
-                with is_unit:
-                    self.store_parts(words, words_at, by_units)
+                with is_piece:
+                    self.store_parts(words, words_at, by_pieces)
 
     def store_parts(self, words: ir.Value, pointer: ir.Value, parts: list[tuple[int, int]]) -> None:
         """Store parts of a vector past the caches, each given by its first byte and its size, to which it is aligned."""
         builder = self.builder
         for first, size in parts:
-            part = builder.shuffle_vector(words, words, simd.indices(first // 4, size // 4))
+            part = builder.shuffle_vector(words, words, indices(first // 4, size // 4))
             at = builder.bitcast(builder.gep(pointer, [I64(first // 4)]), part.type.as_pointer())
             builder.store(part, at, align=size).set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
 
@@ -248,19 +247,14 @@ class Step:
         return raw if code == to else raw.convert(code, to)
 
 
-def units(first: int, stop: int) -> list[tuple[int, int]]:
+def pieces(first: int, stop: int) -> list[tuple[int, int]]:
     """Return the 16-byte parts of a stretch of bytes."""
-    return [(at, UNIT) for at in range(first, stop, UNIT)]
+    return [(at, PIECE) for at in range(first, stop, PIECE)]
 
 
 def lines(first: int, stop: int) -> list[tuple[int, int]]:
     """Return the lines of a stretch of bytes."""
     return [(at, LINE) for at in range(first, stop, LINE)]
-
-
-def element_bytes(element: ir.Type) -> int:
-    """Return the size of one stored element."""
-    return {"half": 2, "float": 4, "double": 8}.get(str(element)) or element.width // 8
 
 
 def spread(builder: ir.IRBuilder, scalar: ir.Value, count: int) -> ir.Value:
@@ -270,12 +264,12 @@ def spread(builder: ir.IRBuilder, scalar: ir.Value, count: int) -> ir.Value:
     return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), count), None))
 
 
-def emit_step(step: Step, numbers: dict[str, ir.Value], scale: ir.Value, how: ir.Value, sums: list[Vector]) -> list[Vector]:
+def emit_step(step: StepEmitter, numbers: dict[str, ir.Value], scale: ir.Value, how: ir.Value, sums: list[Vector]) -> list[Vector]:
     """Write one step: load, formula, sums, store. Returns the new sums; see `_sum_types`."""
     spec, builder = step.spec, step.builder
     raw = step.load_all()
     number = {name: spread_number(builder, value, spec) for name, value in numbers.items()}
-    everywhere = Vector(builder, step.all, ir.VectorType(simd.scalar_type(spec.compute), step.lanes))
+    everywhere = Vector(builder, step.all, ir.VectorType(scalar_type(spec.compute), step.lanes))
     loaded, counted = element.load(
         spec, raw, number, everywhere, lambda x, code: step.convert(x, code, spec.compute),
         lambda stored, widened: is_not(step, stored, widened, numbers["ignore_index"]),
@@ -313,11 +307,11 @@ def spread_number(builder: ir.IRBuilder, value: ir.Value, spec: Spec) -> Vector:
     return Vector(builder, spread(builder, value, lanes_of(spec)))
 
 
-def is_not(step: Step, stored: Vector, widened: Vector, value: ir.Value) -> Vector:
+def is_not(step: StepEmitter, stored: Vector, widened: Vector, value: ir.Value) -> Vector:
     """Return where targets differ from a number: integers as they are stored, floating-point numbers as they are widened."""
     code = next(op.code for op in step.spec.operands if op.name == "target")
     if code[0] in "iub":
-        value = (step.builder.fptosi if code[0] == "i" else step.builder.fptoui)(value, simd.scalar_type(code))
+        value = (step.builder.fptosi if code[0] == "i" else step.builder.fptoui)(value, scalar_type(code))
         return stored != Vector(step.builder, spread(step.builder, value, step.lanes))
     return widened != spread_number(step.builder, value, step.spec)
 
@@ -365,7 +359,7 @@ def _sum_types(spec: Spec) -> tuple[Any, Any]:
     a range, in float64, a total for each sum and for the bad ones.
     """
     block = types.UniTuple(Lanes(spec.compute, sum_lanes_of(spec)), len(spec.summed) + len(spec.multiplied) + 1)
-    total = types.UniTuple(Lanes("f8", sum_lanes_of(spec)), partials_of(spec))
+    total = types.UniTuple(Lanes("f8", sum_lanes_of(spec)), count_partials(spec))
     return block, total
 
 
@@ -381,22 +375,22 @@ def zeros(typingctx: Any, key: Any, what: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def run_step(
-    typingctx: Any, key: Any, addresses: Any, strides: Any, turns: Any, run_size: Any, start: Any, stop: Any, numbers: Any, scale: Any,
-    how: Any, sums: Any
+def compute_step(
+    typingctx: Any, key: Any, addresses: Any, inner_strides: Any, outer_strides: Any, inner_size: Any, start: Any, stop: Any,
+    numbers: Any, scale: Any, how: Any, sums: Any
 ) -> Any:  # fmt: skip
     """Work on one vector's width of elements from `start` on; see `emit_step`."""
     spec = SPECS[key.literal_value]
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        addresses_, strides_, turns_, numbers_, sums_ = (cgutils.unpack_tuple(builder, args[k]) for k in (1, 2, 3, 7, 10))
-        run_size_, start_, stop_, scale_, how_ = (args[k] for k in (4, 5, 6, 8, 9))
+        addresses_, inner_, outer_, numbers_, sums_ = (cgutils.unpack_tuple(builder, args[k]) for k in (1, 2, 3, 7, 10))
+        inner_size_, start_, stop_, scale_, how_ = (args[k] for k in (4, 5, 6, 8, 9))
         named = dict(zip(spec.numbers, numbers_, strict=False))
-        one = Step(spec, builder, Walk(addresses_, strides_, turns_, run_size_), start_, builder.sub(stop_, start_))
+        one = StepEmitter(spec, builder, Walk(addresses_, inner_, outer_, inner_size_), start_, builder.sub(stop_, start_))
         new_sums = emit_step(one, named, scale_, how_, [Vector(builder, v) for v in sums_])
         return context.make_tuple(builder, sums, [v.value for v in new_sums])
 
-    return sums(key, addresses, strides, turns, run_size, start, stop, numbers, scale, how, sums), codegen
+    return sums(key, addresses, inner_strides, outer_strides, inner_size, start, stop, numbers, scale, how, sums), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -415,7 +409,7 @@ def fold(typingctx: Any, key: Any, totals: Any, sums: Any) -> Any:
         new = [old + widen(value) for old, value in zip(total, [*block[:count], block[-1]], strict=True)]
         for name, product in zip(spec.multiplied, block[count:-1], strict=True):
             k = spec.summed.index(name)
-            new[k] = new[k] + widen(vmath.log1p_of_product(product))
+            new[k] = new[k] + widen(elementary.log1p_of_product(product))
         return context.make_tuple(builder, totals, [v.value for v in new])
 
     return totals(key, totals, sums), codegen
@@ -463,21 +457,21 @@ def build(key: str) -> Any:
     """Compile the loop for a spec.
 
     Every thread that helps calls the same function with the same two arguments, the frame of the call and the layout of its
-    arrays; see `frame.py`. Ranges are handed out by an atomic counter; the counter of finished ranges is raised
+    arrays; see `abi.py`. Ranges are handed out by an atomic counter; the counter of finished ranges is raised
     by an atomic operation too, which also makes stores past the caches visible.
     """
     spec = SPECS[key]
-    lanes, arrays, partial_count = lanes_of(spec), len(spec.arrays), partials_of(spec)
+    lanes, arrays, partial_count = lanes_of(spec), len(spec.arrays), count_partials(spec)
     block = BLOCK * lanes
     addresses_at, numbers_at, scale_at, partials_at = frame_of(spec)
     numbers = max(1, scale_at - numbers_at)  # Numba has no empty tuples of one type; what is read instead is not used
-    strides_at, turns_at, starts_at, axes_at = (LAYOUT_COUNTERS + k * arrays for k in range(4))
+    inner_at, outer_at, starts_at, axes_at = (LAYOUT_COUNTERS + k * arrays for k in range(4))
 
     @cfunc(types.void(types.CPointer(types.int64), types.CPointer(types.int64)), error_model="numpy")
     def kernel(frame: Any, layout: Any) -> None:
-        _, _, how, scale_step, scales = read(COUNTERS, frame, 0)
-        ranges, per_group, range_size, group_size, row_size, run_size, axes = read(LAYOUT_COUNTERS, layout, 0)
-        strides, turns = read(arrays, layout, strides_at), read(arrays, layout, turns_at)
+        _, _, how, scale_stride, scales = read(COUNTERS, frame, 0)
+        ranges, per_group, range_size, group_size, row_size, inner_size, axes = read(LAYOUT_COUNTERS, layout, 0)
+        inner_strides, outer_strides = read(arrays, layout, inner_at), read(arrays, layout, outer_at)
         base = advance(read(arrays, frame, addresses_at), read(arrays, layout, starts_at), 1)
         options = read(numbers, doubles(frame, numbers_at), 0)
         partials = doubles(frame, partials_at)
@@ -486,7 +480,7 @@ def build(key: str) -> Any:
             group = index // per_group
             at = group * group_size + (index - group * per_group) * range_size
             stop = min(at + range_size, (group + 1) * group_size)
-            scale = doubles_at(scales)[group * scale_step]
+            scale = doubles_at(scales)[group * scale_stride]
             totals = zeros(key, "range")
             while at < stop:
                 row = at // row_size
@@ -503,7 +497,7 @@ def build(key: str) -> Any:
                     sums = zeros(key, "block")
                     last = min(first + block, column + count)
                     for start in range(first, last, lanes):
-                        sums = run_step(key, here, strides, turns, run_size, start, last, options, scale, how, sums)
+                        sums = compute_step(key, here, inner_strides, outer_strides, inner_size, start, last, options, scale, how, sums)
                     totals = fold(key, totals, sums)
                 at += count
             store_sums(partials, partial_count * index, totals)

@@ -1,9 +1,8 @@
-"""From a `Spec` to a function that can be called: compiled by Numba once, then kept on disk as machine code.
+"""From a `Spec` to a function that can be called: compiled by Numba once, then stored on disk as machine code.
 
-Numba's own disk cache starts all of Numba to load a function: 0.9 s of a process, where this one takes 0.1 s, because
-loading machine code needs llvmlite alone. Its key is the spec, in which the formula stands operation by operation, the
-sources that write it, the versions of Numba and llvmlite, and the CPU: an edited formula or package is never served an old
-kernel. Nothing is ever deleted; a kernel takes 5 to 20 KB.
+Loading a function from Numba's own disk cache starts all of Numba and takes 0.9 s of a process; this cache takes 0.1 s, because
+it needs llvmlite alone. The key of a kernel is its spec, which holds the formula operation by operation, and a fingerprint of
+everything else that decides machine code. A kernel takes 5 to 20 KB, and none is ever deleted.
 """
 
 from __future__ import annotations
@@ -15,14 +14,13 @@ import sys
 import threading
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import llvmlite
 import llvmlite.binding as llvm
 
-from fastloss.disk import cache_folder, read, write
-from fastloss.plan import Spec
+from fastloss.core.plan import Spec
+from fastloss.kernel.cache import cache_folder, fingerprint, read, write
 
 SYMBOL = "fastloss_kernel"
 PROTOTYPE = ctypes.CFUNCTYPE(None)  # takes ctypes arrays, which pass unchecked (0.2 us a call, 0.4 with addresses); frees the GIL
@@ -36,7 +34,7 @@ _engines: list[llvm.ExecutionEngine] = []  # they own the machine code
 
 
 def kernel(spec: Spec) -> Any:
-    """Return the compiled loop of a spec."""
+    """Return the compiled kernel of a spec."""
     with _lock:
         key = spec.key
         if key not in _kernels:
@@ -45,8 +43,8 @@ def kernel(spec: Spec) -> Any:
 
 
 def _object_code(spec: Spec) -> bytes:
-    """Return the machine code of a spec, from the disk if it is there."""
-    name = hashlib.sha256(f"{_fingerprint()}{spec.key}".encode()).hexdigest()
+    """Read the machine code of a spec from the disk, or compile it and write it there."""
+    name = hashlib.sha256(f"{_fingerprint()} {spec.key}".encode()).hexdigest()
     folder = cache_folder()
     if (code := read(folder / name)) is not None:
         statistics["loaded"] += 1
@@ -58,18 +56,18 @@ def _object_code(spec: Spec) -> bytes:
 
 
 def _compile(spec: Spec) -> bytes:
-    from fastloss.cpu import loops  # brings Numba, which a process with a warm cache never imports
+    from fastloss.cpu import loop  # brings Numba, which a process with a warm cache never imports
 
-    loops.SPECS[spec.key] = spec
+    loop.SPECS[spec.key] = spec
     # Numba's own machine code refers to Python symbols and to this process; its LLVM text, compiled again, stands alone
-    module = llvm.parse_assembly(loops.build(spec.key).inspect_llvm())
+    module = llvm.parse_assembly(loop.build(spec.key).inspect_llvm())
     entry = next(f for f in module.functions if f.name.startswith("cfunc."))
     entry.name = SYMBOL
     return bytes(_machine().emit_object(module))
 
 
 def _load(code: bytes) -> int:
-    """Map machine code into the process and return the address of the kernel."""
+    """Load machine code into the process and return the address of its kernel."""
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine(), use_lmm=True)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
@@ -96,15 +94,6 @@ def _cpu() -> tuple[str, str]:
 
 @cache
 def _fingerprint() -> str:
-    """Everything beside the spec that the machine code depends on."""
+    """Summarise everything besides the spec that the machine code depends on."""
     asked = [os.environ.get(name) for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
-    digest = hashlib.sha256(f"{version('numba')} {llvmlite.__version__} {sys.platform} {_cpu()} {asked}".encode())
-    for path in sources():
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def sources() -> list[Path]:
-    """Return the files that write machine code."""
-    folder = Path(__file__).parent
-    return [*sorted(folder.glob("*.py")), *(folder.parent / name for name in ("ops.py", "step.py", "vmath.py"))]
+    return fingerprint("cpu", version("numba"), llvmlite.__version__, sys.platform, _cpu(), asked)

@@ -1,0 +1,1 @@
+"""The frameworks whose arrays losses take, each behind the same protocol."""

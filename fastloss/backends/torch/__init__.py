@@ -1,0 +1,1 @@
+"""PyTorch's tensors: read in place, with autograd attached to the value."""

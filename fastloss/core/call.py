@@ -1,0 +1,233 @@
+"""`Call`: one call of a loss, its arrays and options checked and sorted, whatever machine computes it.
+
+A subclass for each machine adds how arrays are recognised and allocated, and how a pass over memory is made.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastloss.core.checks import (
+    can_hold,
+    check_grad_output,
+    count_group_axes,
+    refuse_unknown,
+    to_bounded,
+    to_buffers,
+    to_float,
+    to_validate,
+)
+from fastloss.core.definition import INPUT_AND_TARGET, Definition, operand_of
+from fastloss.core.dtypes import is_float
+
+ANY_NUMBER = (-math.inf, math.inf)
+
+
+class Arguments(NamedTuple):
+    """What a method of a loss asks for, and what its caller passed."""
+
+    summed: tuple[str, ...]  # quantities to reduce: ("value",) or ()
+    wanted: tuple[str, ...]  # quantities to write, one array each
+    first: Any
+    second: Any
+    weight: Any
+    reduction: str
+    options: dict[str, Any]
+
+
+class Call:
+    """One call's arrays and options, sorted into arrays that are read, numbers, and how the result is reduced."""
+
+    __slots__ = (
+        "arguments", "arrays", "group_axes", "loss", "must_count", "names", "numbers", "out", "parameters", "reduction", "shape",
+        "upstream", "validate",
+    )  # fmt: skip
+
+    kind: Any = None  # the type of arrays that need no conversion and no check
+
+    def __init__(self, loss: Definition, arguments: Arguments) -> None:
+        self.loss, self.arguments = loss, arguments
+        _, _, first, second, weight, self.reduction, options = arguments
+        kind = self.kind
+        x = first if type(first) is kind else self.as_array(loss.operands[0], first)
+        t = second if type(second) is kind else self.as_array(loss.operands[1], second)
+        self.names: tuple[str, ...] = INPUT_AND_TARGET
+        self.arrays: list[Any] = [x, t]
+        self.shape: tuple[int, ...] = x.shape
+        self.group_axes = count_group_axes(self.reduction, x.shape)
+        self.upstream: Any = 1.0
+        self.out, self.validate = options.get("out"), False
+        self.must_count = False  # whether only a pass over the mask or the targets tells how many elements a mean divides by
+        self.parameters: tuple[str, ...] = ()
+        self.numbers: dict[str, float] = {}
+        if weight is not None:
+            self.add("weight", weight)
+        if len(options) > (self.out is not None):
+            self.sort(options)
+
+    # what a machine's subclass defines
+
+    @staticmethod
+    def as_array(name: str, value: Any) -> Any:
+        """Return the caller's array without a copy; make one of a number or a list."""
+        raise NotImplementedError
+
+    @staticmethod
+    def is_number(value: Any) -> bool:
+        """Whether an option is one number that the host knows, and not an array or a list."""
+        raise NotImplementedError
+
+    @staticmethod
+    def check_buffer(name: str, out: Any) -> None:
+        """Refuse a buffer that cannot be written to."""
+        raise NotImplementedError
+
+    @staticmethod
+    def address_of(array: Any) -> int:
+        """Return the address of an array's first element."""
+        raise NotImplementedError
+
+    @staticmethod
+    def empty_like(array: Any) -> Any:
+        """Allocate an output with the shape, dtype and memory order of an array."""
+        raise NotImplementedError
+
+    @staticmethod
+    def as_upstream(array: Any) -> Any:
+        """Convert an upstream gradient with one number for each group to what kernels read."""
+        raise NotImplementedError
+
+    @staticmethod
+    def warn_of_empty_mean(counted: Any) -> None:
+        """Warn if a mean divides by 0, as far as the host knows."""
+        raise NotImplementedError
+
+    def compute(self) -> tuple[Any, list[Any]]:
+        """Compute what the arguments ask for: the reduced value or None, and the arrays that are wanted."""
+        raise NotImplementedError
+
+    def run(
+        self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Any], scale: Any = 1.0, validate: bool = False
+    ) -> Any:  # fmt: skip
+        """Make one pass over memory; return the sums, each a number, or an array with one number for each group."""
+        raise NotImplementedError
+
+    # arguments, sorted
+
+    def add(self, name: str, value: Any) -> None:
+        """Add an array that is read."""
+        if isinstance(value, str):  # PyTorch's regression losses have `reduction` in the place of `weight`
+            raise TypeError(f"{name} is {value!r}; accepted: an array or a number (a reduction is given by name, reduction={value!r})")
+        self.names += (name,)
+        self.arrays.append(self.as_array(name, value))
+
+    def sort(self, options: Mapping[str, Any]) -> None:
+        """Sort the options into arrays and numbers."""
+        refuse_unknown(options, self.loss.options)
+        self.take_parameters(options)
+        if (mask := options.get("mask")) is not None:
+            self.add("mask", mask)
+        if (scale := options.get("target_scale")) is not None:
+            self.numbers["target_scale"] = self.to_number("target_scale", scale)
+        if (ignored := options.get("ignore_index")) is not None:
+            self.take_ignore_index(to_float("ignore_index", ignored))
+        if (upstream := options.get("grad_output")) is not None:
+            self.take_grad_output(upstream)
+        self.validate = bool(to_validate(options.get("validate")) and self.loss.probabilities)
+        self.must_count = self.excludes and self.reduction in ("mean", "sample_mean")
+
+    def take_parameters(self, values: Mapping[str, Any]) -> None:
+        """Take the formula's parameters, as numbers or arrays. One that equals its default is a constant of the kernel."""
+        given = []
+        for name, default in self.loss.formula.defaults.items():
+            if (value := values.get(name)) is None:
+                continue
+            if not self.is_number(value):
+                self.add(name, value)
+            elif (number := self.to_number(name, value)) != default:
+                self.numbers[name] = number
+            else:
+                continue
+            given.append(name)
+        self.parameters = tuple(given)
+
+    def take_ignore_index(self, ignored: float) -> None:
+        """Take the target value that excludes an element, rounded as the targets are. Targets that cannot have it need no test."""
+        dtype = self.arrays[1].dtype
+        if can_hold(dtype, ignored):
+            self.numbers["ignore_index"] = float(np.asarray(ignored, dtype)) if is_float(dtype) else ignored
+
+    def take_grad_output(self, grad_output: Any) -> None:
+        """Take the upstream gradient: a number, or an array of the loss's shape."""
+        if self.is_number(grad_output):
+            self.upstream = to_float("grad_output", grad_output)
+            return
+        array = self.as_array("grad_output", grad_output)
+        shape = self.shape if self.reduction == "none" else self.shape[: self.group_axes]
+        check_grad_output(array, shape, self.reduction)
+        if self.reduction == "none" and array.ndim:
+            self.add("grad_output", array)
+        else:
+            self.upstream = self.as_upstream(array)
+
+    def to_number(self, name: str, value: Any) -> float:
+        """Convert an option that is one number, within the bounds of the loss."""
+        return to_bounded(name, value, self.loss.bounds.get(name, ANY_NUMBER))
+
+    # outputs and passes
+
+    def buffers(self) -> tuple[Any, ...]:
+        """Return the caller's buffers; none if `out` was not passed."""
+        return () if self.out is None else to_buffers(self.out, self.loss.gradients, self.check_buffer)
+
+    def make_outputs(self, wanted: tuple[str, ...]) -> list[Any]:
+        """Return one array for each quantity to write: the caller's buffers first, then new ones."""
+        outputs = [*self.buffers()]
+        while len(outputs) < len(wanted):
+            outputs.append(self.empty_like(self.arrays[self.names.index(operand_of(wanted[len(outputs)]))]))
+        return outputs
+
+    def request(self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Any], validate: bool = False) -> tuple[Any, ...]:
+        """Return the fields of a pass's `Request`. Finding its launch takes less time than making the object would."""
+        layouts = tuple([(a.dtype, a.shape, a.strides) for a in self.arrays + outputs])
+        checked = self.loss.probabilities if validate else ()
+        names, numbers = self.names, tuple(self.numbers)
+        return self.loss.formula, self.shape, self.group_axes, summed, checked, wanted, self.parameters, numbers, names, layouts
+
+    def scan(self, summed: tuple[str, ...], validate: bool, *needed: str) -> Any:
+        """Make a pass that reads only the arrays and numbers it needs and computes no loss; return the sums."""
+        scan = copy.copy(self)
+        chosen = [k for k, name in enumerate(self.names) if name in needed]
+        scan.names, scan.arrays = tuple(self.names[k] for k in chosen), [self.arrays[k] for k in chosen]
+        scan.numbers = {name: x for name, x in self.numbers.items() if name in needed}
+        scan.parameters = ()
+        return scan.run(summed, (), [], validate=validate)
+
+    def derive(self, loss: Definition, arrays: Mapping[str, Any]) -> Call:
+        """Make a call of another formula on the same arrays and options, with its parameters given as arrays."""
+        other = copy.copy(self)
+        other.loss, other.parameters, other.group_axes = loss, tuple(arrays), 0
+        given = [self.as_array(name, x) for name, x in arrays.items()]
+        other.names, other.arrays = (*self.names, *arrays), [*self.arrays, *given]
+        return other
+
+    @property
+    def excludes(self) -> bool:
+        """Whether a mask or an ignored target value excludes elements."""
+        return "mask" in self.names or "ignore_index" in self.numbers
+
+    def count(self) -> Any:
+        """Return how many elements the reduction divides by: one number, or one for each group."""
+        if self.must_count:
+            needed = ("target", "mask", "ignore_index") if "ignore_index" in self.numbers else ("mask",)
+            return self.scan(("count",), False, *needed)[0]
+        if self.reduction == "batchmean":
+            return self.shape[0]
+        if self.reduction in ("mean", "sample_mean"):
+            return math.prod(self.shape[self.group_axes :])
+        return 1

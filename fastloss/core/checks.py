@@ -1,0 +1,198 @@
+"""The checks of everything a caller may pass, and the messages of their errors. Nothing here reads an element."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastloss.core.definition import operand_of
+from fastloss.core.dtypes import FLOATS, NAMES, is_float
+
+REDUCTIONS = ("mean", "sum", "none", "batchmean", "sample_mean", "sample_sum")
+SMALLEST, LARGEST = math.nextafter(0.0, 1.0), sys.float_info.max  # bounds of parameters that are "more than 0" and "finite"
+
+ArrayInfo = tuple[str, np.dtype[Any], tuple[int, ...], tuple[int, ...]]  # name, dtype, shape, strides
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def refuse_unknown(options: Iterable[str], accepted: tuple[str, ...]) -> None:
+    """Refuse options that a loss does not have."""
+    if unknown := sorted(name for name in options if name not in accepted):
+        raise TypeError(f"unknown option {', '.join(unknown)}; accepted: {', '.join(accepted)}")
+
+
+def refuse_grad_output(options: Mapping[str, Any]) -> None:
+    """Refuse an upstream gradient in a call that returns no gradient."""
+    if options.get("grad_output") is not None:
+        raise ValueError("grad_output scales a gradient, and the value alone has none: use grad or value_and_grad")
+
+
+def check_reduction(reduction: Any, accepted: Sequence[str]) -> None:
+    """Refuse a reduction that a loss does not have."""
+    if not isinstance(reduction, str) or reduction not in accepted:
+        known = isinstance(reduction, str) and reduction in REDUCTIONS
+        raise ValueError(f"reduction {reduction!r} is unknown{' here' * known}; accepted: {', '.join(map(repr, accepted))}")
+
+
+def count_group_axes(reduction: Any, shape: tuple[int, ...]) -> int:
+    """Return how many leading axes a reduction keeps: each of their entries is a group with a value of its own."""
+    if reduction == "mean" or reduction == "sum":
+        return 0
+    check_reduction(reduction, REDUCTIONS)
+    if reduction == "none":
+        return 0
+    if not shape:
+        raise ValueError(f"reduction {reduction!r} needs a first axis, and the input has none: its shape is ()")
+    return 0 if reduction == "batchmean" else 1
+
+
+def check_grad_output(array: Any, shape: tuple[int, ...], reduction: str) -> None:
+    """Refuse an upstream gradient that is neither one number nor shaped like the loss."""
+    if array.ndim and array.shape != shape:
+        raise ValueError(f"grad_output has shape {array.shape}; with reduction {reduction!r} the loss has shape {shape}")
+    check_dtype("grad_output", array.dtype)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse an option that is neither True nor False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
+def to_validate(value: Any) -> bool:
+    """Return whether elements are checked. "defer" accepts that the error may come later, which it does only on a GPU."""
+    if value is None or (isinstance(value, str) and value == "defer"):
+        return value is not None
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"validate is {value!r}; accepted: True, False, 'defer'")
+    return bool(value)
+
+
+def to_float(name: str, value: Any) -> float:
+    """Convert an option that must be one number."""
+    plain = isinstance(value, (int, float))
+    if not plain and (isinstance(value, (str, bytes)) or np.ndim(value) != 0 or np.iscomplexobj(value)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, not {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name} is too large for a float64") from None
+
+
+def to_bounded(name: str, value: Any, bounds: tuple[float, float]) -> float:
+    """Convert an option that must be one number within bounds."""
+    number, (low, high) = to_float(name, value), bounds
+    if not low <= number <= high:
+        least = "more than 0" if low == SMALLEST else f"{low:g} or more" if low > -math.inf else "any number but NaN"
+        least = f"{least}, and finite" if high == LARGEST else least
+        accepted = least if high >= LARGEST else f"from {low:g} to {high:g}" if low > -math.inf else f"{high:g} or less"
+        raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
+    return number
+
+
+def can_hold(dtype: np.dtype[Any], ignored: float) -> bool:
+    """Whether a target of this dtype can equal `ignore_index`. If it cannot, no element is ignored."""
+    if math.isnan(ignored):
+        raise ValueError("ignore_index is NaN, which equals nothing; pass mask=~numpy.isnan(target)")
+    if is_float(dtype):
+        return True
+    if abs(ignored) > 2.0**53 or not ignored.is_integer():
+        raise ValueError(f"ignore_index is {ignored!r}; accepted for {dtype} targets: whole numbers up to 2**53")
+    if dtype.kind == "b":
+        return ignored in (0.0, 1.0)
+    return dtype.kind in "iu" and bool(np.iinfo(dtype).min <= ignored <= np.iinfo(dtype).max)
+
+
+# --- arrays -----------------------------------------------------------------------------------------------------------
+
+
+def check_arrays(arrays: Iterable[ArrayInfo], shape: tuple[int, ...], outputs: tuple[str, ...], is_scaled: bool) -> None:
+    """Refuse arrays that no kernel takes. `shape` is the input's, `is_scaled` says whether `target_scale` was passed."""
+    arrays = list(arrays)
+    dtypes = {name: dtype for name, dtype, _, _ in arrays}
+    for name, dtype, found, strides in arrays:
+        if name in outputs:
+            check_output("out", (dtype, found, strides), shape, dtypes[operand_of(name)])
+        else:
+            check_dtype(name, dtype)
+        if name == "target" and found != shape:
+            raise ValueError(
+                f"input has shape {shape} and target {found}; they must be equal: a weight or a mask may broadcast, a target may not"
+            )
+    if is_scaled and is_float(dtypes["target"]):
+        raise ValueError(f"target_scale multiplies integer targets, and target is {dtypes['target']}: scale it before the call")
+
+
+def check_shapes(name: str, shape: tuple[int, ...], other: str, other_shape: tuple[int, ...]) -> None:
+    """Refuse two arrays of different shapes."""
+    if shape != other_shape:
+        raise ValueError(f"{name} has shape {tuple(shape)} and {other} {tuple(other_shape)}; they must be equal")
+
+
+def check_dtype(name: str, dtype: np.dtype[Any]) -> None:
+    """Refuse a dtype that kernels do not read."""
+    accepted = {"input": FLOATS, "mu": FLOATS, "logvar": FLOATS, "mask": ("bool",)}.get(name, NAMES)
+    if dtype.name not in accepted:
+        raise TypeError(f"{name} has dtype {dtype}; accepted: {', '.join(accepted)}")
+    if not dtype.isnative:
+        raise TypeError(f"{name} has the other byte order ({dtype.str}); convert it with .astype({dtype.name!r})")
+
+
+def check_output(
+    name: str, found: tuple[np.dtype[Any], tuple[int, ...], tuple[int, ...]], wanted: tuple[int, ...], wanted_dtype: np.dtype[Any]
+) -> None:
+    """Refuse a buffer, given by its dtype, shape and strides, that cannot hold the result."""
+    dtype, shape, strides = found
+    if shape != wanted or dtype != wanted_dtype:
+        raise ValueError(f"{name} has shape {shape} and dtype {dtype}; the result has shape {wanted} and dtype {wanted_dtype}")
+    reach = dtype.itemsize
+    for stride, length in sorted((abs(stride), length) for stride, length in zip(strides, shape, strict=True) if length > 1):
+        if stride < reach and 0 not in shape:
+            raise ValueError(f"several elements of {name} share memory: it is a broadcast view or a sliding window")
+        reach += stride * (length - 1)
+
+
+def to_buffers(out: Any, count: int, check: Callable[[str, Any], None]) -> tuple[Any, ...]:
+    """Return `out` as a tuple of `count` arrays, each checked with its name. A single array is passed by itself."""
+    if count == 1:
+        check("out", out)
+        return (out,)
+    if not isinstance(out, (tuple, list)) or len(out) != count:
+        raise TypeError(f"out must be {count} arrays, one for each gradient, not {type(out).__name__}")
+    for k, buffer in enumerate(out):
+        check(f"out[{k}]", buffer)
+    return tuple(out)
+
+
+# --- elements that a kernel found ---------------------------------------------------------------------------------------
+
+
+def describe_bad_element(name: str, index: tuple[int, ...], found: Any, is_scaled: bool) -> str:
+    """Word the error for an element outside [0, 1]."""
+    hint = "; for images stored as whole numbers pass target_scale=1/255" if found.dtype.kind in "iu" and not is_scaled else ""
+    logits = "; for logits use binary_cross_entropy_with_logits" if name == "input" else ""
+    return f"{name}[{', '.join(map(str, index))}] is {found!s}; accepted: {name}s in [0, 1]{hint}{logits}"
+
+
+def warn_of_empty_mean() -> None:
+    """Warn, at the caller outside the package, that a mean over no elements is NaN."""
+    warnings.warn("mean of no elements: the input is empty, or all of it is masked", RuntimeWarning, stacklevel=caller_level())
+
+
+def caller_level() -> int:
+    """Return the stack level, for `warnings.warn`, of the first caller outside the package."""
+    package = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -1,0 +1,77 @@
+"""The rule for shared memory: an output may be its own operand, element for element. Any other overlap is refused.
+
+Arrays are compared by address, so the rule serves every machine, and no element is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Distances = tuple[int, int, int, int]  # operand, output, and the open interval of (operand's address - output's) that means overlap
+
+
+class Span(NamedTuple):
+    """The memory of an array."""
+
+    address: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def span_of(array: Any, address: int) -> Span:
+    """Describe the memory of an array of any framework, given its address."""
+    return Span(address, array.dtype, array.shape, array.strides)
+
+
+def refuse_overlap(output: str, out: Span, name: str, array: Span, own: str, accepted: str) -> None:
+    """Raise ValueError if an output shares memory with an array, unless that is the output's own operand, element for element."""
+    if not (name == own and are_same_elements(out, array)) and share_memory(out, array):
+        raise ValueError(f"{output} shares memory with {name}; accepted: memory of its own, or {accepted}, which is then overwritten")
+
+
+def check_buffers(buffers: Sequence[Span], reads: Mapping[str, Span], own: tuple[str, ...]) -> None:
+    """Refuse several outputs that share memory with each other, or with an array that is read but is not their own operand."""
+    accepted = f"out=({', '.join(own)})"
+    for k, buffer in enumerate(buffers):
+        for name, array in [*reads.items(), *((f"out[{j}]", buffers[j]) for j in range(k))]:
+            refuse_overlap(f"out[{k}]", buffer, name, array, own[k], accepted)
+
+
+def are_same_elements(out: Span, array: Span) -> bool:
+    """Whether two arrays have the same elements at the same addresses, in the same order."""
+    strides = [(a, b) for a, b, length in zip(array.strides, out.strides, out.shape, strict=False) if length > 1]
+    return out.address == array.address and array.dtype == out.dtype and array.shape == out.shape and all(a == b for a, b in strides)
+
+
+def share_memory(a: Span, b: Span) -> bool:
+    """Whether two arrays have a byte in common. Where the exact answer would take long, the answer is yes."""
+    try:
+        return np.shares_memory(_unread(a), _unread(b), max_work=1 << 16)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _unread(span: Span) -> np.ndarray[Any, Any]:
+    """Make a NumPy array at an address that may belong to a GPU. Its elements must not be read."""
+    interface = {"data": (span.address, False), "shape": span.shape, "strides": span.strides, "version": 3}
+    return np.asarray(SimpleNamespace(__array_interface__={**interface, "typestr": f"|V{span.dtype.itemsize}"}))
+
+
+def overlap_distances(extents: list[tuple[int, int]], reads: int) -> tuple[Distances, ...]:
+    """List, for each output and each of the first `reads` arrays, the distances of their addresses at which they may overlap.
+
+    `extents` holds, for every array, the first byte and the end of its memory, relative to its address.
+    """
+    outputs = enumerate(extents[reads:], reads)
+    return tuple((k, j, begin - last, end - first) for j, (begin, end) in outputs for k, (first, last) in enumerate(extents[:reads]))
+
+
+def extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    """Return the first byte and the end of an array's memory, relative to its address."""
+    reaches = [(length - 1) * stride for length, stride in zip(shape, strides, strict=True)]
+    return sum(r for r in reaches if r < 0), sum(r for r in reaches if r > 0) + itemsize

@@ -1,0 +1,149 @@
+"""`HostCall`: a call of NumPy's arrays, computed on the CPU.
+
+Launches are remembered by request, so that a small call costs microseconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+
+from fastloss.core.call import Call
+from fastloss.core.checks import describe_bad_element, warn_of_empty_mean
+from fastloss.core.plan import Array, Request, make_plan
+
+SEARCHED = 1 << 20  # elements searched together for the first one outside [0, 1]
+FOREIGN = ("torch", "cupy", "dask", "jax", "jaxlib", "tensorflow")  # whose arrays NumPy would convert slowly, or wrongly
+
+
+class HostCall(Call):
+    """One call's arrays and options, and the passes that are made over them."""
+
+    __slots__ = ()
+    kind = np.ndarray
+
+    @staticmethod
+    def as_array(name: str, value: Any) -> Array:
+        """Return the caller's array without a copy; make one of a number or a list."""
+        if type(value) is np.ndarray:
+            return value
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError(f"{name} is a masked array, whose mask would be lost; pass {name}.data, and mask=~{name}.mask")
+        if type(value).__module__.partition(".")[0] in FOREIGN:
+            found = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise TypeError(f"{name} is a {found}; accepted: numpy.ndarray, and what numpy.asarray makes one of")
+        return np.asarray(value)
+
+    @staticmethod
+    def is_number(value: Any) -> bool:
+        """Whether an option is one number, and not an array or a list."""
+        return isinstance(value, (int, float)) or np.ndim(value) == 0
+
+    @staticmethod
+    def check_buffer(name: str, out: Any) -> None:
+        """Refuse a buffer that is not a plain, writable NumPy array."""
+        if type(out) is not np.ndarray and (not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray)):
+            raise TypeError(f"{name} must be a numpy.ndarray, not {type(out).__name__}")
+        if not out.flags.writeable:
+            raise ValueError(f"{name} is read-only")
+
+    @staticmethod
+    def address_of(array: Any) -> int:
+        """Return the address of an array's first element."""
+        return int(array.ctypes.data)
+
+    @staticmethod
+    def empty_like(array: Any) -> Any:
+        """Allocate an output with the shape, dtype and memory order of an array."""
+        return np.empty_like(array)
+
+    @staticmethod
+    def as_upstream(array: Any) -> Any:
+        """Convert an upstream gradient with one number for each group to float64."""
+        return array.astype(np.float64)
+
+    @staticmethod
+    def warn_of_empty_mean(counted: Any) -> None:
+        """Warn if a mean divides by 0."""
+        if not np.all(counted):
+            warn_of_empty_mean()
+
+    def compute(self) -> tuple[Any, list[Array]]:
+        """Compute what the arguments ask for: the reduced value or None, and the arrays that are wanted."""
+        summed, wanted, *_ = self.arguments
+        validate = self.validate
+        if validate and self.out is not None:
+            self.check_elements()  # first, so that an error leaves the caller's buffer as it was
+            validate = False
+        counting = self.must_count and not wanted  # a gradient's scale needs the count before the pass
+        counted = 1 if counting else self.count()
+        scale = self.scale(counted) if wanted else 1.0
+        outputs = self.make_outputs(wanted)
+        sums = self.run((*summed, "count") if counting else summed, wanted, outputs, scale, validate)
+        if counting:
+            counted = sums[1]
+        return (self.reduce(sums[0], counted) if summed else None), outputs
+
+    def run(
+        self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Array], scale: Any = 1.0, validate: bool = False
+    ) -> Any:  # fmt: skip
+        """Make one pass; return the sums, each a number, or an array with one number for each group."""
+        launch = find_launch(*self.request(summed, wanted, outputs, validate))
+        is_callers = self.out is not None and bool(wanted)
+        sums, bad = launch.run(self.arrays + outputs, self.numbers.values(), scale, is_callers)
+        if bad:
+            self.refuse_bad_element()
+        return sums
+
+    def scale(self, counted: Any) -> Any:
+        """Return the factor of the gradients: one number, or one for each group."""
+        if not self.group_axes:
+            return self.upstream / counted if counted else math.nan  # where nothing counts, every gradient is 0 all the same
+        with np.errstate(all="ignore"):
+            return np.ascontiguousarray(np.broadcast_to(np.divide(self.upstream, counted), self.shape[:1]))
+
+    def reduce(self, total: Any, counted: Any) -> Any:
+        """Divide a sum by the number of elements that the reduction counts."""
+        if not self.group_axes and counted:
+            return np.float64(total / counted)
+        self.warn_of_empty_mean(counted)
+        with np.errstate(all="ignore"):
+            return np.divide(total, counted)
+
+    def check_elements(self) -> None:
+        """Make a pass that writes nothing, and raise if an element is outside [0, 1]."""
+        self.scan((), True, *self.loss.probabilities, "target", "mask", "ignore_index", "target_scale")
+
+    def refuse_bad_element(self) -> None:
+        """Find the first element outside [0, 1], a part of the batch at a time, and raise the error that names it."""
+        shape = self.shape or (1,)
+        named = {name: np.broadcast_to(array, self.shape).reshape(shape) for name, array in zip(self.names, self.arrays, strict=True)}
+        entries = max(1, SEARCHED * shape[0] // named["target"].size)
+        for first in range(0, shape[0], entries):
+            part = {name: array[first : first + entries] for name, array in named.items()}
+            for name in self.loss.probabilities:
+                if (bad := self.find_bad(name, part)).any():
+                    where = np.unravel_index(np.argmax(bad), bad.shape)
+                    index = (int(where[0]) + first, *map(int, where[1:]))[: len(self.shape)]
+                    raise ValueError(describe_bad_element(name, index, part[name][where], "target_scale" in self.numbers))
+        raise ValueError("a target is outside [0, 1] by a rounding error; accepted: targets in [0, 1]")
+
+    def find_bad(self, name: str, part: dict[str, Array]) -> Any:
+        """Mark the elements of a part of an array that count and lie outside [0, 1]."""
+        x = part[name] * self.numbers.get("target_scale", 1.0) if name == "target" else part[name]
+        bad = ~((x >= 0) & (x <= 1)) & part.get("mask", np.True_)
+        if "ignore_index" in self.numbers:
+            bad &= part["target"] != self.numbers["ignore_index"]
+        return bad
+
+
+@functools.lru_cache(maxsize=1024)
+def find_launch(*request: Any) -> Any:
+    """Return the launch of a request, given by its fields: its plan with the compiled kernel."""
+    plan = make_plan(Request(*request))
+    from fastloss.cpu.launch import EmptyLaunch, Launch  # brings llvmlite, and Numba if a kernel must be compiled
+
+    return Launch(plan) if plan.size else EmptyLaunch(plan)

@@ -1,0 +1,183 @@
+"""The objective of a variational autoencoder: the error of its reconstructions, and the divergence of its latent codes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastloss.backends.find import find_backend
+from fastloss.core.checks import LARGEST, check_output, refuse_grad_output, refuse_unknown, to_bounded, to_buffers, to_float
+from fastloss.core.overlap import check_buffers, span_of
+from fastloss.core.plan import Array
+from fastloss.losses.latent import gaussian_kl_loss
+from fastloss.losses.logistic import binary_cross_entropy_with_logits, mse_with_logits_loss
+
+
+class VAEValue(NamedTuple):
+    """The objective of a variational autoencoder, a mean over the batch, and its two parts."""
+
+    total: np.float64  # reconstruction + beta * divergence
+    reconstruction: np.float64
+    divergence: np.float64
+
+
+class VAEGradient(NamedTuple):
+    """The gradients of a variational autoencoder's objective."""
+
+    reconstruction_logits: Array
+    mu: Array
+    logvar: Array
+
+
+_OPTIONS = ("reconstruction", "beta", "weight", "mask", "ignore_index", "target_scale", "validate")
+_RECONSTRUCTIONS = {"bce": binary_cross_entropy_with_logits, "mse": mse_with_logits_loss}
+
+
+class VAELoss:
+    """Negative evidence lower bound of a variational autoencoder: what it fails to reconstruct, and what its code costs.
+
+        total          = reconstruction + beta * divergence
+        reconstruction = sum over pixels, mean over the batch, of binary_cross_entropy_with_logits ("bce") or
+                         mse_with_logits_loss ("mse")
+        divergence     = sum over latents, mean over the batch, of gaussian_kl_loss
+
+    Slopes: those of the parts, divided by the batch's length, and by mu and logvar times beta. Each array is read once.
+
+    Args:
+        reconstruction_logits: what the decoder returns, before the sigmoid; (N, ...), any float dtype.
+        images: the same shape; floats in [0, 1], bool, or integers with `target_scale`, such as uint8 and 1/255.
+        mu, logvar: what the encoder returns; the same shape, (N, ...).
+        reconstruction: "bce" or "mse"; both squash the logits by a sigmoid.
+        beta: weight of the divergence, from 0 on.
+        weight, mask, ignore_index, target_scale, validate: of the images; see `fastloss.Loss`.
+        grad_output: number that multiplies the gradients.
+        out: three arrays for the gradients; the logits, mu and logvar themselves are allowed.
+
+    Returns:
+        Called: `VAEValue`, (total, reconstruction, divergence). `grad`: `VAEGradient`, (reconstruction_logits, mu, logvar).
+        `value_and_grad`: both.
+
+    Raises:
+        ValueError: an unknown reconstruction, a negative beta, shapes that do not fit; nothing has been written.
+        TypeError: a dtype is not accepted, or an option is unknown.
+
+    Source: Kingma and Welling, "Auto-Encoding Variational Bayes", 2013; beta: Higgins et al., "beta-VAE", 2017.
+    """
+
+    __name__ = __qualname__ = "vae_loss"
+
+    def __repr__(self) -> str:
+        return "<loss vae_loss(reconstruction_logits, images, mu, logvar, *, reconstruction='bce', beta=1.0)>"
+
+    def __reduce__(self) -> str:
+        return "vae_loss"
+
+    def __call__(
+        self,
+        reconstruction_logits: Any,
+        images: Any,
+        mu: Any,
+        logvar: Any,
+        *,
+        reconstruction: str = "bce",
+        beta: float = 1.0,
+        **options: Any,
+    ) -> VAEValue:
+        """Return the objective and its two parts."""
+        refuse_grad_output(options)
+        backend = find_backend(reconstruction_logits)
+        refuse_unknown(options, (*_OPTIONS, *backend.options))
+        loss, beta = _reconstruction_loss(reconstruction), to_bounded("beta", beta, (0.0, LARGEST))
+        mu, logvar = _to_latents(reconstruction_logits, mu, logvar, backend.as_array)
+        divergence = gaussian_kl_loss(mu, logvar, reduction="batchmean")
+        value = loss(reconstruction_logits, images, reduction="batchmean", **options)
+        return _add_parts(value, beta, divergence)
+
+    def grad(self, reconstruction_logits: Any, images: Any, mu: Any, logvar: Any, **options: Any) -> VAEGradient:
+        """Return the three gradients."""
+        return self.value_and_grad(reconstruction_logits, images, mu, logvar, **options)[1]
+
+    def value_and_grad(
+        self,
+        reconstruction_logits: Any,
+        images: Any,
+        mu: Any,
+        logvar: Any,
+        *,
+        reconstruction: str = "bce",
+        beta: float = 1.0,
+        grad_output: float = 1.0,
+        out: Any = None,
+        **options: Any,
+    ) -> tuple[VAEValue, VAEGradient]:
+        """Return the objective with its two parts, and the three gradients."""
+        operands = {"reconstruction_logits": reconstruction_logits, "images": images, "mu": mu, "logvar": logvar}
+        options |= {"reconstruction": reconstruction, "beta": beta, "grad_output": grad_output, "out": out}
+        result: tuple[VAEValue, VAEGradient] = find_backend(reconstruction_logits).compute_jointly(self._compute, operands, options)
+        return result
+
+    def _compute(
+        self, reconstruction_logits: Any, images: Any, mu: Any, logvar: Any, *, reconstruction: str, beta: float, grad_output: float,
+        out: Any, call: Any, **options: Any
+    ) -> tuple[VAEValue, VAEGradient]:  # fmt: skip
+        """Compute the value and the gradients on arrays that calls of a class read."""
+        refuse_unknown(options, (*_OPTIONS, "grad_output", "out"))
+        loss, beta = _reconstruction_loss(reconstruction), to_bounded("beta", beta, (0.0, LARGEST))
+        upstream = to_float("grad_output", grad_output)
+        mu, logvar = _to_latents(reconstruction_logits, mu, logvar, call.as_array)
+        # the latents are small: their gradients are copied once the images' pass has not raised, so that nothing is half written
+        divergence, slopes = gaussian_kl_loss.value_and_grad(mu, logvar, reduction="batchmean", grad_output=beta * upstream)
+        if not beta:  # then the latents do not count, not even if their divergence is infinite
+            slopes = np.zeros_like(slopes[0]), np.zeros_like(slopes[1])
+        reads = {"reconstruction_logits": reconstruction_logits, "images": images, "mu": mu, "logvar": logvar}
+        reads |= {name: options[name] for name in ("weight", "mask") if options.get(name) is not None}
+        buffers = _to_buffers(out, slopes, {name: call.as_array(name, x) for name, x in reads.items()}, call)
+        value, slope = loss.value_and_grad(
+            reconstruction_logits, images, reduction="batchmean", grad_output=upstream, out=buffers[0], **options
+        )
+        for buffer, computed in zip(buffers[1:], slopes, strict=True):
+            if buffer is not None:
+                np.copyto(buffer, computed)
+        latent = [computed if buffer is None else buffer for buffer, computed in zip(buffers[1:], slopes, strict=True)]
+        return _add_parts(value, beta, divergence), VAEGradient(slope, *latent)
+
+
+def _reconstruction_loss(reconstruction: str) -> Any:
+    """Return the loss that a value of `reconstruction` names."""
+    if not isinstance(reconstruction, str) or reconstruction not in _RECONSTRUCTIONS:
+        raise ValueError(f"reconstruction is {reconstruction!r}; accepted: {', '.join(map(repr, _RECONSTRUCTIONS))}")
+    return _RECONSTRUCTIONS[reconstruction]
+
+
+def _add_parts(reconstruction: Any, beta: float, divergence: Any) -> VAEValue:
+    """Return the objective with its parts. With beta = 0 the divergence does not count, even if it is infinite."""
+    with np.errstate(all="ignore") if isinstance(reconstruction, np.floating) else contextlib.nullcontext():
+        return VAEValue(reconstruction + (beta * divergence if beta else 0.0), reconstruction, divergence)
+
+
+def _to_latents(logits: Any, mu: Any, logvar: Any, as_array: Callable[[str, Any], Any]) -> tuple[Any, Any]:
+    """Convert the latents to arrays, and refuse those whose first axis is not that of the logits."""
+    mu, logvar = as_array("mu", mu), as_array("logvar", logvar)
+    images, codes = tuple(as_array("reconstruction_logits", logits).shape), tuple(mu.shape)
+    if not codes or images[:1] != codes[:1]:
+        found = f"reconstruction_logits has shape {images} and mu {codes}"
+        raise ValueError(f"{found}; their first axes, the batch, must be equal")
+    return mu, logvar
+
+
+def _to_buffers(out: Any, slopes: tuple[Array, Array], reads: dict[str, Array], call: Any) -> list[Any]:
+    """Return the caller's three buffers, or three times None. The reconstruction's loss checks its own buffer further."""
+    if out is None:
+        return [None] * 3
+    buffers = to_buffers(out, 3, call.check_buffer)
+    for k, (buffer, slope) in enumerate(zip(buffers[1:], slopes, strict=True), 1):
+        check_output(f"out[{k}]", (buffer.dtype, buffer.shape, buffer.strides), slope.shape, slope.dtype)
+    spans = {name: span_of(x, call.address_of(x)) for name, x in reads.items()}
+    check_buffers([span_of(x, call.address_of(x)) for x in buffers], spans, ("reconstruction_logits", "mu", "logvar"))
+    return list(buffers)
+
+
+vae_loss = VAELoss()
