@@ -151,6 +151,7 @@ class Picture(NamedTuple):
 # Colours by Okabe and Ito, "Color Universal Design", 2008: distinct for colour-blind readers; the strokes are distinct in print
 STROKES = (("#0072b2", "-"), ("#d55e00", "--"), ("#009e73", "-."), ("#cc79a7", ":"))
 GREY = "#555555"
+SHORT = 20  # characters of a label, up to which all labels fit in one line below the panels
 LOGITS = np.linspace(-6, 6, 601)
 ERRORS = np.linspace(-3, 3, 601)
 PROBABILITIES = np.linspace(0, 1, 2001)
@@ -160,7 +161,7 @@ IMAGE = 0.1  # the target for cross-entropy and squared error: at 0.25, H(t) is 
 
 def draw(name: str, picture: Picture) -> None:
     """Draw a picture into its file."""
-    figure = Figure(figsize=(7, 2.8), dpi=140, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
+    figure = Figure(figsize=(6, 3), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
     panels = figure.subplots(1, 2)
     for line, (colour, stroke) in zip(picture.lines, STROKES, strict=False):
         for axes, y in zip(panels, line[1:], strict=True):
@@ -170,14 +171,16 @@ def draw(name: str, picture: Picture) -> None:
         finish(axes, title, picture.axis, ticks, limits)
     if picture.mark:
         picture.mark(*panels)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8, handlelength=2.4)
+    handles, labels = panels[0].get_legend_handles_labels()
+    columns = len(labels) if max(map(len, labels)) < SHORT else 2
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, handlelength=2.4)
     figure.savefig(PICTURES / f"{name}.png", bbox_inches="tight", pad_inches=0.15)
 
 
 def finish(axes: Axes, title: str, label: str, ticks: Array, limits: tuple[float, float] | None) -> None:
     """Give a panel its title, its axes and a line at 0."""
-    axes.set_title(title, fontsize=9)
-    axes.set_xlabel(label, fontsize=8)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(label, fontsize=9)
     axes.set_xticks(ticks)
     axes.tick_params(labelsize=8)
     axes.axhline(0, color=GREY, linewidth=0.5, zorder=0)
@@ -220,7 +223,7 @@ def log_cosh_lines() -> Iterator[Line]:
 def gaussian_lines() -> Iterator[Line]:
     """Compute the Gaussian divergence over its mean, and over the logarithm of its variance."""
     zero = np.zeros_like(ERRORS)
-    for label, k, latents in (("over mu,\nlogvar = 0", 0, (ERRORS, zero)), ("over logvar,\nmu = 0", 1, (zero, ERRORS))):
+    for label, k, latents in (("over mu, logvar = 0", 0, (ERRORS, zero)), ("over logvar, mu = 0", 1, (zero, ERRORS))):
         value, gradients = fl.gaussian_kl_loss.value_and_grad(*latents, reduction="none")
         yield Line(label, value, gradients[k])
 
@@ -253,8 +256,8 @@ def pixel(loss: Any, size: int, inside: bool, label: str, **given: float) -> Lin
 def dice_lines() -> Iterator[Line]:
     """Compute the Dice loss over a pixel inside and outside a small and a larger region."""
     for size in (4, 16):
-        yield pixel(fl.dice_with_logits_loss, size, True, f"inside a region\nof {size} pixels")
-        yield pixel(fl.dice_with_logits_loss, size, False, f"outside a region\nof {size} pixels")
+        yield pixel(fl.dice_with_logits_loss, size, True, f"inside a region of {size} pixels")
+        yield pixel(fl.dice_with_logits_loss, size, False, f"outside a region of {size} pixels")
 
 
 def dice_bce_lines() -> Iterator[Line]:
@@ -262,7 +265,7 @@ def dice_bce_lines() -> Iterator[Line]:
     loss = fl.dice_bce_with_logits_loss
     yield pixel(loss, 4, True, "sum")
     yield pixel(loss, 4, True, "Dice alone", bce_weight=0.0)
-    yield pixel(loss, 4, True, "cross-entropy\nalone", dice_weight=0.0)
+    yield pixel(loss, 4, True, "BCE alone", dice_weight=0.0)
 
 
 def floor_lines() -> Iterator[Line]:
@@ -286,7 +289,7 @@ def mark_floor(left: Axes, right: Axes) -> None:
 def both_lines() -> Iterator[Line]:
     """Compute cross-entropy and squared error for a soft target."""
     yield from curves("binary_cross_entropy_with_logits", LOGITS, ("BCE", IMAGE, {}))
-    yield from curves("mse_with_logits_loss", LOGITS, ("MSE of the\nsigmoid", IMAGE, {}))
+    yield from curves("mse_with_logits_loss", LOGITS, ("MSE of the sigmoid", IMAGE, {}))
 
 
 def mark_minimum(left: Axes, right: Axes) -> None:
@@ -297,8 +300,8 @@ def mark_minimum(left: Axes, right: Axes) -> None:
     left.axhline(floor, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
     left.plot([logit, logit], [floor, 0], "o", color="black", markersize=4, clip_on=False)
     right.plot(logit, 0, "o", color="black", markersize=4)
-    left.text(6, floor + 0.05, f"H(t) = {floor:.3f}", fontsize=8, ha="right", color=GREY)
-    right.text(logit - 0.3, 0.04, "p = t", fontsize=8, ha="right", color=GREY)
+    left.text(6, floor - 0.05, f"H(t) = {floor:.3f}", fontsize=9, ha="right", va="top", color=GREY)
+    right.text(logit - 0.3, 0.04, "p = t", fontsize=9, ha="right", color=GREY)
 
 
 DRAWN: dict[str, Callable[[], Picture]] = {
