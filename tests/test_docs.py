@@ -1,15 +1,12 @@
-"""The documentation: its tables are current, it describes every loss, and its examples print what it says."""
+"""The documentation: its tables are current, and it describes every loss; its examples are in `test_examples_in_docs.py`."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import re
-import unittest
 
 import pytest
-from sybil.document import Document
-from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
 
 import fastloss as fl
 from bench import page, report
@@ -75,14 +72,3 @@ def test_every_picture_is_drawn_and_shown(picture):
     assert (losses.PICTURES / f"{picture}.png").is_file()
     assert picture in losses.DRAWN
     assert f"](losses/{picture}.png)" in LOSSES
-
-
-@pytest.mark.parametrize("file", sorted(path.name for path in DOCS.glob("*.md")))
-def test_examples_print_what_the_page_says(file):
-    """Run a page's Python blocks in order; `<!-- skip: next if(condition, reason="...") -->` leaves out the next."""
-    document = Document.parse(str(DOCS / file), PythonCodeBlockParser(), SkipParser())
-    for example in document.examples():
-        try:
-            example.evaluate()
-        except unittest.SkipTest:
-            continue
