@@ -6,6 +6,7 @@ import doctest
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sybil import Sybil
 from sybil.parsers.myst import PythonCodeBlockParser
@@ -30,8 +31,9 @@ def test_examples_of_a_page_run(page, monkeypatch):
             monkeypatch.setattr(functional, name, getattr(functional, name))  # an example's `patch` ends with the test
     examples = list(SYBIL.parse(ROOT / page))
     assert examples
-    for example in examples:
-        example.evaluate()
+    with np.printoptions():  # what a page sets ends with the test
+        for example in examples:
+            example.evaluate()
 
 
 def test_bars_of_the_readme_are_those_of_the_results_they_name():
