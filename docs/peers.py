@@ -66,7 +66,7 @@ LIBRARIES: dict[str, Callable[[float, float], Pair]] = {
 
 def table() -> str:
     """Return the table of errors in Markdown, with the versions of the libraries."""
-    headings = ["", *(f"z = {z:g}, t = {t:g}" for z, t in POINTS)]
+    headings = ["", *(f"z={z:g}, t={t:g}" for z, t in POINTS)]
     rows = []
     for name, compute in LIBRARIES.items():
         values, gradients = zip(*(errors(compute, z, t) for z, t in POINTS), strict=True)
