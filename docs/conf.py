@@ -29,7 +29,6 @@ myst_enable_extensions = ["amsmath", "dollarmath", "substitution"]
 myst_heading_anchors = 3
 autodoc_typehints = "none"
 napoleon_use_rtype = False
-autodoc_class_signature = "separated"  # a class that only the library instantiates is shown without its constructor
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
