@@ -18,7 +18,6 @@ from bench.ours import PLAIN
 from bench.page import has_block, marks, replace_block
 from bench.results import PEERS, Measured, Results, Timing
 
-WIDE = 40  # characters of a column before its text is folded
 PARTS = {"value": "value", "grad": "gradient", "value_and_grad": "value+grad"}
 SUMMARY, REST = "speed", "all speeds"  # the blocks of a page: the first look, and every other case
 AUTHOR = "python -m bench --write"
@@ -28,15 +27,16 @@ ALT_TEXTS = {
     "size": "Time per element over the size of the batch, from 1,000 elements on",
     "memory": "Bars: extra memory of each library for BCE, in multiples of the logits",
 }
-# groups of cases, a table each; the first two are in the summary
+# groups of cases, a table each
 EVERY_LOSS, SIZE, PART, SIZE_AND_PART, DTYPE, LAYOUT = GROUPS = (
-    "Every loss",
-    "Batch sizes",
+    "Every loss, value and gradient",
+    "Batch sizes, value and gradient",
     "Value alone, gradient alone",
     "Batch sizes, value alone, gradient alone",
     "Dtypes",
     "Layouts and options",
 )
+BOTH = (EVERY_LOSS, SIZE)  # groups of value and gradient alone; they are in the summary
 
 
 @dataclass
@@ -51,15 +51,14 @@ class Table:
     def markdown(self) -> str:
         """Return the table as a section of a page."""
         align = ["left"] + ["right"] * (len(self.headings) - 1)
-        text = tabulate(self.rows, self.headings, tablefmt="github", disable_numparse=True, colalign=align)
+        text = tabulate(self.rows, self.headings, tablefmt="pipe", disable_numparse=True, colalign=align)
         return "\n\n".join(filter(None, (f"### {self.title}", self.note, text)))
 
     def rich(self) -> RichTable:
         """Return the table for a terminal."""
         table = RichTable(title=self.title, title_justify="left", caption=self.note or None, caption_justify="left")
         for k, heading in enumerate(self.headings):
-            widest = max(map(len, (*heading.split(), *(row[k] for row in self.rows))))
-            table.add_column(heading, justify="right" if k else "left", min_width=min(widest, WIDE))
+            table.add_column("\n".join(heading.split()), justify="right" if k else "left", no_wrap=k > 0)  # only the first column folds
         for row in self.rows:
             table.add_row(*row)
         return table
@@ -74,7 +73,7 @@ def summary(results: Results) -> list[Table]:
     """Return the tables for a first look: the headline, every loss, the batch sizes, and where fastloss falls short."""
     headline = results.measured.get(results.headline())
     made = [details(headline)] if headline else []
-    for group in (EVERY_LOSS, SIZE):
+    for group in BOTH:
         found = grouped(results, group)
         made += [overview(group, found), tensors(group, found)]
     made += [faster_peers(results), aims(results, met=False), start(results)]
@@ -85,7 +84,7 @@ def rest(results: Results) -> list[Table]:
     """Return the tables of all cases that are not in the summary."""
     small = (Case(size="mnist"), Case(size="1Ki"))
     made = [details(results.measured[case]) for case in small if case in results.measured]
-    for group in GROUPS[2:]:
+    for group in (PART, SIZE_AND_PART, DTYPE, LAYOUT):
         found = grouped(results, group)
         made += [overview(group, found), tensors(group, found)]
     made += [ways(results), threads(results), aims(results, met=True)]
@@ -123,12 +122,13 @@ def details(measured: Measured) -> Table:
     return table
 
 
-def title(case: Case) -> str:
-    """Return a case in words."""
+def title(case: Case, with_part: bool = True) -> str:
+    """Return a case in words, with or without the part (value, gradient or both) that is computed."""
     plain = Case()
-    rest = [x for x, usual in ((case.dtype, plain.dtype), (case.layout, plain.layout), (case.option, "")) if x != usual]
-    shape = "x".join(map(str, case.shape)) if case.size in SIZES else case.size
-    return ", ".join([f"{case.subject.short} {PARTS[case.part]}", *rest, *([shape] if case.size != plain.size else [])])
+    others = [x for x, usual in ((case.dtype, plain.dtype), (case.layout, plain.layout), (case.option, "")) if x != usual]
+    shape = "x".join(map(str, case.shape))
+    name = f"{case.subject.short} {PARTS[case.part]}" if with_part else case.subject.short
+    return ", ".join([name, *others, *([shape] if case.size != plain.size else [])])
 
 
 def overview(group: str, cases: Iterable[Measured]) -> Table:
@@ -138,7 +138,7 @@ def overview(group: str, cases: Iterable[Measured]) -> Table:
     for measured in cases:
         ratios = [measured.ratio(name, measured.ours.name) for name in peers]
         times = [duration(measured.ours.median), f"{measured.ours.median / measured.limit.median:.2f}"]
-        table.rows.append([title(measured.case), *times, *("" if ratio is None else f"{ratio:.1f}" for ratio in ratios)])
+        table.rows.append([title(measured.case, group not in BOTH), *times, *("" if ratio is None else f"{ratio:.1f}" for ratio in ratios)])
     return table
 
 
@@ -158,7 +158,7 @@ def tensors(group: str, cases: Iterable[Measured]) -> Table:
         ratios = [measured.ratio(name, goals.TENSORS) for name in names[2:]]
         memory = [measured.memory(name) if name in measured.rows else None for name in names[:3]]
         shown = [f"{ratio:.1f}" if ratio else "" for ratio in ratios] + ["" if m is None else f"{m:.1f}" for m in memory]
-        table.rows.append([title(measured.case), *times, *shown])
+        table.rows.append([title(measured.case, group not in BOTH), *times, *shown])
     return table
 
 
@@ -265,7 +265,8 @@ def filled(page: Path, results: Results, source: Path | str, pictures: list[Path
     here = page.resolve().parent
     head = f"{machine.sentence(results.machine)}; {results.date}; raw rounds in `{source}`."
     images = [f"![{ALT_TEXTS[path.stem]}]({os.path.relpath(path.resolve(), here)})" for path in pictures]
-    left_out = "\n".join(f"- {line}" for line in results.content["left_out"])
+    lines = [f"- {line}" for line in results.content["left_out"]]
+    left_out = "\n".join(["### Rows that are left out\n", *lines]) if lines else ""
     parts = {
         SUMMARY: [head, *images, *(table.markdown() for table in summary(results))],
         REST: [head, *(table.markdown() for table in rest(results)), left_out],

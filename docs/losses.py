@@ -69,9 +69,9 @@ def loss_table() -> str:
     return table_of(rows, ["loss", "input", "parameters"])
 
 
-def overview_table() -> str:
-    """Return the table of when to choose which loss."""
-    return table_of(([f"[`{name}`](#{name})", case.about] for name, case in CASES.items()), ["loss", "when to choose it"])
+def overview_list() -> str:
+    """Return the list of when to choose which loss; a list, because a table with these names is too wide for a phone."""
+    return "\n".join(f"- [`{name}`](#{name}): {case.about}" for name, case in CASES.items())
 
 
 def accuracy_table() -> str:
@@ -122,7 +122,7 @@ def default(value: Any) -> str:
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "losses": (ROOT / "README.md", loss_table),
     "accuracy": (ROOT / "docs" / "accuracy.md", accuracy_table),
-    "overview": (ROOT / "docs" / "losses.md", overview_table),
+    "overview": (ROOT / "docs" / "losses.md", overview_list),
 }
 
 

@@ -66,8 +66,11 @@ LIBRARIES: dict[str, Callable[[float, float], Pair]] = {
 
 def table() -> str:
     """Return the table of errors in Markdown, with the versions of the libraries."""
-    headings = ["logit", "target", *(f"{name}, {quantity}" for name in LIBRARIES for quantity in ("value", "gradient"))]
-    rows = [[f"{z:g}", f"{t:g}", *(cell for compute in LIBRARIES.values() for cell in errors(compute, z, t))] for z, t in POINTS]
+    headings = ["", *(f"z={z:g}, t={t:g}" for z, t in POINTS)]
+    rows = []
+    for name, compute in LIBRARIES.items():
+        values, gradients = zip(*(errors(compute, z, t) for z, t in POINTS), strict=True)
+        rows += [[f"{name}, value", *values], [f"{name}, gradient", *gradients]]
     text = tabulate(rows, headings, tablefmt="github", disable_numparse=True)
     return f"{text}\n\nMeasured with {versions()}, on a CPU."
 

@@ -15,6 +15,7 @@ import pytest
 from bench import cases, command, compare, goals, limit, measure, naive, ours, peers, pictures, report
 from bench.batch import Batch
 from bench.cases import BCE, Case
+from bench.page import marks
 from bench.record import FORMAT, Record
 from bench.results import Results, load
 from bench.row import Row, WrongError, expected
@@ -261,19 +262,49 @@ def test_durations_have_a_unit_that_suits_them(seconds, text):
     assert report.duration(seconds) == text
 
 
-@pytest.mark.parametrize("selection", report.MARKS)
-def test_a_page_is_written_between_its_marks(tmp_path, selection):
+def block(name):
+    begin, end = marks(name, report.AUTHOR)
+    return f"{begin}\nold\n{end}\n"
+
+
+@pytest.mark.parametrize("names", [(report.SUMMARY,), (report.REST,), (report.SUMMARY, report.REST)])
+def test_a_page_is_written_between_its_marks(tmp_path, names):
     page = tmp_path / "README.md"
-    begin = report.MARKS[selection]
-    page.write_text(f"before\n{begin}\nold\n{report.END}\nafter\n")
+    page.write_text("before\n" + "between\n".join(map(block, names)) + "after\n")
+    written = Results(content() | {"left_out": ["optax is left out"]})
     for _ in range(2):
-        report.write_page(page, Results(content()), tmp_path / "results.json", [tmp_path / "pictures" / "limit.png"])
+        report.write_page(page, written, tmp_path / "results.json", [tmp_path / "pictures" / "limit.png"])
     text = page.read_text()
-    assert text.startswith(f"before\n{begin}\n")
-    assert text.endswith(f"\n{report.END}\nafter\n")
+    assert text.startswith("before\n" + marks(names[0], report.AUTHOR)[0])
+    assert text.endswith(f"{marks(names[-1], report.AUTHOR)[1]}\nafter\n")
     assert "old" not in text
-    assert "](pictures/limit.png)" in text
-    assert text.count("2.1 s") == 2  # in the case's own table and in that of every case
+    assert text.count("](pictures/limit.png)") == (report.SUMMARY in names)
+    assert text.count("2.1 s") == 2 * (report.SUMMARY in names)  # in the case's own table and in that of every loss
+    assert text.count("optax is left out") == (report.REST in names)
+
+
+def test_every_case_is_in_one_table():
+    everything = [case for case in cases.full() if case.size in cases.SIZES]
+    found = Results(content() | {"cases": [content(case)["cases"][0] for case in everything]})
+    tables = [report.grouped(found, group) for group in report.GROUPS]
+    assert sorted(str(m.case) for table in tables for m in table) == sorted(map(str, everything))
+    assert all(tables)
+
+
+def test_faster_peers_are_listed_the_fastest_first():
+    case = content(Case(part="value"), **{"fastloss": [3.0], "torch.compile": [1.5], "JAX": [1.0], "optax": [4.0]})
+    del case["cases"][0]["rows"][0]  # with out=, which a value has not
+    assert [row[1:] for row in report.faster_peers(Results(case)).rows] == [
+        ["3 s", "JAX", "1 s", "3.00 x"],
+        ["3 s", "torch.compile", "1.5 s", "2.00 x"],
+    ]
+
+
+def test_a_goal_is_listed_as_met_or_as_missed():
+    met, missed = (report.aims(Results(content()), met).rows for met in (True, False))
+    assert len(met) + len(missed) == len(goals.verdicts(Results(content())))
+    assert ["BCE value+grad", "the limit", "<= 1.5 x", "2.10 x"] in missed
+    assert ["BCE value+grad", "torch eager", ">= 15 x faster", "19.05 x"] in met
 
 
 def test_pictures_are_drawn_of_what_there_is(tmp_path):
@@ -306,7 +337,7 @@ def test_the_command_measures_shows_and_compares(tmp_path):
     assert [case["size"] for case in rounds] == ["1Ki", "16Ki"]
     assert all(len(row["seconds"]) >= measure.LEAST // 3 for case in rounds for row in case["rows"])
     shown = bench("--show", file, "--png", tmp_path)
-    assert shown.stdout.split() == done.stdout[done.stdout.index("BCE value+grad") :].split()
+    assert shown.stdout.split() == done.stdout[done.stdout.index("Batch sizes") :].split()
     same = bench("--compare", file, file)
     assert same.returncode == 0
     assert re.fullmatch(r"\d+ rows compared: nothing changed beyond the noise", same.stdout.splitlines()[-1])
@@ -350,7 +381,7 @@ def test_a_page_without_marks_is_refused(tmp_path):
     page = tmp_path / "README.md"
     page.write_text("nothing")
     with pytest.raises(ValueError, match="has no place for the tables"):
-        report.check_page(page)
+        report.blocks(page)
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, capsys):

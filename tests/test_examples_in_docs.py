@@ -6,6 +6,7 @@ import doctest
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sybil import Sybil
 from sybil.parsers.myst import PythonCodeBlockParser
@@ -14,7 +15,9 @@ from docs import bars
 
 ROOT = Path(__file__).parent.parent
 SYBIL = Sybil([PythonCodeBlockParser(doctest_optionflags=doctest.ELLIPSIS)])
-PAGES = ["README.md", "docs/index.md", "docs/options.md", "docs/pytorch.md", "docs/your-own-loss.md"]
+PAGES = [
+    "README.md", "docs/accuracy.md", "docs/index.md", "docs/losses.md", "docs/options.md", "docs/pytorch.md", "docs/your-own-loss.md",
+]  # fmt: skip
 WITH_TORCH = {"README.md", "docs/pytorch.md", "docs/your-own-loss.md"}
 
 
@@ -28,8 +31,9 @@ def test_examples_of_a_page_run(page, monkeypatch):
             monkeypatch.setattr(functional, name, getattr(functional, name))  # an example's `patch` ends with the test
     examples = list(SYBIL.parse(ROOT / page))
     assert examples
-    for example in examples:
-        example.evaluate()
+    with np.printoptions():  # what a page sets ends with the test
+        for example in examples:
+            example.evaluate()
 
 
 def test_bars_of_the_readme_are_those_of_the_results_they_name():
