@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 from fastloss.backends.find import find_backend
@@ -12,53 +12,33 @@ from fastloss.core.abstract_loss import AbstractLoss, signature
 from fastloss.core.call import Arguments
 from fastloss.core.checks import refuse_grad_output
 from fastloss.core.definition import Bounds, Definition
+from fastloss.core.docstrings import complete
 from fastloss.core.plan import Array
 from fastloss.formula import OPTIONS, Formula
 
+_OPTIONS = ("weight", "reduction", *OPTIONS)
 VALUE, SLOPE, CURVATURE = ("value",), ("slope",), ("curvature",)
 
 
-def evaluate(loss: AbstractLoss, arguments: Arguments) -> tuple[Any, list[Array]]:
-    """Compute what the arguments ask for on the backend of the first array: the reduced value or None, and the wanted arrays."""
-    return find_backend(arguments.first).compute(loss, arguments)
-
-
 class Loss(AbstractLoss):
-    """A loss function: call it for the value; `grad`, `value_and_grad` and `curvature` take the same arguments.
+    """An elementwise loss: call it for the value; `grad`, `value_and_grad` and `curvature` take the same arguments.
 
-    Arrays are NumPy's, CuPy's or PyTorch's tensors, all of one kind and on one device. On a GPU no call waits for the device: of
-    CuPy's arrays a value is a 0-d array. Of tensors the value has the input's dtype and autograd attached, to input and target;
-    gradients and curvatures are tensors without. A call of the value takes `inplace_grad` then: whether the gradient may
-    overwrite the input.
+    All arrays of a call belong to one framework, and to one device: NumPy's, CuPy's, or PyTorch's tensors. Arithmetic is float32, or
+    float64 where input or target is float64. Results stored in 16 bits are rounded once. Sums accumulate in float64 and do not
+    depend on the number of threads. A mean over no elements is NaN, with a RuntimeWarning.
+
+    With CuPy, a value is a 0-d array, and no call waits for the device. With PyTorch, a value has the input's dtype, with autograd
+    attached to input and target; gradients and curvatures are tensors without autograd. A call of the value then takes
+    `inplace_grad=True`, which lets the gradient overwrite the input.
 
     Args:
-        input: any shape and strides; float16, bfloat16 (`ml_dtypes`), float32 or float64. Arithmetic is float32, or float64
-            where input or target is; what is stored in 16 bits is rounded once.
-        target: the same shape; these, bool, or an integer type of 8 to 64 bits.
-        weight: array that broadcasts against input; multiplies value and gradient, not the number a mean divides by.
-        reduction: "mean", "sum", "none", "batchmean" (sum / first axis), and "sample_mean" and "sample_sum", one number a
-            first-axis entry. Sums accumulate in float64, and do not depend on the number of threads.
-        mask: bool array that broadcasts against input; elements where it is False count nowhere, not in the mean's number
-            either, and have gradient 0.
-        ignore_index: a target value that means "masked".
-        target_scale: number that multiplies integer targets, such as 1/255 for uint8 images.
-        grad_output: derivative of what follows the loss: a number, or an array of the loss's shape. Scales gradients and
-            curvatures only.
-        out: array of the input's shape and dtype for the gradient or curvature, or with "none" for the value. It may be the
-            input, which is then overwritten; any other overlap with what is read is an error.
-        validate: whether an element outside [0, 1] is an error; only the cross-entropies have that condition. The check is
-            part of the same pass, or with `out` a pass before it, so that nothing is written. On a GPU the call does not
-            wait to see: the error comes from the next call that validates, or from `fastloss.raise_deferred()`. "defer" says
-            that this is known; on a CPU it is as True.
+        input: the first operand.
+        target: the second operand.
 
-    Raises:
-        ValueError: shapes that do not fit, an unknown reduction, a number out of its bounds (arrays of parameters are not
-            looked at), an `out` that is read-only or overlaps, a bad target.
-        TypeError: a dtype or type that is not accepted, an unknown option.
-        NotImplementedError: `curvature`, where the loss's formula gives none.
-
-    A mean of no elements, all masked or the input empty, is NaN with a RuntimeWarning.
+    Raises NotImplementedError, besides the errors below, if `curvature` is called and the loss's formula does not return it.
     """
+
+    __doc__ = complete(__doc__, _OPTIONS, "value, grad = fastloss.mse_loss.value_and_grad(input, target)", ("an operand",))
 
     definition: Definition
 
@@ -66,11 +46,19 @@ class Loss(AbstractLoss):
         formula = Formula(function, counts=(2, 3, 6))
         if unknown := bounds.keys() - formula.defaults.keys():
             raise ValueError(f"bounds are given for {', '.join(sorted(unknown))}, which {function.__name__} does not have")
-        self.definition = Definition(formula, bounds, probabilities, (*formula.defaults, "weight", "reduction", *OPTIONS))
+        self.definition = Definition(formula, bounds, probabilities, (*formula.defaults, *_OPTIONS))
         self._reduction = reduction
         functools.update_wrapper(self, function, updated=())
+        self.__doc__ = self.complete_doc(_OPTIONS, "value, grad = {}.value_and_grad(input, target)")
         self.__signature__ = signature(self.operands, reduction, {**formula.defaults, **OPTIONS})
         self.register(self.definition)
+
+    def complete_doc(self, options: Iterable[str], example: str) -> str:
+        """Return the formula's docstring with the options, errors and an example call, in which {} stands for the loss."""
+        is_own = self.__module__.partition(".")[0] == "fastloss"
+        name = f"fastloss.{self.__name__}" if is_own else self.__name__
+        doc = self.definition.formula.function.__doc__
+        return complete(doc, options, example.format(name), self.definition.probabilities)
 
     def __repr__(self) -> str:
         return f"<loss {self.__name__}{self.__signature__}>"
@@ -80,17 +68,17 @@ class Loss(AbstractLoss):
         reduction = self._reduction if reduction is None else reduction
         refuse_grad_output(options)
         if reduction == "none":
-            return evaluate(self, Arguments((), VALUE, input, target, weight, reduction, options))[1][0]
+            return find_backend(input).compute(self, Arguments((), VALUE, input, target, weight, reduction, options))[1][0]
         if options.get("out") is not None:
             raise ValueError(
                 f"out takes an array of the input's shape, and with reduction {reduction!r} the value is none; use grad or value_and_grad"
             )
-        return evaluate(self, Arguments(VALUE, (), input, target, weight, reduction, options))[0]
+        return find_backend(input).compute(self, Arguments(VALUE, (), input, target, weight, reduction, options))[0]
 
     def grad(self, input: Any, target: Any, weight: Any = None, reduction: str | None = None, **options: Any) -> Array:
         """Return the gradient with respect to the input, in the input's dtype."""
         reduction = self._reduction if reduction is None else reduction
-        return evaluate(self, Arguments((), SLOPE, input, target, weight, reduction, options))[1][0]
+        return find_backend(input).compute(self, Arguments((), SLOPE, input, target, weight, reduction, options))[1][0]
 
     def value_and_grad(
         self, input: Any, target: Any, weight: Any = None, reduction: str | None = None, **options: Any
@@ -98,16 +86,18 @@ class Loss(AbstractLoss):
         """Return the loss and its gradient with respect to the input, from one pass over memory."""
         reduction = self._reduction if reduction is None else reduction
         if reduction == "none":
-            slope, value = evaluate(self, Arguments((), ("slope", "value"), input, target, weight, reduction, options))[1]
+            slope, value = find_backend(input).compute(self, Arguments((), ("slope", "value"), input, target, weight, reduction, options))[
+                1
+            ]
             return value, slope
-        value, outputs = evaluate(self, Arguments(VALUE, SLOPE, input, target, weight, reduction, options))
+        value, outputs = find_backend(input).compute(self, Arguments(VALUE, SLOPE, input, target, weight, reduction, options))
         return value, outputs[0]
 
     def curvature(self, input: Any, target: Any, weight: Any = None, reduction: str | None = None, **options: Any) -> Array:
         """Return the second derivative with respect to each element of the input: the diagonal of the Hessian."""
         self.require("curvature")
         reduction = self._reduction if reduction is None else reduction
-        return evaluate(self, Arguments((), CURVATURE, input, target, weight, reduction, options))[1][0]
+        return find_backend(input).compute(self, Arguments((), CURVATURE, input, target, weight, reduction, options))[1][0]
 
     def require(self, quantity: str) -> None:
         """Raise NotImplementedError if the formula does not return a quantity, such as "curvature"."""
@@ -121,11 +111,13 @@ class Loss(AbstractLoss):
 
 
 class TargetLoss:
-    """A quantity of the target alone, with the options of a loss: its formula does not read the input."""
+    """A quantity of the target alone, with the options of a loss. Its formula does not read the input."""
 
     def __init__(self, loss: Loss) -> None:
         self._loss = loss
         functools.update_wrapper(self, loss, updated=())
+        options = [name for name in _OPTIONS if name != "grad_output"]
+        self.__doc__ = loss.complete_doc(options, "value = {}(target)")
         parameters = list(loss.__signature__.parameters.values())[1:]
         self.__signature__ = inspect.Signature([p for p in parameters if p.name != "grad_output"])
 
@@ -136,7 +128,7 @@ class TargetLoss:
         return self._loss.__qualname__
 
     def __call__(self, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Any:
-        """Return the value, as a loss does; with reduction "none" in the target's dtype, or float32 for integers."""
+        """Return the value; with reduction "none" an array of the target's dtype, or float32 for integers."""
         if "grad_output" in options:
             raise TypeError(f"{self._loss.__name__} has no gradient, and so no grad_output")
         return self._loss(find_backend(target).unread_input(target), target, weight, reduction, **options)
@@ -152,30 +144,38 @@ def elementwise_loss(
     function: Callable[..., Any] | None = None, /, *, probabilities: tuple[str, ...] = (), bounds: Bounds | None = None,
     reduction: str = "mean"
 ) -> Any:  # fmt: skip
-    """Make a loss out of a formula: a function of one element, which returns (value, slope) or (value, slope, curvature).
+    """Make a loss from a formula: a function of one element that returns (value, slope) or (value, slope, curvature).
 
         from fastloss.ops import sqrt
 
         @fastloss.elementwise_loss
-        def charbonnier(z, t, eps=1e-3):
-            d = z - t
-            v = sqrt(d * d + eps * eps)
-            return v, d / v
+        def pseudo_huber(z, t, delta=1.0):
+            d = (z - t) / delta
+            v = sqrt(d * d + 1.0)
+            return delta * delta * (v - 1.0), delta * d / v
 
-    The first two arguments are an element of the input and of the target; the slope is the derivative by the first, the
-    curvature, if it is given, the second. A formula whose targets are to have gradients too returns six: (value, slope,
-    curvature, target_slope, cross_curvature, target_curvature), with the derivatives by the target, by both, and twice by
-    the target. Further arguments are the loss's parameters, each with a number as its default, or
-    None for one that may be absent, which the formula may ask; a call gives numbers, or arrays that broadcast against the
-    input, and what it leaves at its default is a constant of the kernel. The names of options (see `Loss`) are taken. A
-    formula may not branch on an element, and computes with operators and the functions of `fastloss.ops` alone; helpers
-    written like that may be called.
+    The first two arguments are an element of the input and an element of the target. The slope is the derivative of the value by the
+    input, the curvature the second derivative. If the target is to have a gradient too, the formula returns six quantities:
+    (value, slope, curvature, target_slope, cross_curvature, target_curvature), the last three being the derivatives by the target,
+    by both, and twice by the target.
 
-    `probabilities` names the operands, of "input" and "target", that must lie in [0, 1]; `validate=True` checks them. `bounds`
-    gives, by parameter, the least and the largest number that is accepted; arrays are not looked at. `reduction` is the
-    loss's default.
+    Further arguments are the loss's parameters. The default of each is a number, or None for a parameter that may be absent; the
+    formula may test for None. A call passes numbers, or arrays that broadcast against the input. A parameter that a call leaves at
+    its default is a constant of the kernel. The names of options (see `Loss`) are reserved.
 
-    Raises `FormulaError`, a `TypeError`, at once if the formula cannot be compiled; it names the line and what to use.
+    A formula may not branch on an element. It computes with operators and the functions of `fastloss.ops`, and may call helpers
+    written in the same way. The loss has every method and option of `Loss`, on every kind of array.
+
+    Args:
+        function: the formula.
+        probabilities: operands, of "input" and "target", that must lie in [0, 1]; `validate=True` checks them.
+        bounds: the smallest and the largest number accepted for each parameter. Arrays are not checked.
+        reduction: the loss's default reduction.
+
+    Raises:
+        FormulaError: the formula cannot be compiled; the message names the line and what to use instead. It is a `TypeError`,
+            raised at once.
+        ValueError: `bounds` names a parameter that the formula does not have.
     """
     if function is None:
         return lambda f: Loss(f, probabilities, bounds or {}, reduction)

@@ -69,7 +69,7 @@ CASES = {
     "option": (TypeError, "unknown option wieght; accepted: pos_weight, label_smoothing, weight, reduction, mask", (Z, T), {"wieght": Z}),
     "target_scale on floats": (
         ValueError,
-        "target_scale multiplies integer targets, and target is float32: scale it yourself",
+        "target_scale multiplies integer targets, and target is float32: scale it before the call",
         (Z, T),
         {"target_scale": 1 / 255},
     ),
@@ -169,7 +169,7 @@ def test_overlapping_out(name):
     z, t = memory[:10], memory[10:20]
     before = memory.copy()
     for out, other in ((t, "target"), (memory[1:11], "input"), (memory[9::-1], "input"), (memory[15:25], "target")):
-        with pytest.raises(ValueError, match=f"out shares memory with {other}; only out=input, the very same elements, is allowed"):
+        with pytest.raises(ValueError, match=f"out shares memory with {other}; accepted: memory of its own, or out=input itself"):
             loss.grad(z, t, out=out)
         np.testing.assert_array_equal(memory, before)
     weight = np.ones(10, np.float32)

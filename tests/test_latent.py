@@ -253,8 +253,8 @@ CASES = {
     "option": (TypeError, "unknown option ignore_index; accepted: weight, reduction, mask", (MU, LOGVAR), {"ignore_index": 1}),
 }
 OUT_CASES = {
-    "one array": (TypeError, "out must be 2 arrays, one a gradient, not ndarray", lambda a, b: a),
-    "three arrays": (TypeError, "out must be 2 arrays, one a gradient, not tuple", lambda a, b: (a, b, a)),
+    "one array": (TypeError, "out must be 2 arrays, one for each gradient, not ndarray", lambda a, b: a),
+    "three arrays": (TypeError, "out must be 2 arrays, one for each gradient, not tuple", lambda a, b: (a, b, a)),
     "None": (TypeError, "out[1] must be a numpy.ndarray, not NoneType", lambda a, b: (a, None)),
     "read-only": (ValueError, "out[1] is read-only", lambda a, b: (a, READ_ONLY)),
     "dtype": (
@@ -465,8 +465,8 @@ VAE_CASES = {
     "mask": (TypeError, "mask has dtype int64; accepted: bool", {"mask": np.ones(6, np.int64)}),
 }
 VAE_OUT_CASES = {
-    "one array": (TypeError, "out must be 3 arrays, one a gradient, not ndarray", lambda a, b, c: a),
-    "two arrays": (TypeError, "out must be 3 arrays, one a gradient, not tuple", lambda a, b, c: (a, b)),
+    "one array": (TypeError, "out must be 3 arrays, one for each gradient, not ndarray", lambda a, b, c: a),
+    "two arrays": (TypeError, "out must be 3 arrays, one for each gradient, not tuple", lambda a, b, c: (a, b)),
     "None": (TypeError, "out[1] must be a numpy.ndarray, not NoneType", lambda a, b, c: (a, None, c)),
     "read-only": (ValueError, "out[2] is read-only", lambda a, b, c: (a, b, READ_ONLY)),
     "dtype of the latents": (ValueError, "out[1] has shape (2, 3) and dtype float64", lambda a, b, c: (a, np.zeros((2, 3)), c)),

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import Arguments, Call
+from fastloss.core.plan import Array
 
 
 class Backend:
@@ -22,7 +23,7 @@ class Backend:
 
     options: tuple[str, ...] = ()  # accepted besides those of a loss, such as PyTorch's `inplace_grad`
 
-    def compute(self, loss: AbstractLoss, arguments: Arguments) -> tuple[Any, list[Any]]:
+    def compute(self, loss: AbstractLoss, arguments: Arguments) -> tuple[Any, list[Array]]:
         """Compute what the arguments ask for: the reduced value or None, and one array for each quantity that is wanted."""
         raise NotImplementedError
 
@@ -47,7 +48,7 @@ class ArrayBackend(Backend):
 
     call: type[Call]
 
-    def compute(self, loss: AbstractLoss, arguments: Arguments) -> tuple[Any, list[Any]]:
+    def compute(self, loss: AbstractLoss, arguments: Arguments) -> tuple[Any, list[Array]]:
         """Let the loss make its passes over the arrays."""
         return loss.compute(arguments, self.call)
 

@@ -5,10 +5,10 @@ A subclass for each machine adds how arrays are recognised and allocated, and ho
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from fastloss.core.definition import INPUT_AND_TARGET, Definition, operand_of
 from fastloss.core.dtypes import is_float
 
 ANY_NUMBER = (-math.inf, math.inf)
+layout_of = attrgetter("dtype", "shape", "strides")
 
 
 class Arguments(NamedTuple):
@@ -60,7 +61,7 @@ class Call:
         self.arrays: list[Any] = [x, t]
         self.shape: tuple[int, ...] = x.shape
         self.group_axes = count_group_axes(self.reduction, x.shape)
-        self.upstream: Any = 1.0
+        self.upstream: Any = 1.0  # what gradients are multiplied by: a number, or an array with one for each group
         self.out, self.validate = options.get("out"), False
         self.must_count = False  # whether only a pass over the mask or the targets tells how many elements a mean divides by
         self.parameters: tuple[str, ...] = ()
@@ -183,25 +184,40 @@ class Call:
 
     def buffers(self) -> tuple[Any, ...]:
         """Return the caller's buffers; none if `out` was not passed."""
-        return () if self.out is None else to_buffers(self.out, self.loss.gradients, self.check_buffer)
+        if self.out is None:
+            return ()
+        if self.loss.gradients > 1:
+            return to_buffers(self.out, self.loss.gradients, self.check_buffer)
+        self.check_buffer("out", self.out)
+        return (self.out,)
 
     def make_outputs(self, wanted: tuple[str, ...]) -> list[Any]:
         """Return one array for each quantity to write: the caller's buffers first, then new ones."""
-        outputs = [*self.buffers()]
-        while len(outputs) < len(wanted):
-            outputs.append(self.empty_like(self.arrays[self.names.index(operand_of(wanted[len(outputs)]))]))
+        outputs = [] if self.out is None else list(self.buffers())
+        for name in wanted[len(outputs) :]:
+            outputs.append(self.empty_like(self.arrays[self.names.index(operand_of(name))]))
         return outputs
 
-    def request(self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Any], validate: bool = False) -> tuple[Any, ...]:
-        """Return the fields of a pass's `Request`. Finding its launch takes less time than making the object would."""
-        layouts = tuple([(a.dtype, a.shape, a.strides) for a in self.arrays + outputs])
+    def request(self, summed: tuple[str, ...], wanted: tuple[str, ...], arrays: list[Any], validate: bool = False) -> tuple[Any, ...]:
+        """Return the fields of a pass's `Request`: finding its launch takes less time than making the object would.
+
+        `arrays` are those that are read and then the outputs.
+        """
+        layouts = tuple(map(layout_of, arrays))
         checked = self.loss.probabilities if validate else ()
         names, numbers = self.names, tuple(self.numbers)
         return self.loss.formula, self.shape, self.group_axes, summed, checked, wanted, self.parameters, numbers, names, layouts
 
+    def copy(self) -> Self:
+        """Make a call that may be changed without changing this one."""
+        other = object.__new__(type(self))
+        for name in Call.__slots__:
+            setattr(other, name, getattr(self, name))
+        return other
+
     def scan(self, summed: tuple[str, ...], validate: bool, *needed: str) -> Any:
         """Make a pass that reads only the arrays and numbers it needs and computes no loss; return the sums."""
-        scan = copy.copy(self)
+        scan = self.copy()
         chosen = [k for k, name in enumerate(self.names) if name in needed]
         scan.names, scan.arrays = tuple(self.names[k] for k in chosen), [self.arrays[k] for k in chosen]
         scan.numbers = {name: x for name, x in self.numbers.items() if name in needed}
@@ -210,7 +226,7 @@ class Call:
 
     def derive(self, loss: Definition, arrays: Mapping[str, Any]) -> Call:
         """Make a call of another formula on the same arrays and options, with its parameters given as arrays."""
-        other = copy.copy(self)
+        other = self.copy()
         other.loss, other.parameters, other.group_axes = loss, tuple(arrays), 0
         given = [self.as_array(name, x) for name, x in arrays.items()]
         other.names, other.arrays = (*self.names, *arrays), [*self.arrays, *given]
@@ -226,8 +242,8 @@ class Call:
         if self.must_count:
             needed = ("target", "mask", "ignore_index") if "ignore_index" in self.numbers else ("mask",)
             return self.scan(("count",), False, *needed)[0]
-        if self.reduction == "batchmean":
-            return self.shape[0]
-        if self.reduction in ("mean", "sample_mean"):
-            return math.prod(self.shape[self.group_axes :])
-        return 1
+        if self.reduction == "mean":
+            return math.prod(self.shape)
+        if self.reduction == "sample_mean":
+            return math.prod(self.shape[1:])
+        return self.shape[0] if self.reduction == "batchmean" else 1

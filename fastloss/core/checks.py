@@ -163,10 +163,7 @@ def check_output(
 
 
 def to_buffers(out: Any, count: int, check: Callable[[str, Any], None]) -> tuple[Any, ...]:
-    """Return `out` as a tuple of `count` arrays, each checked with its name. A single array is passed by itself."""
-    if count == 1:
-        check("out", out)
-        return (out,)
+    """Return `out` as a tuple of `count` arrays, each checked with its name."""
     if not isinstance(out, (tuple, list)) or len(out) != count:
         raise TypeError(f"out must be {count} arrays, one for each gradient, not {type(out).__name__}")
     for k, buffer in enumerate(out):

@@ -31,7 +31,7 @@ def span_of(array: Any, address: int) -> Span:
 def refuse_overlap(output: str, out: Span, name: str, array: Span, own: str, accepted: str) -> None:
     """Raise ValueError if an output shares memory with an array, unless that is the output's own operand, element for element."""
     if not (name == own and are_same_elements(out, array)) and share_memory(out, array):
-        raise ValueError(f"{output} shares memory with {name}; accepted: memory of its own, or {accepted}, which is then overwritten")
+        raise ValueError(f"{output} shares memory with {name}; accepted: memory of its own, or {accepted} itself")
 
 
 def check_buffers(buffers: Sequence[Span], reads: Mapping[str, Span], own: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ Launches are remembered by request, so that a small call costs microseconds.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from typing import Any
@@ -17,6 +18,12 @@ from fastloss.core.plan import Array, Request, make_plan
 
 SEARCHED = 1 << 20  # elements searched together for the first one outside [0, 1]
 FOREIGN = ("torch", "cupy", "dask", "jax", "jaxlib", "tensorflow")  # whose arrays NumPy would convert slowly, or wrongly
+
+
+# An array's data pointer is the first field after the object header (NumPy's C API, PyArrayObject). Reading it there takes
+# 0.15 us; `array.ctypes.data` builds an object for it and takes 0.9.
+POINTER_AT = object.__basicsize__
+read_pointer = ctypes.c_size_t.from_address
 
 
 class HostCall(Call):
@@ -53,7 +60,7 @@ class HostCall(Call):
     @staticmethod
     def address_of(array: Any) -> int:
         """Return the address of an array's first element."""
-        return int(array.ctypes.data)
+        return read_pointer(id(array) + POINTER_AT).value
 
     @staticmethod
     def empty_like(array: Any) -> Any:
@@ -73,7 +80,7 @@ class HostCall(Call):
 
     def compute(self) -> tuple[Any, list[Array]]:
         """Compute what the arguments ask for: the reduced value or None, and the arrays that are wanted."""
-        summed, wanted, *_ = self.arguments
+        summed, wanted = self.arguments.summed, self.arguments.wanted
         validate = self.validate
         if validate and self.out is not None:
             self.check_elements()  # first, so that an error leaves the caller's buffer as it was
@@ -91,9 +98,12 @@ class HostCall(Call):
         self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Array], scale: Any = 1.0, validate: bool = False
     ) -> Any:  # fmt: skip
         """Make one pass; return the sums, each a number, or an array with one number for each group."""
-        launch = find_launch(*self.request(summed, wanted, outputs, validate))
-        is_callers = self.out is not None and bool(wanted)
-        sums, bad = launch.run(self.arrays + outputs, self.numbers.values(), scale, is_callers)
+        arrays = self.arrays + outputs
+        launch = find_launch(*self.request(summed, wanted, arrays, validate))
+        addresses = [read_pointer(id(array) + POINTER_AT).value for array in arrays]
+        if self.out is not None:
+            launch.plan.check_overlap(arrays, addresses)
+        sums, bad = launch.run(addresses, self.numbers.values(), scale, arrays)
         if bad:
             self.refuse_bad_element()
         return sums

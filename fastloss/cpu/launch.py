@@ -5,28 +5,18 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Iterable
+from dataclasses import replace
 from math import gcd
 from typing import Any
 
 import numpy as np
 
-from fastloss.core.plan import ONE_RANGE, Array, Plan
+from fastloss.core.plan import ONE_RANGE, Plan
 from fastloss.cpu.abi import HOW, LINE, PAST, PAST_BY_LATER_LINES, PAST_BY_LINES, PIECE, THROUGH, count_partials, frame_of, layout_of
 from fastloss.cpu.compile import kernel
 from fastloss.cpu.pool import POOL
 
 STREAM_FROM = 4 << 20  # bytes of output from which storing past the caches pays
-
-
-# An array's data pointer is the first field after the object header (NumPy's C API, PyArrayObject). Reading it there takes
-# 0.15 us; `array.ctypes.data` builds an object for it and takes 0.9, an array.
-POINTER_AT = object.__basicsize__
-read_pointer = ctypes.c_size_t.from_address
-
-
-def addresses_of(arrays: list[Array]) -> list[int]:
-    """Return the address of each array's first element."""
-    return [read_pointer(id(array) + POINTER_AT).value for array in arrays]
 
 
 class Launch:
@@ -39,35 +29,25 @@ class Launch:
         self.layout = (ctypes.c_int64 * len(fields))(*fields)
         self.ranges, self.by_group, self.is_small = plan.ranges, plan.group_axes > 0, plan.size <= ONE_RANGE
         frame = frame_of(plan.spec)
-        self.pointers = slice(HOW, frame.numbers)
-        self.pack_numbers = struct.Struct(f"{frame.partials - frame.numbers}d").pack_into
-        self.numbers_at, self.scale_at, self.partials_at = 8 * frame.numbers, 8 * frame.scale, 8 * frame.partials
+        self.write = struct.Struct(f"{frame.numbers - HOW}q{frame.partials - frame.numbers}d").pack_into
+        self.scale_at, self.partials_at = 8 * frame.scale, 8 * frame.partials
         self.partials = count_partials(plan.spec)
         self.frame_type = ctypes.c_int64 * (frame.partials + self.partials * plan.ranges)
         self.unpack_sums = struct.Struct(f"{self.partials * plan.ranges}d" if not self.by_group else "").unpack_from
         self.step_bytes = output_step(plan)
 
-    def run(self, arrays: list[Array], numbers: Iterable[float], scale: Any, is_callers: bool) -> tuple[Any, bool]:
-        """Compute; return the sums, each a number or an array with one number for each group, and whether an element was bad.
+    def run(self, addresses: list[int], numbers: Iterable[float], scale: Any, keep: Any) -> tuple[Any, bool]:
+        """Compute on arrays given by their addresses; return the sums, and whether an element was bad.
 
-        `is_callers` says that the outputs are the caller's buffers, which may overlap an array that is read.
+        A sum is a number, or an array with one number for each group. `keep` holds references to the arrays' memory.
         """
-        addresses = addresses_of(arrays)
-        if is_callers:
-            self.plan.check_overlap(arrays, addresses)
-        return self.run_at(addresses, numbers, scale, arrays)
-
-    def run_at(self, addresses: list[int], numbers: Iterable[float], scale: Any, keep: Any) -> tuple[Any, bool]:
-        """Compute on arrays given by their addresses. `keep` holds a reference to their memory."""
         how = self.how_to_store(addresses) if self.step_bytes else THROUGH
         frame = self.frame_type()
-        base = ctypes.addressof(frame)
         if isinstance(scale, np.ndarray):
             stride, scales, scale_here = 1, scale.ctypes.data, 0.0
         else:
-            stride, scales, scale_here = 0, base + self.scale_at, scale
-        frame[self.pointers] = [how, stride, scales, *addresses]
-        self.pack_numbers(frame, self.numbers_at, *numbers, scale_here)
+            stride, scales, scale_here = 0, ctypes.addressof(frame) + self.scale_at, scale
+        self.write(frame, 8 * HOW, how, stride, scales, *addresses, *numbers, scale_here)
         if self.is_small:
             self.kernel(frame, self.layout)
         else:
@@ -97,10 +77,10 @@ class Launch:
 
 
 class EmptyLaunch:
-    """The launch of a plan without elements."""
+    """The launch of a plan without elements, none of which can overlap."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+        self.plan = replace(plan, overlaps=())
 
     def run(self, *_: Any) -> tuple[Any, bool]:
         """Return sums of 0."""

@@ -78,7 +78,7 @@ class DeviceCall(Call):
 
     def compute(self) -> tuple[Any, list[Any]]:
         """Compute what the arguments ask for: the reduced value or None, and the arrays that are wanted."""
-        summed, wanted, *_ = self.arguments
+        summed, wanted = self.arguments.summed, self.arguments.wanted
         is_mean = self.must_count and not wanted  # gradients have to know the count beforehand
         counted = 1 if is_mean else self.count()
         outputs = self.make_outputs(wanted)
@@ -111,12 +111,12 @@ class DeviceCall(Call):
             upstream = upstream.copy()  # it is read while they are written
         is_array = isinstance(upstream, cupy.ndarray)
         outcome = Outcome(code_of(results.dtype) if summed else "f8", is_mean, code_of(upstream.dtype) if is_array else "", has_counts)
-        launch = find_launch(outcome, *self.request(summed, wanted, outputs, validate))
+        arrays = self.arrays + outputs
+        launch = find_launch(outcome, *self.request(summed, wanted, arrays, validate))
         if not launch.plan.size:
             if summed:
                 results.fill(0.0 / counted if not (is_mean or has_counts) and counted else math.nan)
             return
-        arrays = self.arrays + outputs
         addresses = [self.address_of(a) for a in arrays]
         if self.out is not None and wanted:
             launch.plan.check_overlap(arrays, addresses)

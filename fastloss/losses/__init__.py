@@ -1,5 +1,5 @@
-"""The mathematics: one formula per loss, which knows nothing of arrays, devices or threads.
+"""The mathematics: one formula for each loss, which knows nothing of arrays, devices or threads.
 
-Each formula is made a loss where it stands, by the same decorator that users have; so this folder imports `fastloss.loss`
-and nothing of the library but `__init__` imports it.
+A family of losses is a module, whose `__all__` names them. Each formula becomes a loss where it stands, by the decorator that users
+have too, and enters the table of losses (`table.py`).
 """

@@ -8,21 +8,32 @@ from collections.abc import Callable
 from math import factorial
 from typing import Any
 
+from fastloss.backends.find import find_backend
 from fastloss.core.abstract_loss import AbstractLoss, signature
 from fastloss.core.call import Arguments
 from fastloss.core.checks import check_dtype, check_shapes, refuse_grad_output
 from fastloss.core.definition import Definition
+from fastloss.core.docstrings import OPERANDS, complete
 from fastloss.core.overlap import check_buffers, span_of
 from fastloss.core.plan import Array
 from fastloss.formula import Formula
-from fastloss.loss import VALUE, evaluate
+from fastloss.loss import VALUE
+from fastloss.losses.table import row
 from fastloss.ops import exp, minimum, polynomial, where
+
+__all__ = ["gaussian_kl_loss"]
 
 _SLOPES, _CURVATURES = ("slope", "target_slope"), ("curvature", "target_curvature")  # by mu and by logvar
 _OPTIONS = ("mask", "grad_output", "out")
+_OPERANDS = {"mu": OPERANDS["input"], "logvar": "The shape of mu; any of these dtypes."}
+_OUT = "a pair of arrays for the gradients; (mu, logvar) itself is accepted, and is then overwritten."
+_RETURNS = (
+    "The call itself returns a float64 number, or arrays for the reductions that keep an axis. `grad` and `curvature` return a pair "
+    "of arrays, by mu and by logvar; `value_and_grad` returns the value and the pair of gradients."
+)
 # exp(x) - 1 - x = x**2 (1/2! + x/3! + x**2/4! + ...), to the last digit of float64 for -1 <= x <= 1.75
 _EXP_TERMS = tuple(1.0 / factorial(k) for k in range(2, 24))
-_EXP_35 = math.exp(35.0)  # an eighth of a unit in the last place off, in float32 and in float64
+_EXP_35 = math.exp(35.0)  # an eighth of an ulp off, in float32 and in float64
 
 
 class LatentLoss(AbstractLoss):
@@ -38,6 +49,8 @@ class LatentLoss(AbstractLoss):
         accepted = ("weight", "reduction", *_OPTIONS)
         self._definition = Definition(Formula(function), {}, (), accepted, self.operands, self.gradients)
         functools.update_wrapper(self, function, updated=())
+        example = f"value, (by_mu, by_logvar) = fastloss.{function.__name__}.value_and_grad(mu, logvar)"
+        self.__doc__ = complete(function.__doc__, ("weight", "reduction", *_OPTIONS), example, (), _OPERANDS, {"out": _OUT}, _RETURNS)
         self.__signature__ = signature(self.operands, "mean", dict.fromkeys(_OPTIONS))
         self.register(self._definition)
 
@@ -50,12 +63,12 @@ class LatentLoss(AbstractLoss):
         if options.get("out") is not None:
             raise ValueError("out takes the two gradients, and the value alone has none: use grad or value_and_grad")
         if reduction == "none":
-            return evaluate(self, Arguments((), VALUE, mu, logvar, weight, reduction, options))[1][0]
-        return evaluate(self, Arguments(VALUE, (), mu, logvar, weight, reduction, options))[0]
+            return find_backend(mu).compute(self, Arguments((), VALUE, mu, logvar, weight, reduction, options))[1][0]
+        return find_backend(mu).compute(self, Arguments(VALUE, (), mu, logvar, weight, reduction, options))[0]
 
     def grad(self, mu: Any, logvar: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> tuple[Array, Array]:
         """Return the gradients with respect to mu and to logvar."""
-        slopes = evaluate(self, Arguments((), _SLOPES, mu, logvar, weight, reduction, options))[1]
+        slopes = find_backend(mu).compute(self, Arguments((), _SLOPES, mu, logvar, weight, reduction, options))[1]
         return slopes[0], slopes[1]
 
     def value_and_grad(
@@ -63,14 +76,14 @@ class LatentLoss(AbstractLoss):
     ) -> tuple[Any, tuple[Array, Array]]:
         """Return the loss and its gradients with respect to mu and to logvar, from one pass over memory."""
         if reduction == "none":
-            *slopes, value = evaluate(self, Arguments((), (*_SLOPES, "value"), mu, logvar, weight, reduction, options))[1]
+            *slopes, value = find_backend(mu).compute(self, Arguments((), (*_SLOPES, "value"), mu, logvar, weight, reduction, options))[1]
         else:
-            value, slopes = evaluate(self, Arguments(VALUE, _SLOPES, mu, logvar, weight, reduction, options))
+            value, slopes = find_backend(mu).compute(self, Arguments(VALUE, _SLOPES, mu, logvar, weight, reduction, options))
         return value, (slopes[0], slopes[1])
 
     def curvature(self, mu: Any, logvar: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> tuple[Array, Array]:
         """Return the second derivatives with respect to each element of mu and of logvar: the Hessian's diagonal."""
-        curvatures = evaluate(self, Arguments((), _CURVATURES, mu, logvar, weight, reduction, options))[1]
+        curvatures = find_backend(mu).compute(self, Arguments((), _CURVATURES, mu, logvar, weight, reduction, options))[1]
         return curvatures[0], curvatures[1]
 
     def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
@@ -86,6 +99,11 @@ class LatentLoss(AbstractLoss):
         return outcome
 
 
+@row(
+    "Gaussian KL", "the latent code of a variational autoencoder", input="means, log-variances", arrays=("mu", "logvar"),
+    gradients=(0, 1), is_elementwise=False, module="GaussianKLLoss",
+    ulp={"value": 4, "slope": 0, "target_slope": 2.5, "curvature": 0, "target_curvature": 2.5},
+)  # fmt: skip
 @LatentLoss
 def gaussian_kl_loss(mu: Any, logvar: Any) -> Any:
     """Kullback-Leibler divergence of the normal distributions N(mu, exp(logvar)) from the standard one, N(0, 1).
@@ -96,24 +114,12 @@ def gaussian_kl_loss(mu: Any, logvar: Any) -> Any:
         slope     = mu                 by mu,    (exp(logvar) - 1) / 2  by logvar
         curvature = 1                  by mu,    exp(logvar) / 2        by logvar
 
-    Near logvar = 0, where training starts and ends, exp(logvar) - 1 - logvar cancels to logvar**2 / 2: there it is a
-    series, and so is the slope. No term is negative, and both keep their digits.
+    Near logvar = 0, where training starts and ends, exp(logvar) - 1 - logvar cancels to logvar**2 / 2. Value and slope come from
+    its series there. No term of the value is negative, so both keep their digits.
 
     Args:
-        mu: means, any shape; float16, bfloat16, float32 or float64.
-        logvar: logarithms of the variances, the same shape; these dtypes, not necessarily the same.
-        weight: multiplies value and slopes; broadcasts against mu.
-        reduction: "mean", "sum", "none", "batchmean" (the VAE convention: sum over latents, mean over the batch),
-            "sample_mean", "sample_sum".
-        mask, grad_output: as for every loss; see `fastloss.Loss`.
-        out: a pair of arrays for the gradients; (mu, logvar) itself is allowed.
-
-    Returns:
-        As a `Loss` does, but `grad` and `curvature` return a pair, by mu and by logvar.
-
-    Raises:
-        ValueError: the shapes differ, or an option is out of range.
-        TypeError: a dtype is not accepted, or an option is unknown.
+        mu: means.
+        logvar: logarithms of the variances.
 
     Source: Kullback and Leibler, "On Information and Sufficiency", 1951; Kingma and Welling, "Auto-Encoding Variational
         Bayes", 2013, appendix B.

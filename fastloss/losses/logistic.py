@@ -1,14 +1,14 @@
 """Losses of a logit `z`, squashed by a sigmoid inside, against a target `t` in [0, 1].
 
-Reflect, then everything is positive. With e = exp(-|z|) and s = e / (1 + e) = sigmoid(-|z|), let
+With e = exp(-|z|) and s = e / (1 + e) = sigmoid(-|z|), let
 
     wrong = 1 - t  if z > 0  else  t
 
-be the probability mass that the target puts on the side the logit argues against. Then
+be the probability mass that the target puts on the side that the logit argues against. Then
 
     sigmoid(z) - t = sign(z) (wrong - s)
 
-which never forms 1 - s where s is tiny: the slope keeps its relative accuracy in both tails, where p - t has none left.
+The right side never forms 1 - s where s is tiny, so the slope keeps its relative accuracy in both tails, where p - t loses it.
 """
 
 from __future__ import annotations
@@ -17,41 +17,47 @@ from math import inf, nan
 from typing import Any
 
 from fastloss.loss import TargetLoss, elementwise_loss
+from fastloss.losses.table import row
 from fastloss.ops import abs, add_log1p, exp, fma, log, log1p, maximum, minimum, pow, sigmoid, where
+
+__all__ = [
+    "binary_cross_entropy", "binary_cross_entropy_with_logits", "binary_entropy", "mse_with_logits_loss", "sigmoid_focal_loss",
+]  # fmt: skip
 
 _BOUNDS = {"pos_weight": (0.0, inf), "label_smoothing": (0.0, 1.0)}
 
 
 def tail(z: Any) -> tuple[Any, Any]:
-    """Return e = exp(-|z|) and s = e / (1 + e) = sigmoid(-|z|), the smaller of the two probabilities."""
+    """Return e = exp(-|z|), and s = e / (1 + e) = sigmoid(-|z|), the smaller of the two probabilities."""
     return exp(-abs(z)), sigmoid(-abs(z))
 
 
 def variance(s: Any) -> Any:
-    """Return p (1 - p) = s - s**2, of the Bernoulli distribution, rounded once."""
+    """Return the variance of a Bernoulli distribution, p (1 - p) = s - s**2, rounded once."""
     return fma(-s, s, s)
 
 
 def probability_missed(s: Any, wrong: Any) -> Any:
-    """Return t (1 - p) + (1 - t) p, a sum of positive terms, where 1 - (t p + (1 - t)(1 - p)) would cancel."""
+    """Return t (1 - p) + (1 - t) p, as a sum of positive terms; 1 - (t p + (1 - t)(1 - p)) would cancel."""
     return fma(wrong, 1.0 - s, (1.0 - wrong) * s)
 
 
 def _smooth(t: Any, label_smoothing: Any) -> Any:
-    """Mix the target with 1/2; with no smoothing, the target itself and no rounding."""
+    """Mix the target with 1/2. Without smoothing, return the target unrounded."""
     return t if label_smoothing is None else t + label_smoothing * (0.5 - t)
 
 
 def times(magnitude: Any, wrong: Any) -> Any:
-    """|z| wrong, which is 0 where nothing is wrong, also at |z| = inf."""
+    """Return |z| wrong, which is 0 at wrong = 0, even at |z| = inf."""
     return where(wrong == 0.0, 0.0, magnitude * wrong)
 
 
 def _minus(x: Any, log_x: Any) -> Any:
-    """-x log x, which is 0 at x = 0."""
+    """Return -x log x, which is 0 at x = 0."""
     return where(x == 0.0, 0.0, -x * log_x)
 
 
+@row("BCE", "targets in [0, 1]: classes, masks, the pixels of images", ulp={"value": (2, 3), "slope": 1.5, "curvature": 2})
 @elementwise_loss(probabilities=("target",), bounds=_BOUNDS)
 def binary_cross_entropy_with_logits(z: Any, t: Any, pos_weight: Any = None, label_smoothing: Any = None) -> Any:
     """Binary cross-entropy between targets in [0, 1] and the sigmoid of the input.
@@ -62,27 +68,20 @@ def binary_cross_entropy_with_logits(z: Any, t: Any, pos_weight: Any = None, lab
         slope     = p - t
         curvature = p (1 - p)
 
-    The reflected form (see the module) keeps value and slope accurate to 2 float32 ulp at every logit, where
-    `max(z, 0) - z t + log1p(exp(-|z|))`, the form of most libraries, loses the value by cancellation, and `p - t` the
-    slope; at infinite logits it has the limit, not inf - inf. On soft targets the minimum is not 0 but
-    `binary_entropy(target)`, reached at p = t.
+    The computed form (see the module) is accurate to 2 float32 ulp at every logit, subnormal results included. The form of most
+    libraries, `max(z, 0) - z t + log1p(exp(-|z|))`, loses the value by cancellation, and p - t loses the slope. At infinite
+    logits the value is the limit, not inf - inf. On soft targets the minimum is not 0 but `binary_entropy(target)`, reached at
+    p = t.
 
     Args:
-        input: logits, any shape; float16, bfloat16, float32 or float64.
-        target: probabilities, the same shape; these, bool, or integers (with `target_scale`, such as 1/255).
-        weight: multiplies value and slope; broadcasts against input. The mean still divides by the number of elements.
-        reduction: "mean", "sum", "none", "batchmean" (sum / first axis), "sample_mean", "sample_sum".
-        pos_weight: factor c >= 0 on the positive part, -c t log p; a number, or an array that broadcasts.
-        label_smoothing: a in [0, 1]: the target becomes t (1 - a) + a / 2.
-        mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
-
-    Raises:
-        ValueError: shapes differ, an option is out of range, a target is outside [0, 1] (with `validate=True`).
-        TypeError: a dtype is not accepted, an option is unknown.
+        input: logits.
+        target: probabilities.
+        pos_weight: factor c of 0 or more on the positive part, -c t log p: a number, or an array that broadcasts.
+        label_smoothing: a in [0, 1]; the target becomes t (1 - a) + a / 2.
 
     Source: Good, "Rational Decisions", 1952; on images in [0, 1], Kingma and Welling, "Auto-Encoding Variational Bayes", 2013.
     """
-    t, kept = _smooth(t, label_smoothing), 1.0 if label_smoothing is None else 1.0 - label_smoothing
+    t, share = _smooth(t, label_smoothing), 1.0 if label_smoothing is None else 1.0 - label_smoothing
     e, s = tail(z)
     if pos_weight is None:
         wrong = where(z > 0.0, 1.0 - t, t)
@@ -96,12 +95,16 @@ def binary_cross_entropy_with_logits(z: Any, t: Any, pos_weight: Any = None, lab
         slope, curvature = wrong - mass * s, mass * variance(s)
         target_slope = where(z > 0.0, -z, times(-z, pos_weight)) + (pos_weight - 1.0) * log1p(e)
         cross = where(z > 0.0, s - 1.0 - pos_weight * s, pos_weight * (s - 1.0) - s)
-    return value, where(z > 0.0, slope, -slope), curvature, kept * target_slope, kept * cross, 0.0
+    return value, where(z > 0.0, slope, -slope), curvature, share * target_slope, share * cross, 0.0
 
 
+@row(
+    "BCE on probabilities", "only probabilities are available", input="probabilities", arrays=("probabilities", "targets"),
+    ulp={"value": (1, 3), "slope": (2, 3), "curvature": 4},
+)  # fmt: skip
 @elementwise_loss(probabilities=("input", "target"))
 def binary_cross_entropy(z: Any, t: Any) -> Any:
-    """Binary cross-entropy between targets and probabilities, both in [0, 1]; prefer `binary_cross_entropy_with_logits`.
+    """Binary cross-entropy between targets and probabilities; prefer `binary_cross_entropy_with_logits`.
 
     With p = input, per element, as in PyTorch:
 
@@ -109,19 +112,13 @@ def binary_cross_entropy(z: Any, t: Any) -> Any:
         slope     = (p - t) / max(p (1 - p), 1e-12)
         curvature = t / max(p, 1e-12)**2 + (1 - t) / max(1 - p, 1e-12)**2
 
-    A probability close to 1 has lost the digits of 1 - p before it comes here, and with them those of its loss: beyond a
-    logit of 17 a float32 sigmoid is 1. The clamps keep the value finite there, at a price: the slope is no longer that of
-    the value. A loss of the logits has neither trouble.
+    A probability close to 1 has already lost the digits of 1 - p, and the loss cannot recover them: above a logit of 17 a float32
+    sigmoid is 1. The clamps keep the value finite there, but the slope is then no longer the derivative of the value. A loss of
+    the logits has neither problem.
 
     Args:
-        input: probabilities, any shape; float16, bfloat16, float32 or float64. Outside [0, 1] value and
-            slope are NaN; `validate=True` makes that an error, here and for targets.
-        target: probabilities, the same shape; these, bool, or integers (with `target_scale`, such as 1/255).
-        weight, reduction, mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
-
-    Raises:
-        ValueError: shapes differ, an option is out of range, an input or a target is outside [0, 1] (with `validate=True`).
-        TypeError: a dtype is not accepted, an option is unknown.
+        input: probabilities. Outside [0, 1] value and slope are NaN.
+        target: probabilities.
 
     Source: Good, "Rational Decisions", 1952; the clamps: PyTorch 1.2, 2019.
     """
@@ -134,9 +131,14 @@ def binary_cross_entropy(z: Any, t: Any) -> Any:
     return value, (z - t) / spread, curvature, minimum(-log(z), 100.0) - minimum(-log1p(-z), 100.0), -1.0 / spread, 0.0
 
 
+@row(
+    "focal", "most elements are easy and would outweigh the few that are not; detection",
+    ulp={"value": (8, 10), "slope": (12, 15), "curvature": 30},
+    settings=({}, {"alpha": -1, "gamma": 0.5}, {"alpha": 0.75, "gamma": 3.25}), module="SigmoidFocalLoss",
+)  # fmt: skip
 @elementwise_loss(probabilities=("target",), bounds={"alpha": (-inf, 1.0), "gamma": (0.0, inf)}, reduction="none")
 def sigmoid_focal_loss(z: Any, t: Any, alpha: Any = 0.25, gamma: Any = 2.0) -> Any:
-    """Binary cross-entropy that counts an element the less, the better it is classified; reduction "none" by default.
+    """Binary cross-entropy that counts an element less, the better it is classified. Its default reduction is "none".
 
     With p = sigmoid(input), c = binary cross-entropy, m = t (1 - p) + (1 - t) p (the probability missed), and
     a = alpha t + (1 - alpha)(1 - t), or 1 if alpha is negative, per element:
@@ -145,21 +147,14 @@ def sigmoid_focal_loss(z: Any, t: Any, alpha: Any = 0.25, gamma: Any = 2.0) -> A
         slope     = a m**gamma ((p - t) + gamma r c)                           with r = m' / m = (1 - 2 t) p (1 - p) / m
         curvature = a m**gamma (p (1 - p) + gamma r (2 (p - t) + (1 - 2 p) c) + gamma (gamma - 1) r**2 c)
 
-    Torchvision has it as m = 1 - (t p + (1 - t)(1 - p)), which is 0 where it should be 1e-9: here m is a sum of positive
-    terms, and keeps its digits in both tails. gamma = 0 with a negative alpha is `binary_cross_entropy_with_logits`.
+    Torchvision computes m as 1 - (t p + (1 - t)(1 - p)), which rounds 1e-9 to 0. Here m is a sum of positive terms and keeps its
+    digits in both tails. With gamma = 0 and a negative alpha this is `binary_cross_entropy_with_logits`.
 
     Args:
-        input: logits, any shape; float16, bfloat16, float32 or float64.
-        target: the same shape, usually 0 or 1; these, bool, or integers (with `target_scale`).
-        weight: multiplies value and slope; broadcasts against input.
-        reduction: "none" as in torchvision, "mean", "sum", "batchmean", "sample_mean", "sample_sum".
-        alpha: weight of the positive class, up to 1; negative for none. gamma: how strongly the well classified are
-            discounted, from 0 on. Numbers, or arrays that broadcast.
-        mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
-
-    Raises:
-        ValueError: shapes differ, an option is out of range, a target is outside [0, 1] (with `validate=True`).
-        TypeError: a dtype is not accepted, an option is unknown.
+        input: logits.
+        target: probabilities, usually 0 or 1.
+        alpha: weight of the positive class, up to 1, or negative for no weight: a number, or an array that broadcasts.
+        gamma: how strongly well classified elements are discounted, 0 or more: a number, or an array that broadcasts.
 
     Source: Lin, Goyal, Girshick, He and Dollár, "Focal Loss for Dense Object Detection", 2017.
     """
@@ -187,6 +182,10 @@ def sigmoid_focal_loss(z: Any, t: Any, alpha: Any = 0.25, gamma: Any = 2.0) -> A
     )  # fmt: skip
 
 
+@row(
+    "sigmoid + MSE", "the squared error of a sigmoid is the aim, and outputs do not saturate",
+    ulp={"value": (3, 4), "slope": 4, "curvature": 4}, module="MSEWithLogitsLoss",
+)  # fmt: skip
 @elementwise_loss
 def mse_with_logits_loss(z: Any, t: Any) -> Any:
     """Squared error between the sigmoid of the input and the target.
@@ -197,17 +196,12 @@ def mse_with_logits_loss(z: Any, t: Any) -> Any:
         slope     = 2 (p - t) p (1 - p)
         curvature = 2 p (1 - p) (p (1 - p) + (p - t) (1 - 2 p))
 
-    p (1 - p) is s (1 - s) with s = sigmoid(-|z|), accurate in both tails. It is also the saturation: it vanishes at both
-    ends however large the error is, where the slope of `binary_cross_entropy_with_logits` does not.
+    p (1 - p) is computed as s (1 - s) with s = sigmoid(-|z|), which is accurate in both tails. The factor vanishes where the
+    output is saturated, however large the error is; the slope of `binary_cross_entropy_with_logits` does not.
 
     Args:
-        input: logits, any shape; float16, bfloat16, float32 or float64.
-        target: the same shape, usually in [0, 1]; these, bool, or integers (with `target_scale`).
-        weight, reduction, mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
-
-    Raises:
-        ValueError: shapes differ, or an option is out of range.
-        TypeError: a dtype is not accepted, or an option is unknown.
+        input: logits.
+        target: probabilities.
 
     Source: Rumelhart, Hinton and Williams, "Learning representations by back-propagating errors", 1986.
     """
@@ -219,27 +213,27 @@ def mse_with_logits_loss(z: Any, t: Any) -> Any:
     return miss * miss, where(z > 0.0, slope, -slope), curvature, where(z > 0.0, -2.0 * miss, 2.0 * miss), -2.0 * spread, 2.0
 
 
+@row(
+    "entropy", "the smallest cross-entropy that soft targets allow", input="none", arrays=("targets",), gradients=(),
+    is_elementwise=False, ulp={"value": 3},
+)  # fmt: skip
 @TargetLoss
 @elementwise_loss(probabilities=("target",), bounds=_BOUNDS)
 def binary_entropy(z: Any, t: Any, pos_weight: Any = None, label_smoothing: Any = None) -> Any:
-    """Entropy of the targets: the least binary cross-entropy that any input reaches, at sigmoid(input) = target.
+    """Entropy of the targets: the smallest binary cross-entropy that any input reaches, at sigmoid(input) = target.
 
     Per element:
 
         value = -(t log t + (1 - t) log(1 - t))
 
-    which is 0 at t = 0 and t = 1. The difference to `binary_cross_entropy_with_logits` under the same options is the
-    Kullback-Leibler divergence, 0 only at p = t. With `pos_weight` c it is the minimum of the weighted loss, reached at
-    p = c t / (c t + 1 - t). It has no gradient.
+    It is 0 at t = 0 and t = 1, and it has no gradient. `binary_cross_entropy_with_logits` under the same options minus this
+    entropy is the Kullback-Leibler divergence, which is 0 only at p = t. With `pos_weight` c it is the minimum of the weighted
+    loss, reached at p = c t / (c t + 1 - t).
 
     Args:
-        target: probabilities, any shape; float16, bfloat16, float32, float64, bool, or integers (with `target_scale`).
-        weight, reduction: as for the losses; "none" gives the target's dtype, float32 for integers.
-        pos_weight, label_smoothing: as for `binary_cross_entropy_with_logits`.
-        mask, ignore_index, target_scale, out, validate: as for every loss; see `fastloss.Loss`.
-
-    Raises:
-        ValueError, TypeError: as the losses do.
+        target: probabilities.
+        pos_weight: as for `binary_cross_entropy_with_logits`.
+        label_smoothing: as for `binary_cross_entropy_with_logits`.
 
     Source: Shannon, "A Mathematical Theory of Communication", 1948.
     """

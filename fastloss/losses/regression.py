@@ -8,7 +8,10 @@ from typing import Any
 from fastloss.core.checks import SMALLEST
 from fastloss.loss import elementwise_loss
 from fastloss.losses.logistic import variance
+from fastloss.losses.table import row
 from fastloss.ops import abs, add_log1p, exp, fma, polynomial, sigmoid, tanh, where
+
+__all__ = ["huber_loss", "l1_loss", "log_cosh_loss", "mse_loss", "smooth_l1_loss"]
 
 _LOG_2 = 0.6931471805599453
 # cosh d - 1 - d**2/2 = d**4 (1/4! + d**2/6! + ...), to the last digit of float64 for |d| <= 1
@@ -16,21 +19,22 @@ _COSH_TERMS = tuple(1.0 / factorial(2 * k) for k in range(2, 11))
 
 
 def _sign(d: Any) -> Any:
-    """Return 1, -1, or d itself where it is 0 or NaN."""
+    """Return 1, -1, or d itself where d is 0 or NaN."""
     return where(d > 0.0, 1.0, where(d < 0.0, -1.0, d))
 
 
 def _of_difference(value: Any, slope: Any, curvature: Any) -> Any:
-    """Return all quantities of a loss of d = z - t: what it gains with the input, it loses with the target."""
+    """Return all six quantities of a loss of d = z - t, given those by the input: each derivative by the target changes the sign."""
     return value, slope, curvature, -slope, -curvature, curvature
 
 
 def _lost(z: Any, t: Any, d: Any) -> Any:
-    """Return what d = z - t was rounded by: (z - t) - d, exactly (Knuth's two-sum)."""
+    """Return the rounding error of d = z - t, which is (z - t) - d exactly (Knuth's two-sum)."""
     t_read = z - d
     return (z - (d + t_read)) + (t_read - t)
 
 
+@row("MSE", "large errors count most; fits the mean", input="any", ulp={"value": 2, "slope": 0.5, "curvature": 0})
 @elementwise_loss
 def mse_loss(z: Any, t: Any) -> Any:
     """Squared error between input and target.
@@ -42,13 +46,8 @@ def mse_loss(z: Any, t: Any) -> Any:
         curvature = 2
 
     Args:
-        input: any shape; float16, bfloat16, float32 or float64.
-        target: the same shape; these, bool, or integers (with `target_scale`).
-        weight, reduction, mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
-
-    Raises:
-        ValueError: shapes differ, or an option is out of range.
-        TypeError: a dtype is not accepted, or an option is unknown.
+        input: predictions.
+        target: what they should be.
 
     Source: Legendre, "Nouvelles méthodes pour la détermination des orbites des comètes", 1805.
     """
@@ -56,6 +55,7 @@ def mse_loss(z: Any, t: Any) -> Any:
     return _of_difference(d * d, 2.0 * d, 2.0)
 
 
+@row("L1", "outliers count by their size alone; fits the median", input="any", ulp={"value": 0.5, "slope": 0, "curvature": 0})
 @elementwise_loss
 def l1_loss(z: Any, t: Any) -> Any:
     """Absolute error between input and target.
@@ -63,17 +63,12 @@ def l1_loss(z: Any, t: Any) -> Any:
     With d = input - target, per element:
 
         value     = |d|
-        slope     = sign(d), and 0 at d = 0
+        slope     = sign(d), which is 0 at d = 0
         curvature = 0
 
     Args:
-        input: any shape; float16, bfloat16, float32 or float64.
-        target: the same shape; these, bool, or integers (with `target_scale`).
-        weight, reduction, mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
-
-    Raises:
-        ValueError: shapes differ, or an option is out of range.
-        TypeError: a dtype is not accepted, or an option is unknown.
+        input: predictions.
+        target: what they should be.
 
     Source: Laplace, "Mémoire sur la probabilité des causes par les évènements", 1774.
     """
@@ -81,9 +76,13 @@ def l1_loss(z: Any, t: Any) -> Any:
     return _of_difference(abs(d), _sign(d), 0.0)
 
 
+@row(
+    "smooth L1", "as `l1_loss`, without its jump of the slope at the target; box regression", input="any",
+    ulp={"value": (2.5, 3), "slope": (0.5, 1), "curvature": 0.5}, settings=({}, {"beta": 0.375}, {"beta": 0}),
+)  # fmt: skip
 @elementwise_loss(bounds={"beta": (0.0, inf)})
 def smooth_l1_loss(z: Any, t: Any, beta: Any = 1.0) -> Any:
-    """Absolute error, rounded off to a parabola where it is below `beta`.
+    """Absolute error that becomes a parabola where it is below `beta`.
 
     With d = input - target, per element:
 
@@ -91,18 +90,12 @@ def smooth_l1_loss(z: Any, t: Any, beta: Any = 1.0) -> Any:
         slope     = d / beta         if |d| < beta  else  sign(d)
         curvature = 1 / beta         if |d| < beta  else  0
 
-    It is `huber_loss` divided by its `delta`; with beta = 0 it is `l1_loss`. Far from the target the slope stays 1, however
-    large the error.
+    This is `huber_loss` divided by its `delta`, and at beta = 0 it is `l1_loss`. For large errors the slope stays 1.
 
     Args:
-        input: any shape; float16, bfloat16, float32 or float64.
-        target: the same shape; these, bool, or integers (with `target_scale`).
-        beta: where the parabola ends, in the units of the input; a number from 0 on, or an array that broadcasts.
-        weight, reduction, mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
-
-    Raises:
-        ValueError: shapes differ, or an option is out of range.
-        TypeError: a dtype is not accepted, or an option is unknown.
+        input: predictions.
+        target: what they should be.
+        beta: error at which the parabola ends, in the units of the input: a number of 0 or more, or an array that broadcasts.
 
     Source: Girshick, "Fast R-CNN", 2015.
     """
@@ -113,9 +106,13 @@ def smooth_l1_loss(z: Any, t: Any, beta: Any = 1.0) -> Any:
     return _of_difference(value, where(near, ratio, _sign(d)), where(near, 1.0 / beta, 0.0))
 
 
+@row(
+    "Huber", "as `mse_loss`, but an outlier pulls no harder than an error of `delta`", input="any",
+    ulp={"value": 2, "slope": 0.5, "curvature": 0}, settings=({}, {"delta": 2.5}),
+)  # fmt: skip
 @elementwise_loss(bounds={"delta": (SMALLEST, inf)})
 def huber_loss(z: Any, t: Any, delta: Any = 1.0) -> Any:
-    """Squared error that goes on as a straight line where the error exceeds `delta`.
+    """Squared error that continues as a straight line where the error exceeds `delta`.
 
     With d = input - target, per element:
 
@@ -123,17 +120,12 @@ def huber_loss(z: Any, t: Any, delta: Any = 1.0) -> Any:
         slope     = d         if |d| <= delta  else  delta sign(d)
         curvature = 1         if |d| <= delta  else  0
 
-    The slope is bounded, so that an outlier pulls no harder than an error of `delta`.
+    The slope is bounded: an outlier pulls no harder than an error of `delta`.
 
     Args:
-        input: any shape; float16, bfloat16, float32 or float64.
-        target: the same shape; these, bool, or integers (with `target_scale`).
-        delta: where the parabola ends, in the units of the input; a number above 0, or an array that broadcasts.
-        weight, reduction, mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
-
-    Raises:
-        ValueError: shapes differ, or an option is out of range.
-        TypeError: a dtype is not accepted, or an option is unknown.
+        input: predictions.
+        target: what they should be.
+        delta: error at which the parabola ends, in the units of the input: a number above 0, or an array that broadcasts.
 
     Source: Huber, "Robust Estimation of a Location Parameter", 1964.
     """
@@ -144,6 +136,10 @@ def huber_loss(z: Any, t: Any, delta: Any = 1.0) -> Any:
     return _of_difference(value, where(near, d, delta * _sign(d)), where(near, 1.0, 0.0))
 
 
+@row(
+    "log-cosh", "as `huber_loss`, but smooth everywhere and without a parameter", input="any",
+    ulp={"value": 4, "slope": 3, "curvature": 3}, module="LogCoshLoss",
+)  # fmt: skip
 @elementwise_loss
 def log_cosh_loss(z: Any, t: Any) -> Any:
     """Logarithm of the hyperbolic cosine of the error: a parabola that bends into a straight line.
@@ -154,18 +150,12 @@ def log_cosh_loss(z: Any, t: Any) -> Any:
         slope     = tanh(d)
         curvature = 1 - tanh(d)**2
 
-    Below |d| = 1 the three terms nearly cancel, and nothing would be left of d**2 / 2: there the value is
-    log1p(cosh(d) - 1), with cosh(d) - 1 from its series. It lies between |d| - log 2
-    and |d|.
+    The value lies between |d| - log 2 and |d|. Below |d| = 1 the three terms nearly cancel and would lose every digit of
+    d**2 / 2; there the value is computed as log1p(cosh(d) - 1), with cosh(d) - 1 from its series.
 
     Args:
-        input: any shape; float16, bfloat16, float32 or float64.
-        target: the same shape; these, bool, or integers (with `target_scale`).
-        weight, reduction, mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
-
-    Raises:
-        ValueError: shapes differ, or an option is out of range.
-        TypeError: a dtype is not accepted, or an option is unknown.
+        input: predictions.
+        target: what they should be.
 
     Source: Green, "Iteratively Reweighted Least Squares for Maximum Likelihood Estimation, and some Robust and Resistant
         Alternatives", 1984.
@@ -177,6 +167,6 @@ def log_cosh_loss(z: Any, t: Any) -> Any:
     near = size < 1.0
     value = add_log1p(where(near, 0.0, size - _LOG_2), where(near, cosh_minus_1, exp(minus_2d)))
     slope = tanh(d)
-    # the curvature falls as exp(-2 |d|), where an error of d counts 2 |d| times: what the subtraction lost is put back
+    # the curvature falls as exp(-2 |d|), so an error of d counts 2 |d| times; add the rounding error of the subtraction back
     curvature = 4.0 * variance(sigmoid(minus_2d))
     return _of_difference(value, slope, where(curvature == 0.0, 0.0, fma(-2.0 * slope * lost, curvature, curvature)))

@@ -1,7 +1,7 @@
-"""Losses of overlap, for segmentation: not elementwise, but made of sums over a channel, on which every element's slope depends.
+"""Losses of the overlap of regions, for segmentation: made of sums over a channel, on which the slope of every element depends.
 
-Two passes over memory through the same loops as every other loss: the first sums, the second writes the gradient, with what
-became of the sums as parameters that broadcast.
+They take two passes over memory, through the loops of every other loss. The first computes the sums. The second writes the
+gradient; what it needs of the sums is passed to its formula as parameters that broadcast.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastloss.backends.find import find_backend
 from fastloss.core.abstract_loss import AbstractLoss, signature
 from fastloss.core.call import Arguments
 from fastloss.core.checks import (
@@ -27,27 +28,42 @@ from fastloss.core.checks import (
     to_float,
 )
 from fastloss.core.definition import Definition
+from fastloss.core.docstrings import OPERANDS, complete
 from fastloss.core.plan import Array
 from fastloss.formula import OPTIONS, Formula
-from fastloss.loss import SLOPE, VALUE, evaluate
+from fastloss.loss import SLOPE, VALUE
 from fastloss.losses.logistic import probability_missed, tail, times, variance
+from fastloss.losses.table import row
 from fastloss.ops import abs, add_log1p, where
+
+__all__ = ["dice_bce_with_logits_loss", "dice_with_logits_loss"]
 
 _SETTINGS: dict[str, Any] = {"smooth": 1.0, "per_channel": True, "per_sample": True}
 _WEIGHTS: dict[str, Any] = {"dice_weight": 1.0, "bce_weight": 1.0}
+_OPERANDS = {"input": f"Shape (N, C, ...). {OPERANDS['input']}", "target": OPERANDS["target"]}
+_OWN = {
+    "weight": "array that broadcasts against the input; it multiplies what an element adds to the sums.",
+    "reduction": 'of the regions\' losses: "mean", "sum", "none" (an array (N, C)), "batchmean", "sample_mean" or "sample_sum".',
+    "out": "array for the gradient. It may be the input, which is then overwritten, and may not overlap any other array.",
+}
+_RETURNS = (
+    "The call itself returns a float64 number, or arrays for the reductions that keep an axis. `grad` returns an array of the input's "
+    "shape and dtype; `value_and_grad` returns the value and the gradient."
+)
 
 
 def _sums(z: Any, t: Any) -> Any:
-    """Return p t, the probability missed, t (1 - p) + (1 - t) p, and the binary cross-entropy."""
+    """Return p t, the probability missed t (1 - p) + (1 - t) p, and the binary cross-entropy."""
     e, s = tail(z)
     wrong = where(z > 0.0, 1.0 - t, t)
     return where(z > 0.0, 1.0 - s, s) * t, probability_missed(s, wrong), add_log1p(times(abs(z), wrong), e)
 
 
 def _slopes(z: Any, t: Any, score: Any = None, rate: Any = None, entropy_rate: Any = None) -> Any:
-    """Return rate p (1 - p) (score - 2 t), and the slope of the cross-entropy times its rate; what is not given is left out.
+    """Return the slopes by the input and by the target, without the parts whose rates are None.
 
-    And by the target: rate (score - 2 p), and -z times the rate of the cross-entropy.
+    By the input they are rate p (1 - p) (score - 2 t) and entropy_rate (p - t); by the target, rate (score - 2 p) and
+    -entropy_rate z.
     """
     _, s = tail(z)
     slope: Any = 0.0
@@ -65,43 +81,44 @@ _SUMS, _SLOPES = Formula(_sums, ("overlap", "missed", "entropy")), Formula(_slop
 
 
 class _Dice(NamedTuple):
-    """What the first pass found, one number a group: a sample's channel, a sample, a channel, or all."""
+    """Results of the first pass, one number for each region: a channel of a sample, a sample, a channel, or the batch."""
 
     loss: Array  # missed / size
-    score: Array  # 1 - loss, but from its own sum: neither is a difference
-    size: Array  # sum of p + t, and smooth
+    score: Array  # 1 - loss, computed from its own sum and not as a difference
+    size: Array  # sum(p) + sum(t) + smooth
 
 
 class DiceLoss(AbstractLoss):
-    """A Dice loss, alone or with cross-entropy: called for the value; `grad` and `value_and_grad` take the same arguments."""
+    """A Dice loss, alone or with cross-entropy. `grad` and `value_and_grad` take the arguments of a call."""
 
     def __init__(self, name: str, doc: str, with_entropy: bool) -> None:
         self.__name__ = self.__qualname__ = name
-        self.__doc__ = doc
         self.settings = {**_SETTINGS, **(_WEIGHTS if with_entropy else {})}
         self.with_entropy = with_entropy
         options = (*self.settings, "weight", "reduction", *OPTIONS)
         self.first, self.second = (Definition(formula, {}, ("target",), options) for formula in (_SUMS, _SLOPES))
         self.__signature__ = signature(("input", "target"), "mean", {**self.settings, **OPTIONS})
+        example = f"value, grad = fastloss.{name}.value_and_grad(input, target)"
+        self.__doc__ = complete(doc, ("weight", "reduction", *OPTIONS), example, ("target",), _OPERANDS, _OWN, _RETURNS)
         self.register(self.first, self.second)
 
     def __repr__(self) -> str:
         return f"<loss {self.__name__}{self.__signature__}>"
 
     def __call__(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Any:
-        """Return the loss: a float64 number, or an array of them, one a sample or one a group."""
+        """Return the loss: a float64 number, or an array with one number for each sample or region."""
         refuse_grad_output(options)
         if options.get("out") is not None:
             raise ValueError("out takes the gradient, and the value alone has none: use grad or value_and_grad")
-        return evaluate(self, Arguments(VALUE, (), input, target, weight, reduction, options))[0]
+        return find_backend(input).compute(self, Arguments(VALUE, (), input, target, weight, reduction, options))[0]
 
     def grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Array:
         """Return the gradient with respect to the input, in the input's dtype."""
-        return evaluate(self, Arguments((), SLOPE, input, target, weight, reduction, options))[1][0]
+        return find_backend(input).compute(self, Arguments((), SLOPE, input, target, weight, reduction, options))[1][0]
 
     def value_and_grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> tuple[Any, Array]:
         """Return the loss and its gradient with respect to the input, from two passes over memory."""
-        value, outputs = evaluate(self, Arguments(VALUE, SLOPE, input, target, weight, reduction, options))
+        value, outputs = find_backend(input).compute(self, Arguments(VALUE, SLOPE, input, target, weight, reduction, options))
         return value, outputs[0]
 
     def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
@@ -114,12 +131,12 @@ class DiceLoss(AbstractLoss):
         return False
 
     def value_shape(self, shape: tuple[int, ...], reduction: str, options: Mapping[str, Any]) -> tuple[int, ...]:
-        """Return the shape of the value; without a reduction (N, C), (N,), (C,) or ()."""
+        """Return the shape of the value; with reduction "none" it is (N, C), (N,), (C,) or ()."""
         own = {**self.settings, **options}
         if reduction != "none":
             return shape[:1] if reduction.startswith("sample") else ()
-        kept = shape[: leading_axes(own)]
-        return kept if own["per_sample"] else kept[1:]
+        regions = shape[: leading_axes(own)]
+        return regions if own["per_sample"] else regions[1:]
 
     def take_settings(self, options: dict[str, Any]) -> dict[str, Any]:
         """Remove the settings from the options, check them, and return them with the defaults of those that are missing."""
@@ -133,7 +150,7 @@ class DiceLoss(AbstractLoss):
 
 
 def leading_axes(settings: Mapping[str, Any]) -> int:
-    """Return how many leading axes have sums of their own in the first pass."""
+    """Return how many leading axes the first pass keeps apart."""
     return 2 if settings["per_channel"] else 1 if settings["per_sample"] else 0
 
 
@@ -151,7 +168,7 @@ class _Passes:
         self.sum()
 
     def leading_axes(self) -> int:
-        """Return how many leading axes the first pass keeps apart."""
+        """Return how many leading axes the first pass keeps apart, and refuse an input that lacks them."""
         needed = leading_axes(self.set)
         if len(self.shape) < needed:
             axes, instead = ("two leading axes, samples and channels", "per_channel") if needed == 2 else ("a first axis", "per_sample")
@@ -159,14 +176,14 @@ class _Passes:
         return needed
 
     def check_reduction(self) -> None:
-        """Refuse a reduction that these groups do not have."""
+        """Refuse a reduction that these regions do not have."""
         accepted = [r for r in REDUCTIONS if self.set["per_sample"] or not r.startswith("sample")]
         accepted = [r for r in accepted if r in ("mean", "sum", "none") or self.shape]
         accepted = [r for r in accepted if r != "none" or not self.loss.with_entropy]
         check_reduction(self.reduction, accepted)
 
     def take_upstream(self, grad_output: Any) -> Any:
-        """Take the derivative of what follows the loss: a number, or an array of the loss's shape."""
+        """Convert the upstream gradient: a number, or an array of the loss's shape."""
         if self.call.is_number(grad_output):
             return to_float("grad_output", grad_output)
         array = self.call.as_array("grad_output", grad_output)
@@ -178,7 +195,7 @@ class _Passes:
         return self.loss.value_shape(self.shape, self.reduction, self.set)
 
     def sum(self) -> None:
-        """Make the first pass: the Dice losses, which of them are of any element, and the sums of the cross-entropy."""
+        """Make the first pass: the Dice losses, whether each has any element, and the sums of the cross-entropy."""
         names = ("overlap", "missed", *(("entropy",) if self.loss.with_entropy else ()), *(("count",) if self.call.excludes else ()))
         sums = self.call.run(names, (), [], validate=self.call.validate)
         named = {name: np.reshape(x, self.shape[: self.call.group_axes]) for name, x in zip(names, sums, strict=False)}
@@ -190,11 +207,11 @@ class _Passes:
         right = 2 * overlap + self.set["smooth"]
         self.present = counted > 0
         with np.errstate(all="ignore"):
-            loss = np.where(self.present, missed / (missed + right), 0.0)  # a group without elements counts nowhere
+            loss = np.where(self.present, missed / (missed + right), 0.0)  # a region without elements does not count
             self.dice = _Dice(loss, right / (missed + right), missed + right)
 
     def over_batch(self, x: Array) -> Array:
-        """Add up samples where only channels are kept apart."""
+        """Add up samples if only channels are kept apart."""
         return x.sum(axis=0) if self.set["per_channel"] and not self.set["per_sample"] else x
 
     def value(self) -> Any:
@@ -204,26 +221,26 @@ class _Passes:
         self.call.warn_of_empty_mean(self.divisor(self.counted))
         parts = [("dice_weight", self.dice.loss, self.present), ("bce_weight", self.entropy, self.counted)]
         weights = {"dice_weight": 1.0, "bce_weight": 0.0} | self.set
-        with np.errstate(all="ignore"):  # a part of weight 0 does not count, not even where it is infinite
+        with np.errstate(all="ignore"):  # a part of weight 0 does not count, even where it is infinite
             terms = [weights[name] * self.reduced(*part) for name, *part in parts if weights[name]]
             return functools.reduce(operator.add, terms or [0.0 * self.over_groups(self.present)])[()]
 
     def reduced(self, sums: Array, counts: Array) -> Any:
-        """Return the sum of the groups' sums, over as many elements as the reduction says."""
+        """Return the sum of the regions' sums, divided by the number that the reduction counts."""
         return np.divide(self.over_groups(sums), self.divisor(counts))
 
     def over_groups(self, x: Array) -> Any:
-        """Add up groups: all of them, or those of a sample."""
+        """Add up regions: all of them, or those of each sample."""
         return np.sum(x, axis=tuple(range(1, x.ndim)) if self.reduction.startswith("sample") else None)
 
     def divisor(self, counts: Array) -> Any:
-        """Return what the reduction divides by, where groups have so many elements."""
+        """Return the number that the reduction divides by, given the number of elements of each region."""
         if self.reduction in ("mean", "sample_mean"):
             return self.over_groups(counts)
         return self.shape[0] if self.reduction == "batchmean" else 1
 
     def slopes(self, wanted: tuple[str, ...]) -> list[Array]:
-        """Make the second pass, and return the gradients that are wanted."""
+        """Make the second pass and return the gradients."""
         with np.errstate(all="ignore"):
             call = self.call.derive(self.loss.second, self.slope_parameters())
         outputs: list[Array] = call.make_outputs(wanted)
@@ -231,11 +248,11 @@ class _Passes:
         return outputs
 
     def slope_parameters(self) -> dict[str, Array]:
-        """Return what the formula of the slope needs to know of the sums, to broadcast with the input."""
+        """Return the parameters of the slope's formula, computed from the sums and shaped to broadcast against the input."""
         parameters = {}
         if weight := self.set.get("dice_weight", 1.0):
             each = self.spread(np.divide(self.upstream, self.divisor(self.present)))
-            # an empty region has slope 0, however steep its p (1 - p) would make it
+            # the slope of an empty region is 0; without the limit, p (1 - p) = 0 would be multiplied by infinity
             steepness = np.minimum(1.0 / self.spread_groups(self.dice.size), self.largest_number())
             parameters = {"score": self.spread_groups(self.dice.score), "rate": weight * each * steepness}
         if weight := self.set.get("bce_weight", 0.0):
@@ -248,18 +265,18 @@ class _Passes:
         return float(np.finfo(np.float64 if wide else np.float32).max)
 
     def spread(self, x: Any) -> Any:
-        """Return numbers that go with the value, one for all or one a sample (or group, unreduced), to broadcast with the input."""
+        """Shape numbers that belong to the value, one for all, for each sample or for each region, to broadcast against the input."""
         return self.spread_groups(x) if self.reduction == "none" else self.trail(x)
 
     def spread_groups(self, x: Any) -> Any:
-        """Return numbers that go with the groups, to broadcast with the input."""
+        """Shape numbers that belong to the regions to broadcast against the input."""
         by_channel = self.set["per_channel"] and not self.set["per_sample"]
         return self.trail(x[np.newaxis] if by_channel and np.ndim(x) else x)
 
     def trail(self, x: Any) -> Any:
-        """Return the array with axes of length 1 behind its own, as many as the input has."""
+        """Append axes of length 1 to an array until it has as many axes as the input."""
         if isinstance(x, np.floating):
-            x = self.call.as_array("rate", x)  # beside the arrays
+            x = self.call.as_array("rate", x)
         return x.reshape(x.shape + (1,) * (len(self.shape) - x.ndim))
 
 
@@ -271,25 +288,16 @@ _DICE = """Dice loss of a segmentation: 1 minus the overlap of the predicted and
               = sum(m) / (sum(m) + 2 sum(p t) + smooth)                      with m = t (1 - p) + (1 - t) p
         slope = p (1 - p) (1 - value - 2 t) / (sum(p) + sum(t) + smooth)
 
-    The second form is what is computed: where the overlap is nearly perfect, the first cancels. A region of few pixels counts
-    as much as a large one, which is why it is taken where one class is rare, usually together with cross-entropy
-    (`dice_bce_with_logits_loss`), whose slope is steadier.
+    The second form is computed; the first cancels where the overlap is nearly perfect. A region of few pixels counts as much as a
+    large one, so the loss suits rare classes. It is usually combined with cross-entropy (`dice_bce_with_logits_loss`), whose slope
+    is steadier. A channel without any unmasked element has loss 0, and a mean does not count it.
 
     Args:
-        input: logits, (N, C, ...); float16, bfloat16, float32 or float64.
-        target: the same shape, usually 0 or 1, one channel a class; these, bool, or integers (with `target_scale`).
-        weight: multiplies what an element adds to the sums; broadcasts against input.
-        reduction: over the losses of the samples' channels: "mean", "sum", "none" (an array of them, (N, C)), "batchmean",
-            "sample_mean", "sample_sum".
-        smooth: added to numerator and denominator, from 0 on, in elements.
-        per_channel: whether channels (the second axis) have sums of their own, or all of a sample's are one region.
-        per_sample: whether samples have sums of their own, or the whole batch is one image.
-        mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`. A channel of
-            which a mask leaves nothing counts nowhere: its loss is 0, and a mean is over the others.
-
-    Raises:
-        ValueError: shapes differ or lack an axis, an option is out of range, a target is outside [0, 1] (with `validate=True`).
-        TypeError: a dtype is not accepted, or an option is unknown.
+        input: logits.
+        target: one channel for each class, usually 0 or 1.
+        smooth: number added to numerator and denominator, 0 or more, in elements.
+        per_channel: whether each channel (the second axis) is a region of its own; if not, all channels of a sample are one region.
+        per_sample: whether each sample has regions of its own; if not, the whole batch is one image.
 
     Source: Milletari, Navab and Ahmadi, "V-Net", 2016; Dice, "Measures of the Amount of Ecologic Association Between Species",
         1945.
@@ -297,21 +305,27 @@ _DICE = """Dice loss of a segmentation: 1 minus the overlap of the predicted and
 _DICE_BCE = """Dice loss plus binary cross-entropy, from the same two passes over memory.
 
         value = dice_weight * dice_with_logits_loss + bce_weight * binary_cross_entropy_with_logits
-        slope = dice_weight * that of the one + bce_weight * that of the other
+        slope = dice_weight * (slope of the Dice loss) + bce_weight * (slope of the cross-entropy)
 
-    Each part is reduced by the same rule: with "mean", the mean of the channels' Dice losses and the mean of the elements'
-    cross-entropies.
+    Both parts have the same reduction: "mean" is the mean of the channels' Dice losses plus the mean of the elements'
+    cross-entropies. Reduction "none" is refused, because the parts differ in shape.
 
     Args:
-        input, target, weight, smooth, per_channel, per_sample: as for `dice_with_logits_loss`.
-        reduction: "mean", "sum", "batchmean", "sample_mean", "sample_sum"; not "none", under which the parts' shapes differ.
-        dice_weight, bce_weight: numbers from 0 on.
-        mask, ignore_index, target_scale, grad_output, out, validate: as for every loss; see `fastloss.Loss`.
-
-    Raises:
-        ValueError, TypeError: as `dice_with_logits_loss` does.
+        input: logits.
+        target: one channel for each class, usually 0 or 1.
+        smooth: as for `dice_with_logits_loss`.
+        per_channel: as for `dice_with_logits_loss`.
+        per_sample: as for `dice_with_logits_loss`.
+        dice_weight: weight of the Dice loss, 0 or more.
+        bce_weight: weight of the cross-entropy, 0 or more.
 
     Source: Isensee et al., "nnU-Net", 2021.
     """
-dice_with_logits_loss = DiceLoss("dice_with_logits_loss", _DICE, with_entropy=False)
-dice_bce_with_logits_loss = DiceLoss("dice_bce_with_logits_loss", _DICE_BCE, with_entropy=True)
+dice_with_logits_loss = row(
+    "Dice", "segmentation in which small regions count as much as large ones", input="logits, (N, C, ...)", axes=2, reduction="mean",
+    is_elementwise=False, module="DiceWithLogitsLoss",
+)(DiceLoss("dice_with_logits_loss", _DICE, with_entropy=False))  # fmt: skip
+dice_bce_with_logits_loss = row(
+    "Dice + BCE", "segmentation, with a slope that does not vanish where Dice's does", input="logits, (N, C, ...)", axes=2,
+    reduction="mean", is_elementwise=False, module="DiceBCEWithLogitsLoss",
+)(DiceLoss("dice_bce_with_logits_loss", _DICE_BCE, with_entropy=True))  # fmt: skip

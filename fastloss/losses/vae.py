@@ -10,14 +10,18 @@ import numpy as np
 
 from fastloss.backends.find import find_backend
 from fastloss.core.checks import LARGEST, check_output, refuse_grad_output, refuse_unknown, to_bounded, to_buffers, to_float
+from fastloss.core.docstrings import OPERANDS, complete
 from fastloss.core.overlap import check_buffers, span_of
 from fastloss.core.plan import Array
 from fastloss.losses.latent import gaussian_kl_loss
 from fastloss.losses.logistic import binary_cross_entropy_with_logits, mse_with_logits_loss
+from fastloss.losses.table import row
+
+__all__ = ["VAEGradient", "VAEValue", "vae_loss"]
 
 
 class VAEValue(NamedTuple):
-    """The objective of a variational autoencoder, a mean over the batch, and its two parts."""
+    """The objective of a variational autoencoder and its two parts, as means over the batch."""
 
     total: np.float64  # reconstruction + beta * divergence
     reconstruction: np.float64
@@ -32,41 +36,51 @@ class VAEGradient(NamedTuple):
     logvar: Array
 
 
-_OPTIONS = ("reconstruction", "beta", "weight", "mask", "ignore_index", "target_scale", "validate")
 _RECONSTRUCTIONS = {"bce": binary_cross_entropy_with_logits, "mse": mse_with_logits_loss}
 
 
+_IMAGE_OPTIONS = ("weight", "mask", "ignore_index", "target_scale", "validate")
+_OPTIONS = ("reconstruction", "beta", *_IMAGE_OPTIONS)
+_OPERANDS = {
+    "reconstruction_logits": "Shape (N, ...); float16, bfloat16 (`ml_dtypes`), float32 or float64.",
+    "images": "The shape of the logits; these dtypes, bool, or integers of 8 to 64 bits.",
+    "mu": OPERANDS["input"],
+    "logvar": "The shape of mu; the float dtypes.",
+}
+_OWN = {
+    "grad_output": "number that multiplies the gradients.",
+    "out": "three arrays for the gradients; the logits, mu and logvar themselves are accepted, and are then overwritten.",
+}
+_EXAMPLE = "value, grads = fastloss.vae_loss.value_and_grad(logits, images, mu, logvar, target_scale=1 / 255)"
+_RETURNS = (
+    "The call itself returns `VAEValue`: (total, reconstruction, divergence). `grad` returns `VAEGradient`: (reconstruction_logits, mu, "
+    "logvar). `value_and_grad` returns both."
+)
+
+
 class VAELoss:
-    """Negative evidence lower bound of a variational autoencoder: what it fails to reconstruct, and what its code costs.
+    """Negative evidence lower bound of a variational autoencoder: reconstruction error plus divergence of the latent code.
 
         total          = reconstruction + beta * divergence
         reconstruction = sum over pixels, mean over the batch, of binary_cross_entropy_with_logits ("bce") or
                          mse_with_logits_loss ("mse")
         divergence     = sum over latents, mean over the batch, of gaussian_kl_loss
 
-    Slopes: those of the parts, divided by the batch's length, and by mu and logvar times beta. Each array is read once.
+    The slopes are those of the parts, divided by the length of the batch; those by mu and logvar are multiplied by beta. Each array
+    is read once.
 
     Args:
-        reconstruction_logits: what the decoder returns, before the sigmoid; (N, ...), any float dtype.
-        images: the same shape; floats in [0, 1], bool, or integers with `target_scale`, such as uint8 and 1/255.
-        mu, logvar: what the encoder returns; the same shape, (N, ...).
+        reconstruction_logits: output of the decoder, before the sigmoid.
+        images: what is to be reconstructed, in [0, 1].
+        mu: means from the encoder, (N, ...).
+        logvar: log-variances from the encoder, (N, ...).
         reconstruction: "bce" or "mse"; both squash the logits by a sigmoid.
-        beta: weight of the divergence, from 0 on.
-        weight, mask, ignore_index, target_scale, validate: of the images; see `fastloss.Loss`.
-        grad_output: number that multiplies the gradients.
-        out: three arrays for the gradients; the logits, mu and logvar themselves are allowed.
-
-    Returns:
-        Called: `VAEValue`, (total, reconstruction, divergence). `grad`: `VAEGradient`, (reconstruction_logits, mu, logvar).
-        `value_and_grad`: both.
-
-    Raises:
-        ValueError: an unknown reconstruction, a negative beta, shapes that do not fit; nothing has been written.
-        TypeError: a dtype is not accepted, or an option is unknown.
+        beta: weight of the divergence, 0 or more.
 
     Source: Kingma and Welling, "Auto-Encoding Variational Bayes", 2013; beta: Higgins et al., "beta-VAE", 2017.
     """
 
+    __doc__ = complete(__doc__, (*_IMAGE_OPTIONS, *_OWN), _EXAMPLE, ("images",), _OPERANDS, _OWN, _RETURNS)
     __name__ = __qualname__ = "vae_loss"
 
     def __repr__(self) -> str:
@@ -128,9 +142,9 @@ class VAELoss:
         loss, beta = _reconstruction_loss(reconstruction), to_bounded("beta", beta, (0.0, LARGEST))
         upstream = to_float("grad_output", grad_output)
         mu, logvar = _to_latents(reconstruction_logits, mu, logvar, call.as_array)
-        # the latents are small: their gradients are copied once the images' pass has not raised, so that nothing is half written
+        # the latents are small: their gradients are copied after the pass over the images, which may raise; nothing is half written
         divergence, slopes = gaussian_kl_loss.value_and_grad(mu, logvar, reduction="batchmean", grad_output=beta * upstream)
-        if not beta:  # then the latents do not count, not even if their divergence is infinite
+        if not beta:  # the latents do not count, even if their divergence is infinite
             slopes = np.zeros_like(slopes[0]), np.zeros_like(slopes[1])
         reads = {"reconstruction_logits": reconstruction_logits, "images": images, "mu": mu, "logvar": logvar}
         reads |= {name: options[name] for name in ("weight", "mask") if options.get(name) is not None}
@@ -180,4 +194,7 @@ def _to_buffers(out: Any, slopes: tuple[Array, Array], reads: dict[str, Array], 
     return list(buffers)
 
 
-vae_loss = VAELoss()
+vae_loss = row(
+    "VAE", "the whole objective of a variational autoencoder", input="logits, images, means, log-variances",
+    arrays=("logits", "targets", "latent_mu", "latent_logvar"), gradients=(0, 2, 3), reduction="batchmean", is_elementwise=False,
+)(VAELoss())  # fmt: skip

@@ -3,18 +3,17 @@
     import fastloss.torch as ft
 
     criterion = ft.BCEWithLogitsLoss()               # instead of torch.nn's
-    loss = criterion(logits, images)                 # one pass over memory, the gradient in it
+    loss = criterion(logits, images)                 # computes the gradient in the same pass
     loss.backward()
 
-The functions of `fastloss` itself take tensors too. On the CPU, and on a GPU through CuPy; tensors are read and written where they are.
+The functions of `fastloss` take tensors too. Tensors are read and written in place, on the CPU and, through CuPy, on CUDA devices.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from fastloss.backends.torch.reuse import empty_cache
-from fastloss.losses.latent import gaussian_kl_loss
-from fastloss.losses.logistic import binary_entropy, mse_with_logits_loss
-from fastloss.losses.regression import log_cosh_loss
-from fastloss.losses.segmentation import dice_bce_with_logits_loss, dice_with_logits_loss
-from fastloss.losses.vae import vae_loss
+from fastloss.losses.table import LOSSES
+from fastloss.torch import functional, modules
 from fastloss.torch.functional import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -24,51 +23,21 @@ from fastloss.torch.functional import (
     sigmoid_focal_loss,
     smooth_l1_loss,
 )
-from fastloss.torch.modules import (
-    BCELoss,
-    BCEWithLogitsLoss,
-    DiceBCEWithLogitsLoss,
-    DiceWithLogitsLoss,
-    GaussianKLLoss,
-    HuberLoss,
-    L1Loss,
-    LogCoshLoss,
-    MSELoss,
-    MSEWithLogitsLoss,
-    SigmoidFocalLoss,
-    SmoothL1Loss,
-    VAELoss,
-)
+from fastloss.torch.modules import BCELoss, BCEWithLogitsLoss, HuberLoss, L1Loss, MSELoss, SmoothL1Loss, VAELoss
 from fastloss.torch.patching import patch
 
+_OWN = {**modules.OWN, **{name: row.loss for name, row in LOSSES.items() if not hasattr(functional, name)}}
+globals().update(_OWN)  # losses that PyTorch does not have, as modules and as functions
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...
+
+
 __all__ = [
-    "BCELoss",
-    "BCEWithLogitsLoss",
-    "DiceBCEWithLogitsLoss",
-    "DiceWithLogitsLoss",
-    "GaussianKLLoss",
-    "HuberLoss",
-    "L1Loss",
-    "LogCoshLoss",
-    "MSELoss",
-    "MSEWithLogitsLoss",
-    "SigmoidFocalLoss",
-    "SmoothL1Loss",
-    "VAELoss",
-    "binary_cross_entropy",
-    "binary_cross_entropy_with_logits",
-    "binary_entropy",
-    "dice_bce_with_logits_loss",
-    "dice_with_logits_loss",
-    "empty_cache",
-    "gaussian_kl_loss",
-    "huber_loss",
-    "l1_loss",
-    "log_cosh_loss",
-    "mse_loss",
-    "mse_with_logits_loss",
-    "patch",
-    "sigmoid_focal_loss",
+    "BCELoss", "BCEWithLogitsLoss", "HuberLoss", "L1Loss", "MSELoss", "SmoothL1Loss", "VAELoss", "binary_cross_entropy",
+    "binary_cross_entropy_with_logits", "empty_cache", "huber_loss", "l1_loss", "mse_loss", "patch", "sigmoid_focal_loss",
     "smooth_l1_loss",
-    "vae_loss",
-]
+]  # fmt: skip
+__all__ += list(_OWN)
+__all__.sort()

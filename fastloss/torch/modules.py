@@ -1,6 +1,6 @@
-"""Losses as modules: PyTorch's own with their arguments, buffers and repr, and modules for the losses it does not have.
+"""Losses as modules: PyTorch's own, with their arguments, buffers and repr, and a module for every other loss of the table.
 
-Each takes fastloss's options too: those that are numbers or flags where it is made, and all of them where it is called.
+Each takes options of fastloss too: those that are numbers or flags in its constructor, and all of them in a call.
 """
 
 from __future__ import annotations
@@ -12,33 +12,34 @@ from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 import fastloss
+from fastloss.losses.table import LOSSES, Row
 from fastloss.torch import functional
 
 
 class WithOptions(torch.nn.Module):
-    """A module that keeps options of fastloss and shows them."""
+    """A module that stores options of fastloss and shows them in its repr."""
 
     options: dict[str, Any]
 
     def extra_repr(self) -> str:
-        """Return the options as they were given."""
+        """Format the options as they were passed."""
         return ", ".join(f"{name}={x!r}" for name, x in self.options.items())
 
 
 class OfInputAndTarget(WithOptions):
-    """A module that calls its function of input and target with its own arguments, the options it keeps, and those of the call."""
+    """A module that calls a function of input and target, with its own arguments, its options, and those of the call."""
 
     function: Any
-    arguments: tuple[str, ...] = ("reduction",)  # attributes that are handed on under their names
+    arguments: tuple[str, ...] = ("reduction",)  # attributes that the function is passed by name
 
     def forward(self, input: Tensor, target: Tensor, **options: Any) -> Any:
-        """Return the loss."""
+        """Compute the loss."""
         own = {name: getattr(self, name) for name in self.arguments}
         return self.function(input, target, **{**own, **self.options, **options})
 
 
 class BCEWithLogitsLoss(OfInputAndTarget, torch.nn.BCEWithLogitsLoss):
-    """`torch.nn.BCEWithLogitsLoss`, by `fastloss.binary_cross_entropy_with_logits`."""
+    """`torch.nn.BCEWithLogitsLoss`, computed by `fastloss.binary_cross_entropy_with_logits`; further arguments are options of that loss."""
 
     function = staticmethod(functional.binary_cross_entropy_with_logits)
     arguments = ("weight", "pos_weight", "reduction")
@@ -52,7 +53,7 @@ class BCEWithLogitsLoss(OfInputAndTarget, torch.nn.BCEWithLogitsLoss):
 
 
 class BCELoss(OfInputAndTarget, torch.nn.BCELoss):
-    """`torch.nn.BCELoss`, by `fastloss.binary_cross_entropy`."""
+    """`torch.nn.BCELoss`, computed by `fastloss.binary_cross_entropy`; further arguments are options of that loss."""
 
     function = staticmethod(functional.binary_cross_entropy)
     arguments = ("weight", "reduction")
@@ -66,7 +67,7 @@ class BCELoss(OfInputAndTarget, torch.nn.BCELoss):
 
 
 class MSELoss(OfInputAndTarget, torch.nn.MSELoss):
-    """`torch.nn.MSELoss`, by `fastloss.mse_loss`."""
+    """`torch.nn.MSELoss`, computed by `fastloss.mse_loss`; further arguments are options of that loss."""
 
     function = staticmethod(functional.mse_loss)
 
@@ -76,7 +77,7 @@ class MSELoss(OfInputAndTarget, torch.nn.MSELoss):
 
 
 class L1Loss(OfInputAndTarget, torch.nn.L1Loss):
-    """`torch.nn.L1Loss`, by `fastloss.l1_loss`."""
+    """`torch.nn.L1Loss`, computed by `fastloss.l1_loss`; further arguments are options of that loss."""
 
     function = staticmethod(functional.l1_loss)
 
@@ -86,7 +87,7 @@ class L1Loss(OfInputAndTarget, torch.nn.L1Loss):
 
 
 class SmoothL1Loss(OfInputAndTarget, torch.nn.SmoothL1Loss):
-    """`torch.nn.SmoothL1Loss`, by `fastloss.smooth_l1_loss`."""
+    """`torch.nn.SmoothL1Loss`, computed by `fastloss.smooth_l1_loss`; further arguments are options of that loss."""
 
     function = staticmethod(functional.smooth_l1_loss)
     arguments = ("reduction", "beta")
@@ -99,7 +100,7 @@ class SmoothL1Loss(OfInputAndTarget, torch.nn.SmoothL1Loss):
 
 
 class HuberLoss(OfInputAndTarget, torch.nn.HuberLoss):
-    """`torch.nn.HuberLoss`, by `fastloss.huber_loss`."""
+    """`torch.nn.HuberLoss`, computed by `fastloss.huber_loss`; further arguments are options of that loss."""
 
     function = staticmethod(functional.huber_loss)
     arguments = ("reduction", "delta")
@@ -110,47 +111,25 @@ class HuberLoss(OfInputAndTarget, torch.nn.HuberLoss):
 
 
 class OwnLoss(OfInputAndTarget, _Loss):
-    """A loss that PyTorch does not have, as a module: its options where it is made or where it is called."""
+    """A loss that PyTorch does not have, as a module. Options go to the constructor or to the call."""
 
     def __init__(self, reduction: str = "mean", **options: Any) -> None:
         super().__init__(reduction=reduction)
         self.options = options
 
 
-class LogCoshLoss(OwnLoss):
-    """`fastloss.log_cosh_loss` as a module."""
+def make_module(row: Row) -> type[OwnLoss]:
+    """Make the module of a row of the table of losses."""
+    doc = f"""`fastloss.{row.name}` as a module, with reduction "mean" by default.
 
-    function = fastloss.log_cosh_loss
-
-
-class MSEWithLogitsLoss(OwnLoss):
-    """`fastloss.mse_with_logits_loss` as a module."""
-
-    function = fastloss.mse_with_logits_loss
+    The constructor takes `reduction` and the options of the loss that are numbers or flags; a call takes all of them, after its two
+    operands. See `fastloss.{row.name}`.
+    """
+    return type(row.module, (OwnLoss,), {"function": row.loss, "__doc__": doc, "__module__": __name__})
 
 
-class SigmoidFocalLoss(OwnLoss):
-    """`fastloss.sigmoid_focal_loss` as a module, with `alpha` and `gamma`; its reduction is "mean", as a module's."""
-
-    function = fastloss.sigmoid_focal_loss
-
-
-class GaussianKLLoss(OwnLoss):
-    """`fastloss.gaussian_kl_loss` of mu and logvar as a module."""
-
-    function = fastloss.gaussian_kl_loss
-
-
-class DiceWithLogitsLoss(OwnLoss):
-    """`fastloss.dice_with_logits_loss` as a module, with `smooth`, `per_channel` and `per_sample`."""
-
-    function = fastloss.dice_with_logits_loss
-
-
-class DiceBCEWithLogitsLoss(OwnLoss):
-    """`fastloss.dice_bce_with_logits_loss` as a module, with the options of Dice, `dice_weight` and `bce_weight`."""
-
-    function = fastloss.dice_bce_with_logits_loss
+OWN = {row.module: make_module(row) for row in LOSSES.values() if row.module}
+globals().update(OWN)
 
 
 class VAELoss(WithOptions):
@@ -161,5 +140,5 @@ class VAELoss(WithOptions):
         self.options = {"reconstruction": reconstruction, "beta": beta, **options}
 
     def forward(self, reconstruction_logits: Tensor, images: Tensor, mu: Tensor, logvar: Tensor, **options: Any) -> fastloss.VAEValue:
-        """Return the objective with its two parts."""
+        """Compute the objective and its two parts."""
         return fastloss.vae_loss(reconstruction_logits, images, mu, logvar, **{**self.options, **options})

@@ -54,7 +54,7 @@ def launch(
     weight = options.pop("weight", None)
     call = HostCall(definition, Arguments(summed, wanted, input, target, weight, reduction, options))
     outputs = [np.empty_like(target if name.startswith("target_") else input) for name in wanted]
-    return Launch(Request(*call.request(summed, wanted, outputs, validate)), outcome or Outcome())
+    return Launch(Request(*call.request(summed, wanted, [*call.arrays, *outputs], validate)), outcome or Outcome())
 
 
 def launches() -> Iterator[tuple[str, Launch]]:
@@ -73,7 +73,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
             yield f"{loss.__name__} {z.dtype}: sums", launch(loss.first, z, z, ("overlap", "missed", "entropy", "count"), mask=z > 0)
             groups = dict.fromkeys(loss.second.formula.defaults, array("float64", (8, 3, 1, 1)))
             call = HostCall(loss.first, Arguments((), BOTH, z, z, None, "sum", {})).derive(loss.second, groups)
-            yield f"{loss.__name__} {z.dtype}: slopes", Launch(Request(*call.request((), BOTH, [z, z])), Outcome())
+            yield f"{loss.__name__} {z.dtype}: slopes", Launch(Request(*call.request((), BOTH, [*call.arrays, z, z])), Outcome())
     one = LOGISTIC.definition
     for dtype, target in product(FLOATS, (*FLOATS, *INTEGERS)):
         yield f"{dtype} and {target}", launch(one, array(dtype), array(target), ("value",), ("slope",))

@@ -106,7 +106,7 @@ class ShortFunction(torch.autograd.Function):
         layouts = input.dtype, input.shape, input.stride(), target.dtype, target.shape, target.stride()
         launch, divisor, dtype = short_launch(loss, reduction, *layouts)
         slope = torch.empty_like(input)
-        sums, _ = launch.run_at([input.data_ptr(), target.data_ptr(), slope.data_ptr()], (), 1.0 / divisor, None)
+        sums, _ = launch.run([input.data_ptr(), target.data_ptr(), slope.data_ptr()], (), 1.0 / divisor, None)
         ctx.call = loss, reduction
         ctx.save_for_backward(slope, input, target)
         return torch.from_numpy(np.array(sums[0] / divisor, dtype))
@@ -132,7 +132,11 @@ def short_launch(
     t = torch.empty_strided(target_shape, target_strides, dtype=target_dtype, device="cpu")
     assert loss.definition is not None
     call = HostCall(loss.definition, Arguments(("value",), ("slope",), to_array(z), to_array(t), None, reduction, {}))
-    return find_launch(*call.request(("value",), ("slope",), [to_array(torch.empty_like(z))])), call.count(), call.arrays[0].dtype
+    return (
+        find_launch(*call.request(("value",), ("slope",), [*call.arrays, to_array(torch.empty_like(z))])),
+        call.count(),
+        call.arrays[0].dtype,
+    )
 
 
 # without the look for torch.func's transforms that `Function.apply` takes, and `has_memory` has taken: 2 us

@@ -1,0 +1,50 @@
+"""The table of losses: one row for each, which tests, benchmarks, the documentation and PyTorch's modules are made from.
+
+A loss enters the table where it is defined, by the decorator `row`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+L = TypeVar("L")
+Limit = float | tuple[float, float]  # a pair is for targets 0 and 1, and for other targets
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of a loss besides its formula and its docstring."""
+
+    loss: Any
+    title: str  # its short name in tables and pictures
+    purpose: str  # when to choose it
+    input: str = "logits"  # what its operands are, in words
+    arrays: tuple[str, ...] = ("logits", "targets")  # what each operand is, by the names of `bench.batch.Batch`
+    gradients: tuple[int, ...] = (0,)  # positions of the operands that have gradients
+    axes: int = 1  # that its arrays need at least
+    reduction: str | None = None  # the only one that its benchmark uses
+    is_elementwise: bool = True  # a sum over the elements of an input and a target
+    ulp: Mapping[str, Limit] = field(default_factory=dict)  # largest errors by quantity, in units in the last place
+    settings: tuple[Mapping[str, float], ...] = ({},)  # parameters at which the errors are measured
+    module: str = ""  # its class in fastloss.torch, where PyTorch has none
+
+    @property
+    def name(self) -> str:
+        """The loss's name in `fastloss`."""
+        return str(self.loss.__name__)
+
+
+LOSSES: dict[str, Row] = {}  # by name
+
+
+def row(title: str, purpose: str, **fields: Any) -> Callable[[L], L]:
+    """Enter a loss into the table; the arguments are the fields of `Row`."""
+
+    def enter(loss: L) -> L:
+        made = Row(loss, title, purpose, **fields)
+        LOSSES[made.name] = made
+        return loss
+
+    return enter
