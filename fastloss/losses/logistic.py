@@ -99,7 +99,7 @@ def binary_cross_entropy_with_logits(z: Any, t: Any, pos_weight: Any = None, lab
 
 
 @row(
-    "BCE on probabilities", "only probabilities are available", input="probabilities", arrays=("probabilities", "targets"),
+    "BCE on probabilities", "only probabilities are available, no logits", input="probabilities", arrays=("probabilities", "targets"),
     ulp={"value": (1, 3), "slope": (2, 3), "curvature": 4},
 )  # fmt: skip
 @elementwise_loss(probabilities=("input", "target"))
@@ -132,7 +132,7 @@ def binary_cross_entropy(z: Any, t: Any) -> Any:
 
 
 @row(
-    "focal", "most elements are easy and would outweigh the few that are not; detection",
+    "focal", "most elements are easy and would outweigh the few hard ones: detection",
     ulp={"value": (8, 10), "slope": (12, 15), "curvature": 30},
     settings=({}, {"alpha": -1, "gamma": 0.5}, {"alpha": 0.75, "gamma": 3.25}), module="SigmoidFocalLoss",
 )  # fmt: skip
@@ -183,7 +183,7 @@ def sigmoid_focal_loss(z: Any, t: Any, alpha: Any = 0.25, gamma: Any = 2.0) -> A
 
 
 @row(
-    "sigmoid + MSE", "the squared error of a sigmoid is the aim, and outputs do not saturate",
+    "sigmoid + MSE", "the squared error of a sigmoid is the measure that counts, and outputs do not saturate",
     ulp={"value": (3, 4), "slope": 4, "curvature": 4}, module="MSEWithLogitsLoss",
 )  # fmt: skip
 @elementwise_loss
@@ -214,7 +214,7 @@ def mse_with_logits_loss(z: Any, t: Any) -> Any:
 
 
 @row(
-    "entropy", "the smallest cross-entropy that soft targets allow", input="none", arrays=("targets",), gradients=(),
+    "entropy", "the lowest cross-entropy that soft targets allow", input="none", arrays=("targets",), gradients=(),
     is_elementwise=False, ulp={"value": 3},
 )  # fmt: skip
 @TargetLoss

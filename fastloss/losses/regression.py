@@ -34,7 +34,7 @@ def _lost(z: Any, t: Any, d: Any) -> Any:
     return (z - (d + t_read)) + (t_read - t)
 
 
-@row("MSE", "large errors count most; fits the mean", input="any", ulp={"value": 2, "slope": 0.5, "curvature": 0})
+@row("MSE", "large errors should count most; you want the mean", input="any", ulp={"value": 2, "slope": 0.5, "curvature": 0})
 @elementwise_loss
 def mse_loss(z: Any, t: Any) -> Any:
     """Squared error between input and target.
@@ -55,7 +55,12 @@ def mse_loss(z: Any, t: Any) -> Any:
     return _of_difference(d * d, 2.0 * d, 2.0)
 
 
-@row("L1", "outliers count by their size alone; fits the median", input="any", ulp={"value": 0.5, "slope": 0, "curvature": 0})
+@row(
+    "L1",
+    "outliers should count in proportion to their size; you want the median",
+    input="any",
+    ulp={"value": 0.5, "slope": 0, "curvature": 0},
+)
 @elementwise_loss
 def l1_loss(z: Any, t: Any) -> Any:
     """Absolute error between input and target.
@@ -77,7 +82,7 @@ def l1_loss(z: Any, t: Any) -> Any:
 
 
 @row(
-    "smooth L1", "as `l1_loss`, without its jump of the slope at the target; box regression", input="any",
+    "smooth L1", "like `l1_loss`, without the jump of the gradient at the target: bounding boxes", input="any",
     ulp={"value": (2.5, 3), "slope": (0.5, 1), "curvature": 0.5}, settings=({}, {"beta": 0.375}, {"beta": 0}),
 )  # fmt: skip
 @elementwise_loss(bounds={"beta": (0.0, inf)})
@@ -107,7 +112,7 @@ def smooth_l1_loss(z: Any, t: Any, beta: Any = 1.0) -> Any:
 
 
 @row(
-    "Huber", "as `mse_loss`, but an outlier pulls no harder than an error of `delta`", input="any",
+    "Huber", "like `mse_loss`, with the gradient of outliers limited to `delta`", input="any",
     ulp={"value": 2, "slope": 0.5, "curvature": 0}, settings=({}, {"delta": 2.5}),
 )  # fmt: skip
 @elementwise_loss(bounds={"delta": (SMALLEST, inf)})
@@ -137,7 +142,7 @@ def huber_loss(z: Any, t: Any, delta: Any = 1.0) -> Any:
 
 
 @row(
-    "log-cosh", "as `huber_loss`, but smooth everywhere and without a parameter", input="any",
+    "log-cosh", "like `huber_loss`, smooth everywhere and without a parameter", input="any",
     ulp={"value": 4, "slope": 3, "curvature": 3}, module="LogCoshLoss",
 )  # fmt: skip
 @elementwise_loss

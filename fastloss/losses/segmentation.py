@@ -322,10 +322,10 @@ _DICE_BCE = """Dice loss plus binary cross-entropy, from the same two passes ove
     Source: Isensee et al., "nnU-Net", 2021.
     """
 dice_with_logits_loss = row(
-    "Dice", "segmentation in which small regions count as much as large ones", input="logits, (N, C, ...)", axes=2, reduction="mean",
+    "Dice", "segmentation where small regions should count as much as large ones", input="logits, (N, C, ...)", axes=2, reduction="mean",
     is_elementwise=False, module="DiceWithLogitsLoss",
 )(DiceLoss("dice_with_logits_loss", _DICE, with_entropy=False))  # fmt: skip
 dice_bce_with_logits_loss = row(
-    "Dice + BCE", "segmentation, with a slope that does not vanish where Dice's does", input="logits, (N, C, ...)", axes=2,
+    "Dice + BCE", "segmentation as a first choice: Dice, with a gradient that does not vanish in saturated outputs", input="logits, (N, C, ...)", axes=2,
     reduction="mean", is_elementwise=False, module="DiceBCEWithLogitsLoss",
 )(DiceLoss("dice_bce_with_logits_loss", _DICE_BCE, with_entropy=True))  # fmt: skip
