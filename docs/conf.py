@@ -70,15 +70,19 @@ myst_substitutions = {
 
 
 def to_restructured_text(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Mark a docstring's indented paragraphs, which are formulas and code, as literal blocks, and escape bars in its sentences."""
+    """Mark a docstring's formulas and code as literal blocks, and escape bars in its sentences.
+
+    These blocks are the indented paragraphs, and the lines under "Example:".
+    """
     marked: list[str] = []
     above, literal = "", False
     for line in lines:
         text = line
         if line.strip():
             literal = literal and indent(line) > indent(above)
-            if not literal and marked and not marked[-1].strip() and indent(line) > indent(above):
-                marked += [" " * indent(above) + "::", ""]
+            starts = above == "Example:" or (bool(marked) and not marked[-1].strip())
+            if not literal and starts and indent(line) > indent(above):
+                marked += ["", " " * indent(above) + "::", ""]
                 literal = True
             if not literal:
                 above = line

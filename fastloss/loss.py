@@ -31,11 +31,11 @@ class Loss(AbstractLoss):
     attached to input and target; gradients and curvatures are tensors without autograd. A call of the value then takes
     `inplace_grad=True`, which lets the gradient overwrite the input.
 
+    `curvature` raises NotImplementedError if the loss's formula does not return it.
+
     Args:
         input: the first operand.
         target: the second operand.
-
-    Raises NotImplementedError, besides the errors below, if `curvature` is called and the loss's formula does not return it.
     """
 
     __doc__ = complete(__doc__, _OPTIONS, "value, grad = fastloss.mse_loss.value_and_grad(input, target)", ("an operand",))

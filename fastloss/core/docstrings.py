@@ -27,6 +27,7 @@ OPTIONS = {
     "pass over memory. On a GPU the error is raised by a later call that validates, or by `fastloss.raise_deferred()`; "
     '"defer" means the same and documents that this is known.',
 }
+NOT_VALIDATED = "has no effect on this loss, whose operands may be any numbers."
 RETURNS = (
     "The call itself returns a float64 number, or arrays for the reductions that keep an axis. `grad` and `curvature` return an array "
     "of the input's shape and dtype; `value_and_grad` returns the value and the gradient."
@@ -52,7 +53,8 @@ def complete(
     The text of an operand is appended to its line under "Args". Options follow the arguments that are there, each with its text
     from OPTIONS or from `own`. "Returns", "Raises" and "Example" go before "Source".
     """
-    texts = OPTIONS | {"validate": OPTIONS["validate"].format(probabilities=" or ".join(probabilities))} | dict(own or {})
+    validate = OPTIONS["validate"].format(probabilities=" or ".join(probabilities)) if probabilities else NOT_VALIDATED
+    texts = OPTIONS | {"validate": validate} | dict(own or {})
     named = [name for name in options if name in texts and (name != "validate" or probabilities or not own)]
     body, _, source = inspect.cleandoc(doc or "").partition("\nSource:")
     body, _, arguments = body.partition("\nArgs:\n")
