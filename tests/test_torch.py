@@ -765,7 +765,7 @@ def test_gradients_by_options_are_refused(option):
 def test_bad_arguments():
     z, t = operands("")
     cases = [
-        (TypeError, "target is a numpy.ndarray, and the input a tensor; accepted: torch.Tensor", (z, to_array(t)), {}),
+        (TypeError, "target is a numpy.ndarray, but the input is a tensor; accepted: torch.Tensor", (z, to_array(t)), {}),
         (TypeError, "weight is a numpy.ndarray", (z, t), {"weight": np.ones(7)}),
         (TypeError, "mask is a builtins.list", (z, t), {"mask": [True] * 7}),
         (TypeError, "target is a torch.Tensor; accepted: numpy.ndarray", (to_array(z), t), {}),
@@ -775,7 +775,7 @@ def test_bad_arguments():
         (ValueError, r"input has shape \(4, 3, 5, 7\) and target \(2, 3, 5, 7\)", (z, t[:2]), {}),
         (ValueError, "out is not supported in a call for the value of tensors", (z, t), {"out": z, "reduction": "none"}),
         (ValueError, "reduction 'median' is unknown", (z, t), {"reduction": "median"}),
-        (ValueError, "target is on meta, and the input on cpu; accepted: tensors on one device", (z, t.to("meta")), {}),
+        (ValueError, "target is on meta, but the input is on cpu; accepted: tensors on one device", (z, t.to("meta")), {}),
         (TypeError, "unknown option gamma", (z, t), {"gamma": 2}),
     ]
     for kind, message, arguments, options in cases:

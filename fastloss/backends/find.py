@@ -1,4 +1,4 @@
-"""Find the backend of an array. No framework is imported for this: while it is not imported, it has no arrays."""
+"""Find the backend of an array. This never imports a framework: an array of a framework that is not imported cannot exist."""
 
 from __future__ import annotations
 

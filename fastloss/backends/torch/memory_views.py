@@ -60,11 +60,11 @@ def check_tensors(named: Iterable[tuple[str, Any]]) -> None:
     place: Any = None
     for name, x in named:
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__qualname__}, and the input a tensor; accepted: torch.Tensor")
+            raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__qualname__}, but the input is a tensor; accepted: torch.Tensor")
         if not (x.is_cpu or x.is_meta or is_on_gpu(x)):
             raise NotImplementedError(f"{name} is on {x.device}; accepted: tensors on the CPU or on a CUDA device")
         if x.device != (place := x.device if place is None else place):
-            raise ValueError(f"{name} is on {x.device}, and the input on {place}; accepted: tensors on one device")
+            raise ValueError(f"{name} is on {x.device}, but the input is on {place}; accepted: tensors on one device")
         if x.layout is not STRIDED:
             raise TypeError(f"{name} has layout {x.layout}; accepted: torch.strided")
 
@@ -98,7 +98,7 @@ def refuse_transforms(tensors: Sequence[Any]) -> None:
     """Refuse tensors under a transform, which would compute wrong derivatives, none at all, or a constant."""
     if is_transformed(tensors):
         raise NotImplementedError(
-            "fastloss does not support torch.func's transforms (grad, vmap, jvp, ...), forward-mode derivatives and torch.jit.trace; "
+            "fastloss does not support torch.func's transforms (grad, vmap, jvp, ...), forward-mode derivatives or torch.jit.trace; "
             "accepted: torch.autograd, torch.compile, torch.export"
         )
 
@@ -113,4 +113,7 @@ def refuse_leaf(name: str, tensor: Any) -> None:
     """Refuse to overwrite a leaf that requires a gradient, or a view of one: it may be a parameter that an optimiser updates."""
     base = tensor._base if tensor._is_view() else tensor
     if base.is_leaf and base.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"{name} is a leaf that requires a gradient, or a view of one; its values cannot be overwritten")
+        raise RuntimeError(
+            f"{name} is a leaf that requires a gradient, or a view of one, and must not be overwritten; "
+            "accepted: tensors that do not require a gradient, and outputs of operations"
+        )
