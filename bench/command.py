@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
 def thread_count(text: str) -> int:
     """Parse a number of threads, at most the number of CPUs that the process may use."""
     if not text.isdecimal() or not 1 <= int(text) <= machine.cpus():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {machine.cpus()}, the CPUs that this process may use")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {machine.cpus()}, the CPUs of this process")
     return int(text)
 
 
@@ -63,13 +63,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Compare two results files or measure, as the arguments say, and return the exit status."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     try:
-        return compared(console, *arguments.compare) if arguments.compare else measured(console, arguments)
+        return print_changes(console, *arguments.compare) if arguments.compare else print_results(console, arguments)
     except ValueError as error:
         console.print(str(error), style="red", markup=False)
         return 2
 
 
-def compared(console: Console, old: Path, new: Path) -> int:
+def print_changes(console: Console, old: Path, new: Path) -> int:
     """Print what changed between two results files. Return 1 if a row got slower, else 0."""
     before, after = load(old), load(new)
     for name, results in (("old", before), ("new", after)):
@@ -82,7 +82,7 @@ def compared(console: Console, old: Path, new: Path) -> int:
     return int(any(change.verdict == "slower" for change in found))
 
 
-def measured(console: Console, arguments: argparse.Namespace) -> int:
+def print_results(console: Console, arguments: argparse.Namespace) -> int:
     """Measure or load results, print tables, write files, and return 0."""
     check_folders(arguments)
     results = load(arguments.show) if arguments.show else measure(console, arguments)

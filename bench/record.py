@@ -46,7 +46,7 @@ class Record:
             self.leave_out(f"{name} is left out of {case}: {first_line(error)}")
 
     def check(self, case: Case, rows: Iterable[Row], expected: Result) -> Checked:
-        """Call each row once, and return those with correct results. Raise if a row of fastloss itself fails; leave out other rows."""
+        """Call each row once, and return those with correct results. Raise if a row of fastloss fails; leave out others that fail."""
         checked = []
         for row in rows:
             try:

@@ -45,10 +45,6 @@ class Measured:
     case: Case
     rows: dict[str, Timing]
 
-    def first(self, *names: str) -> Timing | None:
-        """Return the row of the first name that was measured, or None."""
-        return next((self.rows[name] for name in names if name in self.rows), None)
-
     @property
     def ours(self) -> Timing:
         """The row that represents fastloss."""
