@@ -1,4 +1,4 @@
-"""Run the benchmarks: `python -m bench`, on a GPU `python -m bench --device cuda`."""
+"""Run the benchmarks: `python -m bench`, or on a GPU `python -m bench --device cuda`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def main() -> int:
     chosen, rest = parser.parse_known_args()
     try:
         if chosen.device == "cuda":
-            from bench import gpu  # needs none of the packages that the CPU's tables and pictures need
+            from bench import gpu  # works without the packages for tables and pictures, which the CPU benchmarks need
 
             return gpu.main(rest)
         from bench import command

@@ -1,9 +1,9 @@
-"""Say what of two results files got slower or faster beyond the noise.
+"""Compare two results files, and find the rows that got slower or faster by more than the noise.
 
-A machine drifts between two runs, and so a row is compared by its ratio to the limit of its own case and run too, which was timed
-in turn with it; the limit has noise of its own, and so by its time too: what changed has changed in both. The noise is that of the
-medians, by resampling the rounds, and on top what two runs of the same code differ by, because their arrays lie elsewhere in
-memory.
+The speed of a machine drifts between two results files, so a row is compared not only by its time but also by its ratio to the
+limit row of its own case and file, which was timed in the same rounds. The limit row has noise too, so a change counts only if
+both comparisons show it. The noise of medians is estimated by resampling the rounds. `UNCHANGED` allows for the further
+difference between two files measured with the same code, whose arrays have other addresses.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy.typing as npt
 
 from bench.results import Measured, Results, Timing
 
-SAMPLES = 2000
-SURE = (0.005, 0.995)  # the quantiles of the interval
-BETWEEN_RUNS = 1.1  # what medians of two runs of the same code differ by, beyond their own noise
+SAMPLES = 2000  # of the rounds
+QUANTILES = (0.005, 0.995)  # the ends of the interval
+UNCHANGED = 1.1  # the ratio by which medians in two files of the same code may differ, beyond their own noise
 
 
 @dataclass(frozen=True)
 class Change:
-    """How a row's time changed, and the interval that this and its change over the limit's lie in."""
+    """The ratio of a row's new time to its old one, and an interval that contains this ratio with and without the limit row."""
 
     what: str
     ratio: float
@@ -31,14 +31,14 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """Slower, faster, or within the noise."""
-        if self.low > BETWEEN_RUNS:
+        """The result of the comparison: "slower", "faster" or "same"."""
+        if self.low > UNCHANGED:
             return "slower"
-        return "faster" if self.high < 1 / BETWEEN_RUNS else "same"
+        return "faster" if self.high < 1 / UNCHANGED else "same"
 
 
 def compare(before: Results, after: Results) -> list[Change]:
-    """Return the changes of our rows in the cases that both files have."""
+    """Return the changes of all rows of fastloss that both files have."""
     changes = []
     for case, old in before.measured.items():
         if (new := after.measured.get(case)) is not None:
@@ -47,16 +47,16 @@ def compare(before: Results, after: Results) -> list[Change]:
 
 
 def change(what: str, old: Measured, new: Measured, name: str) -> Change:
-    """Return the change of a row."""
+    """Return the change of a row, described by `what`."""
     rng = np.random.default_rng(0)
     times = resampled(new.rows[name], rng) / resampled(old.rows[name], rng)
     over_limit = times / (resampled(new.limit, rng) / resampled(old.limit, rng))
-    low, high = np.quantile([times, over_limit], SURE, axis=1)
+    low, high = np.quantile([times, over_limit], QUANTILES, axis=1)
     return Change(what, float(np.median(times)), float(low.min()), float(high.max()))
 
 
 def resampled(row: Timing, rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """Return medians of rounds drawn from those that there are."""
+    """Return medians of random samples of a row's rounds, drawn with replacement."""
     seconds = np.array(row.seconds)
     medians: npt.NDArray[np.float64] = np.median(seconds[rng.integers(0, len(seconds), (SAMPLES, len(seconds)))], axis=1)
     return medians

@@ -1,4 +1,4 @@
-"""What the benchmarks run with: all threads, every peer that is installed, and no name of the machine in their results."""
+"""The settings of the benchmarks under pytest: all threads, every installed peer, and results that do not name the machine."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ def suite():
 
 
 def pytest_report_header(config):
-    """Say which peers are not compared with."""
+    """Report the peers that are left out because they are not installed."""
     return peers.load()[1]
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """Say what a reader has to know of the machine."""
+    """Replace the description of the machine with one that does not name it."""
     machine_info.clear()
     machine_info.update(machine.description(machine.cpus()))
 
 
 def pytest_benchmark_update_commit_info(config, commit_info):
-    """Keep the commit, drop the branch and project names."""
+    """Remove times and the names of branch and project."""
     for name in ("author_time", "branch", "project", "time"):
         commit_info.pop(name, None)

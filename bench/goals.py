@@ -1,4 +1,4 @@
-"""What fastloss is to reach, row by row, so that what is missed is said as openly as what is met."""
+"""The goals for the speed of fastloss. Tables list those that are missed as well as those that are met."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TENSORS_IN_PLACE = f"{TENSORS}, in place"
 
 @dataclass(frozen=True)
 class Goal:
-    """A ratio of two rows of a case: at most so many times as long as a row, or at least so many times as fast."""
+    """A bound for the ratio of two rows of a case: fastloss takes at most `most` times as long, or is at least `least` times as fast."""
 
     case: Case
     against: str
@@ -24,15 +24,15 @@ class Goal:
     row: str = ""
 
     def ratio(self, measured: Measured) -> float | None:
-        """Return what was measured, as a slowdown for `most` and as a speed-up for `least`."""
+        """Return the measured ratio, a slowdown for `most` and a speed-up for `least`, or None if a row is missing."""
         ours = measured.rows.get(self.row) if self.row else measured.ours
-        other = self.other(measured)
+        other = self.rival(measured)
         if ours is None or other is None:
             return None
         return ours.median / other.median if self.most else other.median / ours.median
 
-    def other(self, measured: Measured) -> Timing | None:
-        """Return the row that ours is compared with."""
+    def rival(self, measured: Measured) -> Timing | None:
+        """Return the row that fastloss is compared with, or None if it is missing."""
         if self.against == LIMIT:
             return measured.limit
         if self.against == FASTEST:
@@ -46,7 +46,7 @@ class Goal:
         return f"<= {self.most:g} x" if self.most else f">= {self.least:g} x faster"
 
     def met(self, ratio: float) -> bool:
-        """Whether the bound is kept."""
+        """Whether a ratio is within the bound."""
         return ratio <= self.most if self.most else ratio >= (self.least or 0)
 
 
@@ -95,7 +95,7 @@ GPU_GOALS = [
 
 
 def verdicts(results: Results) -> list[tuple[Goal, float]]:
-    """Return the goals that were measured, with what was."""
+    """Return each goal whose rows were measured, with the measured ratio."""
     found = []
     for goal in GPU_GOALS if results.is_gpu else GOALS:
         measured = results.measured.get(goal.case)

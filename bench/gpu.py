@@ -1,9 +1,9 @@
-"""`python -m bench --device cuda`: the losses on a GPU, against what a device copy takes and against the peers.
+"""The command `python -m bench --device cuda`: time the losses on a GPU, and compare them with a device copy and with the peers.
 
-It needs CuPy and what fastloss needs, and is content without anything else: peers that are not there are left out, and the
-tables and pictures can be made elsewhere (`--show`). In every round each row runs once, in an order drawn anew: as many calls as
-fill some milliseconds, then a wait for the device. What is long is so measured as the device takes it, and what is short with
-what Python takes to launch it.
+It needs only CuPy and the dependencies of fastloss: peers that are not installed are left out, and tables and pictures can be made
+on another machine with `--show`. In every round each row is timed once, in random order: as many calls as fill some milliseconds,
+then a wait for the device. The time of a long call is therefore that of the device, and the time of a short call includes the
+time that Python takes to launch it.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from bench.record import Record, first_line, installed
 from bench.row import Row, as_tuple, split
 
 PACKAGES = ("fastloss", "numpy", "numba", "cupy-cuda13x", "cupy-cuda12x", "torch", "jax")
-ROUNDS, ROUND = 15, 10e-3  # how many, and seconds of calls in one
-MOST_CALLS = 1000
-COMPARED = 1 << 22  # elements of a gradient that are compared with the CPU's
-WIDE = "huge"  # 256 x 3 x 256 x 256
-COMPILED = (BCE, MSE)  # losses that the compilers of others, which take seconds a case, are asked for
+ROUNDS, ROUND = 15, 10e-3  # the number of rounds, and the seconds of calls of a row in each
+MOST_CALLS = 1000  # of a row in a round
+COMPARED = 1 << 22  # elements of a gradient that are compared with the result of the CPU
+LARGE = "huge"  # 256 x 3 x 256 x 256
+COMPILED = (BCE, MSE)  # losses for which other libraries' compilers are run, which takes seconds for each case
 
 
 def cases() -> list[Case]:
-    """Return what is measured."""
+    """Return the cases that are measured."""
     return unique([
-        *select(loss=(BCE, MSE), part=("value_and_grad", "value"), size=(WIDE,)),
+        *select(loss=(BCE, MSE), part=("value_and_grad", "value"), size=(LARGE,)),
         *select(loss=(BCE, MSE), size=("1Ki", "mnist", "large")),
-        *select(loss=(BCE, MSE), dtype=("float16", "bfloat16", "uint8 targets"), size=(WIDE,)),
-        *select(loss=tuple(SUBJECTS), size=(WIDE,)),
-        *select(option=("weight", "weight per channel", "mask", "pos_weight per channel"), size=(WIDE,)),
-        *select(layout=("channels-last",), size=(WIDE,)),
-        *select(dtype=("float64",), size=(WIDE,)),
+        *select(loss=(BCE, MSE), dtype=("float16", "bfloat16", "uint8 targets"), size=(LARGE,)),
+        *select(loss=tuple(SUBJECTS), size=(LARGE,)),
+        *select(option=("weight", "weight per channel", "mask", "pos_weight per channel"), size=(LARGE,)),
+        *select(layout=("channels-last",), size=(LARGE,)),
+        *select(dtype=("float64",), size=(LARGE,)),
     ])  # fmt: skip
 
 
 class OnDevice:
-    """A batch's arrays on the device, and its rows."""
+    """The arrays of a batch on the device, and the rows of its case."""
 
     def __init__(self, batch: Batch) -> None:
         import cupy
@@ -61,14 +61,14 @@ class OnDevice:
             self.options["reduction"] = self.case.reduction
 
     def call(self, **options: Any) -> Callable[[], Any]:
-        """Return the call of fastloss that the case is."""
+        """Return a function that computes the case with fastloss."""
         loss = getattr(fl, self.case.loss)
         method = loss if self.case.part == "value" else getattr(loss, self.case.part)
         options |= self.options
         return lambda: method(*self.arrays, **options)
 
     def ours(self) -> list[Row]:
-        """Return fastloss with `out`, with a fresh gradient, and replayed from a CUDA graph."""
+        """Return the rows of fastloss: with `out`, with a newly allocated gradient, and replayed from a CUDA graph."""
         if self.case.part == "value":
             return [Row("fastloss", self.call(), self.read), *self.replayed(self.call())]
         buffers = tuple(self.cp.empty_like(self.arrays[k]) for k in self.case.subject.gradients)
@@ -80,9 +80,9 @@ class OnDevice:
         ]
 
     def replayed(self, call: Callable[[], Any]) -> list[Row]:
-        """Return the row that launches a captured call: what is left of a launch without Python.
+        """Return the row that replays a call from a CUDA graph, which launches its kernels without Python.
 
-        Not where a call makes arrays between its launches: their memory would have to be kept as long as the graph.
+        Dice and VAE losses have no such row: they allocate arrays between launches, whose memory the graph would have to own.
         """
         if "dice" in self.case.loss or "vae" in self.case.loss:
             return []
@@ -102,27 +102,27 @@ class OnDevice:
         return [Row("fastloss, graph replay", run, self.read)]
 
     def read(self, result: Any) -> tuple[Any, Any]:
-        """Return value and gradients on the host."""
+        """Copy the value and the gradients of a result to the host."""
         value, grads = split(self.case.part, result)
         value = getattr(value, "total", value)
         return None if value is None else float(value), [leading(x).get().astype(np.float64) for x in as_tuple(grads)]
 
     def limits(self) -> list[Row]:
-        """Return what moves as many bytes as the case does, and the launch of a kernel that does nothing."""
-        read = sum(x.nbytes for x in (*self.arrays, *(x for x in self.options.values() if isinstance(x, self.cp.ndarray))))
-        written = sum(self.arrays[k].nbytes for k in self.case.subject.gradients)
+        """Return the row of a copy or read of as many bytes as the case moves, and the row of an empty kernel."""
+        bytes_read = sum(x.nbytes for x in (*self.arrays, *(x for x in self.options.values() if isinstance(x, self.cp.ndarray))))
+        bytes_written = sum(self.arrays[k].nbytes for k in self.case.subject.gradients)
         empty = self.cp.RawKernel('extern "C" __global__ void empty() {}', "empty")
         launch = Row("an empty kernel", lambda: empty((1,), (1,), ()))
         if self.case.part == "value":
-            numbers = self.cp.ones(read // 4, np.float32)
-            return [Row("limit: read", numbers.sum), launch]  # by CUB
-        passes = 1 + ("dice" in self.case.loss) * read / (read + written)  # Dice reads twice
-        source = self.cp.ones(int(passes * (read + written)) // 2, np.uint8)
-        target = self.cp.empty_like(source)
-        return [Row("limit: copy", lambda: target.data.copy_from_device_async(source.data, source.nbytes)), launch]
+            numbers = self.cp.ones(bytes_read // 4, np.float32)
+            return [Row("limit: read", numbers.sum), launch]  # CuPy sums with CUB
+        passes = 1 + ("dice" in self.case.loss) * bytes_read / (bytes_read + bytes_written)  # Dice reads its arrays twice
+        source = self.cp.ones(int(passes * (bytes_read + bytes_written)) // 2, np.uint8)
+        destination = self.cp.empty_like(source)
+        return [Row("limit: copy", lambda: destination.data.copy_from_device_async(source.data, source.nbytes)), launch]
 
     def cupy(self) -> list[Row]:
-        """Return the formula as one writes it down in CuPy: a kernel an operation."""
+        """Return the row of the textbook formula in CuPy, which launches a kernel for each operation."""
         if self.case.loss not in COMPILED or self.case.dtype != "float32" or self.case.option:
             return []
         cp, (z, t), mean = self.cp, self.arrays, 1 / self.case.elements
@@ -140,7 +140,7 @@ class OnDevice:
         return [Row("CuPy, naive", part, self.read)]
 
     def torch(self) -> list[Row]:
-        """Return PyTorch, eager and compiled, and fastloss on its tensors: forward, and backward through autograd."""
+        """Return the rows of forward and backward in PyTorch: fastloss on tensors, and PyTorch's own loss, eager and compiled."""
         if self.case.option:
             return []
         import torch
@@ -163,7 +163,7 @@ class OnDevice:
         return [self.torch_row(torch, name, loss, tensors) for name, loss in made]
 
     def torch_row(self, torch: Any, name: str, loss: Any, tensors: list[Any]) -> Row:
-        """Return the row of one way to run the loss."""
+        """Return the row of a loss in PyTorch: the value, or the value and the gradients by autograd."""
         tensors = [x.detach() for x in tensors]
         leaves = [tensors[k].requires_grad_() for k in self.case.subject.gradients]
 
@@ -182,7 +182,7 @@ class OnDevice:
         return Row(name, value if self.case.part == "value" else both, read)
 
     def jax(self) -> list[Row]:
-        """Return JAX, compiled by XLA."""
+        """Return the row of JAX, compiled by XLA."""
         if self.case.loss not in COMPILED or self.case.option:
             return []
         import jax
@@ -191,7 +191,7 @@ class OnDevice:
         from bench.peers.formulas import FORMULAS
 
         if jax.devices()[0].platform != "gpu":
-            raise RuntimeError("this JAX has no GPU")
+            raise RuntimeError("the installed JAX does not support GPUs")
         compiled, arrays = with_jax.compiled(self.batch, functools.partial(FORMULAS[self.case.loss], with_jax.XP))
 
         def read(result: Any) -> Any:
@@ -202,7 +202,7 @@ class OnDevice:
 
 
 def run(record: Record, case: Case, rounds: int = ROUNDS) -> None:
-    """Measure a case."""
+    """Check and time all rows of a case, and record and print the times."""
     batch = Batch(case)
     rows = record.check(case, rows_of(record, OnDevice(batch)), on_the_cpu(batch))
     times = measure([row for row, _ in rows], rounds)
@@ -212,7 +212,7 @@ def run(record: Record, case: Case, rounds: int = ROUNDS) -> None:
 
 
 def rows_of(record: Record, device: OnDevice) -> Iterator[Row]:
-    """Yield the rows of a case: fastloss's, and what can be had of the others'."""
+    """Yield the rows of a case: those of fastloss, the limits, and those of the installed peers."""
     yield from device.ours()
     yield from device.limits()
     for name, make in {"CuPy": device.cupy, "torch": device.torch, "JAX": device.jax}.items():
@@ -220,7 +220,7 @@ def rows_of(record: Record, device: OnDevice) -> Iterator[Row]:
 
 
 def on_the_cpu(batch: Batch) -> tuple[Any, list[Any]]:
-    """Return value and gradients by the kernels of the CPU, which the tests compare with the textbook."""
+    """Compute the expected value and gradients of a case with fastloss's CPU kernels, which the tests compare with the textbook."""
     case = batch.case
     reduction = {"reduction": case.reduction} if case.subject.reduction is None else {}
     value, grads = getattr(fl, case.loss).value_and_grad(*batch.arrays, **batch.options, **batch.extra, **reduction)
@@ -228,12 +228,12 @@ def on_the_cpu(batch: Batch) -> tuple[Any, list[Any]]:
 
 
 def leading(x: Any) -> Any:
-    """Return the elements of a gradient that are compared, of any library's array."""
+    """Return the first entries of a gradient, about `COMPARED` elements. Only they are compared with the expected gradient."""
     return x[: max(1, COMPARED * len(x) // math.prod(x.shape))]
 
 
 def measure(rows: list[Row], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of a call of every row in every round."""
+    """Return the seconds of a call of each row, in each round."""
     rng = np.random.default_rng(0)
     calls = {row.name: calls_of(row) for row in rows}
     times: dict[str, list[float]] = {row.name: [] for row in rows}
@@ -244,13 +244,13 @@ def measure(rows: list[Row], rounds: int) -> dict[str, list[float]]:
 
 
 def calls_of(row: Row) -> int:
-    """Return how many calls make a round."""
+    """Return the number of calls of a row in a round."""
     timed(row, 3)
     return int(np.clip(ROUND / timed(row, 10), 3, MOST_CALLS))
 
 
 def timed(row: Row, calls: int) -> float:
-    """Return the seconds of a call, from several that follow each other; the device is idle before and after."""
+    """Return the mean seconds of several calls in sequence, from an idle device to an idle device."""
     wait()
     begin = time.perf_counter()
     for _ in range(calls):
@@ -264,14 +264,14 @@ def timed(row: Row, calls: int) -> float:
 
 
 def wait() -> None:
-    """Wait for the device."""
+    """Wait until the device is idle."""
     import cupy
 
     cupy.cuda.runtime.deviceSynchronize()
 
 
 def lines(case: Case, seconds: dict[str, list[float]]) -> Iterator[str]:
-    """Yield a table as text."""
+    """Yield the lines of a table of a case's times."""
     yield f"\n{case}"
     limit = next((float(np.median(s)) for name, s in seconds.items() if name.startswith("limit")), float("nan"))
     for name, s in sorted(seconds.items(), key=lambda item: float(np.median(item[1]))):
@@ -280,7 +280,7 @@ def lines(case: Case, seconds: dict[str, list[float]]) -> Iterator[str]:
 
 
 def description() -> dict[str, Any]:
-    """Return the GPU and what runs on it."""
+    """Describe the GPU, the system and the versions of packages."""
     import cupy
 
     device = cupy.cuda.Device()
@@ -300,17 +300,17 @@ def description() -> dict[str, Any]:
 
 
 def dotted(number: int) -> str:
-    """Return CUDA's 13010 as 13.1."""
+    """Format CUDA's version number: 13010 as 13.1."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Return what is asked for; refuse, before minutes are spent, files that could not be written."""
+    """Parse the arguments. Refuse files and folders that cannot be written, before anything is measured."""
     parser = argparse.ArgumentParser(prog="python -m bench --device cuda", description="Time the losses on a GPU.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there, with hardware, versions and date")
-    parser.add_argument("--png", type=Path, metavar="FOLDER", help="draw the pictures there too (needs fastloss[bench])")
-    parser.add_argument("--loss", action="append", choices=tuple(SUBJECTS), metavar="LOSS", help="only cases of this loss")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each case (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times to this file, with hardware, versions and date")
+    parser.add_argument("--png", type=Path, metavar="FOLDER", help="also write pictures to this folder (needs fastloss[bench])")
+    parser.add_argument("--loss", action="append", choices=tuple(SUBJECTS), metavar="LOSS", help="time only cases of this loss")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of each case (default: %(default)s)")
     chosen = parser.parse_args(arguments)
     for folder in filter(None, (chosen.json and chosen.json.parent, chosen.png)):
         if not folder.is_dir():
@@ -319,9 +319,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Measure, print, and write what was measured after every case; the exit status is 1 if a case of fastloss's failed."""
+    """Measure all cases, write the results after each of them, and return the exit status: 1 if fastloss failed in a case."""
     chosen = parse(arguments)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes the memory of the others
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # otherwise JAX takes the memory that other libraries need
     try:
         from fastloss.cuda import cupy, workspace
 
@@ -335,7 +335,7 @@ def main(arguments: list[str]) -> int:
             continue
         try:
             run(record, case, chosen.rounds)
-        except Exception as error:  # nobody may be there: the others are measured
+        except Exception as error:  # the command may run unattended: note the failure and measure the other cases
             record.leave_out(f"{case} is left out: {first_line(error)}")
             failed = True
         cupy.get_default_memory_pool().free_all_blocks()

@@ -1,7 +1,7 @@
-"""What memory allows: a triad with stores past the caches, and a dot product, as LLVM text, on Python threads.
+"""The limit that memory bandwidth sets, measured with a triad and a dot product that are written in LLVM IR.
 
-They share nothing with fastloss: 64-byte vectors of the first array, one element of each array a lane. The last elements, which
-do not fill a step on every thread, are left out.
+The triad writes with non-temporal stores. The loops share no code with fastloss. Each iteration handles two cache lines of the
+first array, and as many elements of the second. Elements that do not fill a whole iteration on every thread are left out.
 """
 
 from __future__ import annotations
@@ -76,18 +76,18 @@ AHEAD = """%ahead = add i64 %i, $distance
   call void @llvm.prefetch.p0(ptr %fa, i32 0, i32 3, i32 1)
   call void @llvm.prefetch.p0(ptr %fb, i32 0, i32 3, i32 1)"""
 
-# 16-bit numbers are added as integers, which takes no longer than reading them
+# 16-bit numbers are added as integers, so that the loop waits only for memory
 _TYPES = {1: "i8", 2: "i16", 4: "float", 8: "double"}
 _LINE, _PREFETCH = 64, 2048  # bytes
 
 
 class Limit:
-    """The compiled loops for arrays of given widths, and the threads that run them."""
+    """The compiled loops for two arrays with elements of given sizes in bytes, and the threads that run them."""
 
     def __init__(self, width: int, target_width: int, threads: int) -> None:
         self.width, self.target_width, self.threads = width, target_width, threads
         self.lanes = 2 * _LINE // width
-        self.pool = ThreadPoolExecutor(threads, initializer=take_a_cpu, initargs=(iter(allowed_cpus()),))
+        self.pool = ThreadPoolExecutor(threads, initializer=pin_thread, initargs=(iter(allowed_cpus()),))
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         machine = llvm.Target.from_default_triple().create_target_machine(
@@ -103,10 +103,10 @@ class Limit:
 
     def _texts(self) -> list[str]:
         a, b = _TYPES[self.width], _TYPES[self.target_width]
-        of_float = self.width > 2
-        operations = {"add": "fadd", "mul": "fmul"} if of_float else {"add": "add", "mul": "mul"}
+        is_float = self.width > 2
+        operations = {"add": "fadd", "mul": "fmul"} if is_float else {"add": "add", "mul": "mul"}
         same = f"bitcast <{self.lanes} x {b}> %raw to <{self.lanes} x {a}>"
-        widen = same if a == b else f"{'uitofp' if of_float else 'zext'} <{self.lanes} x {b}> %raw to <{self.lanes} x {a}>"
+        widen = same if a == b else f"{'uitofp' if is_float else 'zext'} <{self.lanes} x {b}> %raw to <{self.lanes} x {a}>"
         words = {"a": a, "b": b, "lanes": self.lanes, **operations}
         words["loads"] = LOADS.substitute(words, widen=widen)
         ahead = Template(AHEAD).substitute(words, distance=_PREFETCH // self.width)
@@ -127,42 +127,42 @@ class Limit:
             call.result()
 
     def share(self, a: Array) -> int:
-        """Return how many elements a thread works on."""
+        """Return the number of elements that each thread handles."""
         return a.size // self.threads // self.lanes * self.lanes
 
     def _outs(self, out: Array, a: Array) -> list[int]:
         return [out.ctypes.data + self.width * self.share(a) * k for k in range(self.threads)]
 
     def triad(self, out: Array, a: Array, b: Array) -> None:
-        """Compute out = a + b with stores past the caches; `out` starts at a multiple of 64 bytes."""
+        """Compute out = a + b with non-temporal stores. The address of `out` must be a multiple of 64 bytes."""
         self._run(self._triad, self._outs(out, a), a, b)
 
     def prefetched(self, out: Array, a: Array, b: Array) -> None:
-        """Compute what `triad` does, and ask for lines 2 KiB ahead: on some machines more than a plain loop gets."""
+        """Compute out = a + b as `triad` does, and prefetch 2 KiB ahead. On some machines this is faster."""
         self._run(self._prefetched, self._outs(out, a), a, b)
 
     def dot(self, a: Array, b: Array) -> Any:
-        """Return sum a b."""
+        """Compute the dot product of two arrays."""
         sums = aligned(self.lanes * self.threads, a.dtype if self.width > 2 else np.dtype(np.int16))
         self._run(self._dot, [sums.ctypes.data + 2 * _LINE * k for k in range(self.threads)], a, b)
         return sums.sum()
 
 
-def take_a_cpu(cpus: Iterator[int]) -> None:
-    """Keep the calling thread to the next CPU: a limit is what the memory allows, wherever the system would put threads."""
+def pin_thread(cpus: Iterator[int]) -> None:
+    """Pin the calling thread to the next CPU, so that the limit does not depend on the scheduler."""
     if (cpu := next(cpus, None)) is not None:
         os.sched_setaffinity(0, {cpu})
 
 
 def aligned(size: int, dtype: Any) -> Array:
-    """Return zeros that start at a multiple of 64 bytes."""
+    """Allocate zeros at an address that is a multiple of 64 bytes."""
     memory = np.zeros(size * dtype.itemsize + _LINE, np.uint8)
     start = -memory.ctypes.data % _LINE
     return memory[start : start + size * dtype.itemsize].view(dtype)
 
 
 def check(limit: Limit, dtype: Any, target_dtype: Any) -> None:
-    """Raise if the loops do not compute what they say."""
+    """Raise RuntimeError if a loop computes a wrong result."""
     size = limit.lanes * limit.threads * 8
     numbers = dtype if limit.width > 2 else np.dtype(np.int16)
     targets = target_dtype if target_dtype.itemsize != 2 else numbers
@@ -171,6 +171,6 @@ def check(limit: Limit, dtype: Any, target_dtype: Any) -> None:
         out[:] = 0
         triad(out, a, b)
         if not (out == 5).all():
-            raise RuntimeError("the triad computes something else; its time means nothing")
+            raise RuntimeError("the triad of the limit computes a wrong result, so its time is meaningless")
     if limit.dot(a, b) != 6 * size:
-        raise RuntimeError("the dot product computes something else; its time means nothing")
+        raise RuntimeError("the dot product of the limit computes a wrong result, so its time is meaningless")

@@ -1,4 +1,4 @@
-"""What a reader has to know of the machine: hardware, versions, threads; and not its name."""
+"""The description of a machine in results: hardware, versions and threads, without its name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("fastloss", "numpy", "numba", "llvmlite", "numexpr", "scikit-learn",
 
 
 def description(threads: int) -> dict[str, Any]:
-    """Return the machine and what runs on it."""
+    """Describe the CPU, the system and the versions of packages."""
     cpu = get_cpu_info()
     return {
         "cpu": cpu.get("brand_raw", platform.processor() or "unknown"),
@@ -33,29 +33,29 @@ def description(threads: int) -> dict[str, Any]:
 
 
 def last_cache_mib() -> int:
-    """Return the size of the third-level cache, as Linux says it; 0 where it does not."""
+    """Return the size of the third-level cache as Linux reports it, or 0 if it is unknown."""
     file = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
     return int(file.read_text().strip().removesuffix("K")) >> 10 if file.is_file() else 0
 
 
 def allowed_cpus() -> list[int]:
-    """Return which CPUs this process may use; none where the system does not say."""
+    """Return the CPUs that this process may use, or an empty list if the system does not report them."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def cpus() -> int:
-    """Return how many CPUs this process may use."""
+    """Return the number of CPUs that this process may use."""
     return len(allowed_cpus()) or os.cpu_count() or 1
 
 
 def keep_to(threads: int) -> None:
-    """Keep the process to as many CPUs as threads are asked for, so that libraries that ask nobody use no more either."""
+    """Pin the process to as many CPUs as threads, so that libraries without a setting for threads do not use more."""
     if threads < cpus() and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, allowed_cpus()[:threads])
 
 
 def sentence(machine: dict[str, Any]) -> str:
-    """Return the description in a line."""
+    """Format the description of a machine as one line."""
     used = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     if "gpu" in machine:
         return f"{machine['gpu']} ({machine['processors']} processors, {machine['memory_gib']} GiB); {used}"

@@ -1,10 +1,9 @@
-"""Time the rows of a case in turn, and what memory each needs.
+"""Measure the time and the memory of the rows of a case.
 
-In every round each row runs once, in an order drawn anew, so that a machine that drifts does so for all, and no row always
-runs behind the one that leaves the caches best or worst. Before a row runs, the process has to be quiet: the threads of OpenMP
-spin for up to 8 ms behind their own call, and would take the cores from whoever comes next. A short row is then called once
-untimed, because memory and cores that were idle need a millisecond to be at their speed again, and are at it in a training
-loop.
+In every round each row is timed once, in random order. A drift of the machine's speed therefore affects all rows, and each row
+finds the caches in the state that different rows left. A row starts when all threads of the process are idle, because OpenMP
+threads spin for up to 8 ms after their own call and would take cores from the next row. A short row is then called once untimed:
+after idling, memory and cores need a millisecond to reach the speed that they have in a training loop.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ import numpy as np
 
 from bench.row import Row
 
-QUIET = 2e-3  # seconds in which a process has to use next to no time of a core
-PATIENCE = 50  # such spans; something that never rests is measured as well as can be
-SHORT = 2e-3  # seconds of repeated calls that a round of a short row takes
-SLOW = 20e-3  # seconds; a row that takes longer runs in every third round
-LEAST, MOST = 9, 41  # rounds
+QUIET = 2e-3  # seconds; the process is idle if it uses less than a fifth of a core for so long
+PATIENCE = 50  # spans of QUIET to wait; after that a row is timed although threads are busy
+SHORT = 2e-3  # seconds of calls of a row in a round; a row that takes longer is called once
+SLOW = 20e-3  # seconds; a row that takes longer is timed only in every third round
+LEAST, MOST = 9, 41  # bounds of the number of rounds
 
 
 def settle() -> None:
-    """Wait until no thread of the process is busy."""
+    """Wait until the threads of the process are idle."""
     for _ in range(PATIENCE):
         used = time.process_time()
         time.sleep(QUIET)
@@ -37,7 +36,7 @@ def settle() -> None:
 
 
 def calls_of(row: Row) -> tuple[int, float]:
-    """Return how many calls make a round, and about how long that takes."""
+    """Return the number of calls of a row in a round, and about how many seconds they take."""
     once = timed(row, 1)
     if once < SLOW:
         once = min(once, timed(row, 1), timed(row, 1))
@@ -46,7 +45,7 @@ def calls_of(row: Row) -> tuple[int, float]:
 
 
 def timed(row: Row, calls: int) -> float:
-    """Return the seconds of a call, from several."""
+    """Return the mean seconds of several calls."""
     if row.before:
         row.before()
     begin = time.perf_counter()
@@ -59,7 +58,7 @@ def timed(row: Row, calls: int) -> float:
 
 
 def measure(rows: list[Row], budget: float) -> dict[str, list[float]]:
-    """Return the seconds of a call of every row in every round that it ran in, within about `budget` seconds."""
+    """Return the seconds of a call of each row, in each round in which it was timed. This takes about `budget` seconds."""
     rng = np.random.default_rng(0)
     calls = {row.name: calls_of(row) for row in rows}
     slow = {name for name, (_, seconds) in calls.items() if seconds > SLOW}
@@ -76,12 +75,12 @@ def measure(rows: list[Row], budget: float) -> dict[str, list[float]]:
                 if row.name not in slow:
                     timed(row, 1)
                 times[row.name].append(timed(row, calls[row.name][0]))
-    return {name: [float(f"{s:.4g}") for s in seconds] for name, seconds in times.items()}  # more digits say nothing
+    return {name: [float(f"{s:.4g}") for s in seconds] for name, seconds in times.items()}  # further digits are noise
 
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Keep Python from searching for garbage in the middle of a call."""
+    """Disable garbage collection, which could otherwise start during a call."""
     gc.collect()
     gc.disable()
     try:
@@ -94,19 +93,19 @@ STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def extra_memory(row: Row) -> int | None:
-    """Return by how many bytes a call raises the memory of the process at its peak; None where the system does not say.
+    """Return the number of bytes by which a call raises the peak memory of the process, or None if the system does not report it.
 
-    What the process has resident, not what libraries count: so it holds for NumPy, PyTorch and XLA alike. It is exact to some
-    hundred KiB, and so of no use for small arrays.
+    This is resident memory and not the count of a library, so that NumPy, PyTorch and XLA are measured alike. Its error is some
+    hundred KiB, so it is meaningless for small arrays.
     """
     if not PEAK.exists():
         return None
-    row.run()  # whatever a library keeps for good, it has now
+    row.run()  # the first call allocates what the library never frees
     if row.release:
         row.release()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system, or the call would be given it unseen
-    PEAK.write_text("5")  # proc(5): the peak begins anew
+    ctypes.CDLL(None).malloc_trim(0)  # returns free memory to the system; the call would otherwise reuse it unnoticed
+    PEAK.write_text("5")  # resets the peak, see proc(5)
     before = resident("VmRSS")
     row.run()
     peak = resident("VmHWM")
@@ -116,6 +115,6 @@ def extra_memory(row: Row) -> int | None:
 
 
 def resident(field: str) -> int:
-    """Return a number of bytes from the process's status."""
+    """Return a field of /proc/self/status in bytes."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024

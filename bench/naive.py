@@ -1,6 +1,6 @@
-"""The losses as one would write them down in NumPy, and as text for numexpr: textbook formulas, no care for digits.
+"""The losses as textbook formulas, in NumPy and as text for numexpr, without care for accuracy.
 
-Each function returns calls for the value and the slopes of every element, which share what the formula computes first.
+Each function returns functions that compute the value and the derivatives of every element, and which share intermediate results.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ FORMULAS: dict[str, Callable[..., Calls]] = {
     "binary_cross_entropy": _bce_on_probabilities,
     "mse_loss": _mse,
     "l1_loss": _l1,
-    "smooth_l1_loss": _huber,  # with beta = 1 they are the same
+    "smooth_l1_loss": _huber,  # equals the Huber loss, because beta and delta are 1
     "huber_loss": _huber,
     "log_cosh_loss": _log_cosh,
     "mse_with_logits_loss": _mse_with_logits,
@@ -73,7 +73,7 @@ FORMULAS: dict[str, Callable[..., Calls]] = {
     "gaussian_kl_loss": _gaussian_kl,
 }
 
-# whole numbers leave float32 what it is; 0.5 would make it float64
+# with whole numbers numexpr stays in float32; 0.5 would make it compute in float64
 _HUBER = ("where(abs(z - t) < 1, (z - t)**2, 2 * abs(z - t) - 1) / 2", "where(abs(z - t) < 1, z - t, where(z > t, 1, -1))")
 TEXTS: dict[str, tuple[str, str]] = {
     "binary_cross_entropy_with_logits": ("where(z > 0, z, 0) - z * t + log1p(exp(-abs(z)))", "1 / (1 + exp(-z)) - t"),

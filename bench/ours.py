@@ -1,4 +1,4 @@
-"""The rows of a case that need nothing but fastloss and NumPy: ours, NumPy's, and the limit."""
+"""The rows of a case that need only fastloss and NumPy: those of fastloss, of NumPy, and of the limit."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from bench.cases import CURVE
 from bench.row import Result, Row, as_tuple, split, weighted
 from fastloss import reference
 
-OURS = ("fastloss, out=", "fastloss")  # the row that stands for us: with `out`, or of the value alone
-PLAIN = "fastloss, plain"  # float32, contiguous, without an option
-ALONE = 1 << 17  # elements up to which waking a second thread costs the limit more than it saves
+OURS = ("fastloss, out=", "fastloss")  # the row that represents fastloss: with `out`, or for the value alone
+PLAIN = "fastloss, plain"  # the same case in float32, contiguous, without an option
+ONE_THREAD = 1 << 17  # elements up to which the limit is fastest on one thread, because waking others takes longer
 
 
 def rows(batch: Batch) -> list[Row]:
-    """Return fastloss with `out`, with a fresh gradient, and in place; and on plain arrays, where the case's are not.
+    """Return the rows of fastloss: with `out`, with a newly allocated gradient, in place, and on plain arrays if the case has others.
 
-    Over a range of sizes there is the first alone: the others would need more memory than the largest leave.
+    Cases of `CURVE` have only the row with `out`, because the other rows would need too much memory for the largest arrays.
     """
     case = batch.case
     plain = replace(case, dtype="float32", layout="contiguous", option="")
-    others = [Row(PLAIN, call(Batch(plain)))] if case != plain else []  # checked where it is a case of its own
+    others = [Row(PLAIN, call(Batch(plain)))] if case != plain else []  # without a check, which the plain case makes
     read = partial(read_result, case.part)
     if case.part == "value":
         return [Row("fastloss", call(batch), read), *others]
@@ -43,7 +43,7 @@ def rows(batch: Batch) -> list[Row]:
 def call(
     batch: Batch, fresh: bool = False, arrays: Sequence[Array] | None = None, out: tuple[Array, ...] | None = None
 ) -> Callable[[], Any]:
-    """Return the call of fastloss that a case is, with buffers for its gradients unless they are to be fresh."""
+    """Return a function that computes the case with fastloss, and writes gradients to buffers unless `fresh` is set."""
     case = batch.case
     loss = getattr(fl, case.loss)
     method = loss if case.part == "value" else getattr(loss, case.part)
@@ -58,13 +58,13 @@ def call(
 
 
 def read_result(part: str, result: Any) -> Result:
-    """Return value and gradients of what a call of fastloss returned."""
+    """Return the value and the gradients from a result of fastloss."""
     value, grads = split(part, result)
     return getattr(value, "total", value), as_tuple(grads)
 
 
 def in_place(batch: Batch) -> Row:
-    """Return the row whose gradients overwrite what they are gradients of: at the second call, gradients."""
+    """Return the row whose gradients overwrite their arguments. From the second call on it therefore reads gradients."""
     slopes, overwritten = batch.case.subject.gradients, batch.buffers()
     arrays = list(batch.arrays)
     for k, buffer in zip(slopes, overwritten, strict=True):
@@ -79,29 +79,29 @@ def in_place(batch: Batch) -> Row:
 
 
 def numpy_rows(batch: Batch) -> list[Row]:
-    """Return `fastloss.reference`, and the formula that one would write down."""
+    """Return the rows of NumPy: `fastloss.reference`, and the textbook formula if there is one for the case."""
     case = batch.case
-    read = reader(batch)
-    made = [Row("NumPy, stable", lambda: stable(batch), read)]
+    read = reader_of_pairs(batch)
+    made = [Row("NumPy, stable", lambda: compute_reference(batch), read)]
     if case.loss in naive.FORMULAS and not case.option:
-        made.append(Row("NumPy, naive", lambda: written_down(batch), read))
+        made.append(Row("NumPy, naive", lambda: compute_naive(batch), read))
     return made
 
 
-def reader(batch: Batch) -> Callable[[Any], Result]:
-    """Return what takes the parts of (value, gradients) that the case's pass has."""
+def reader_of_pairs(batch: Batch) -> Callable[[Any], Result]:
+    """Return a function that selects, from a pair of value and gradients, the parts that the pass of the case computes."""
     part = batch.case.part
     return lambda result: (None if part == "grad" else result[0], () if part == "value" else result[1])
 
 
 def in_float(batch: Batch) -> list[Array]:
-    """Return the arrays as NumPy can compute with them: bytes scaled, 16 bits widened."""
+    """Convert the arrays for NumPy: bytes are scaled to [0, 1], and 16-bit numbers become float32."""
     arrays = [x * np.float32(SCALE) if x.dtype == np.uint8 else x for x in batch.arrays]
     return [x.astype(np.float32) if batch.case.is_half else x for x in arrays]
 
 
-def stable(batch: Batch) -> Result:
-    """Compute value and gradients by the reference, in the dtype of the arrays, whichever of them the case asks for."""
+def compute_reference(batch: Batch) -> Result:
+    """Compute value and gradients with `fastloss.reference` in the dtype of the arrays, for every pass."""
     case = batch.case
     if case.subject.reduction:
         value, grads = getattr(reference, case.loss)(*in_float(batch))
@@ -111,8 +111,8 @@ def stable(batch: Batch) -> Result:
     return value.sum(dtype=np.float64) / count, [(slope / value.dtype.type(count)).astype(batch.dtype, copy=False) for slope in slopes]
 
 
-def written_down(batch: Batch) -> Result:
-    """Compute by the naive formula what the case asks for."""
+def compute_naive(batch: Batch) -> Result:
+    """Compute value, gradients or both, as the case says, with the textbook formula."""
     case = batch.case
     with np.errstate(all="ignore"):
         value, *slopes = naive.FORMULAS[case.loss](*in_float(batch))
@@ -124,25 +124,25 @@ def written_down(batch: Batch) -> Result:
 
 
 def limit_rows(batch: Batch, threads: int) -> list[Row]:
-    """Return what moves as many bytes as the case does, and computes next to nothing.
+    """Return the rows of the limit: loops that move as many bytes as the case does, and compute next to nothing.
 
-    Of the four streams of the Gaussian divergence it moves three.
+    For the Gaussian divergence, which reads two arrays and writes two, they move only three arrays.
     """
     case = batch.case
     a, b = (x.reshape(-1) if x.flags.c_contiguous else np.ones(x.size, x.dtype) for x in batch.arrays[:2])
-    bound = limits.Limit(a.itemsize, b.itemsize, threads if case.elements > ALONE else 1)
-    limits.check(bound, a.dtype, b.dtype)
+    limit = limits.Limit(a.itemsize, b.itemsize, threads if case.elements > ONE_THREAD else 1)
+    limits.check(limit, a.dtype, b.dtype)
     if case.part == "value":
-        return [Row("limit: dot product", lambda: bound.dot(a, b))]
+        return [Row("limit: dot product", lambda: limit.dot(a, b))]
     out = limits.aligned(a.size, a.dtype)
-    if "dice" in case.loss:  # no element's slope is known before all are summed
+    if "dice" in case.loss:  # the gradient of an element needs the sums over all elements
 
-        def both() -> None:
-            bound.dot(a, b)
-            bound.triad(out, a, b)
+        def dot_then_triad() -> None:
+            limit.dot(a, b)
+            limit.triad(out, a, b)
 
-        return [Row("limit: dot product, then triad", both)]
+        return [Row("limit: dot product, then triad", dot_then_triad)]
     return [
-        Row("limit: triad", lambda: bound.triad(out, a, b)),
-        Row("limit: triad, prefetched", lambda: bound.prefetched(out, a, b)),
+        Row("limit: triad", lambda: limit.triad(out, a, b)),
+        Row("limit: triad, prefetched", lambda: limit.prefetched(out, a, b)),
     ]

@@ -1,4 +1,4 @@
-"""`Row`: one way to compute a case; what it should come to, and the check that it does."""
+"""`Row`: one way to compute a case, with the expected result and the check of a row against it."""
 
 from __future__ import annotations
 
@@ -12,73 +12,73 @@ import numpy.typing as npt
 from bench.batch import SCALE, Array, Batch
 from fastloss import reference
 
-Result = tuple[Any, Sequence[Array]]  # the value and the gradients; None and () where the case's pass has none
+Result = tuple[Any, Sequence[Array]]  # the value or None, and the gradients or (), as the pass of the case says
 
-CHECKED = 1 << 24  # elements whose gradient is looked at; the value is of all
-AT_ONCE = 1 << 20  # elements computed together: more, and NumPy's temporaries leave the caches
-# A row whose error is larger computes something else, and its time would mean nothing. Not an opinion on digits, which the
-# tests measure: a textbook formula in bfloat16 passes.
-SAME = 1e-2
+CHECKED = 1 << 24  # elements of a gradient that are checked; the value is checked over all elements
+AT_ONCE = 1 << 20  # elements that NumPy computes at once, so that its temporaries stay in the caches
+# A row with a larger error does not compute the case, and its time would be meaningless. Accuracy is measured by the tests; this
+# bound is loose enough for a textbook formula in bfloat16.
+LARGEST_ERROR = 1e-2
 
 
 class WrongError(Exception):
-    """A row computes something else than the case."""
+    """The result of a row is not that of its case."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A call that computes a case, and how its result is read; what is there to compare times with has none."""
+    """A function that computes a case, and a function that reads its result. A row of the limit has no result to read."""
 
     name: str
     run: Callable[[], Any]
     read: Callable[[Any], Result] | None = None
-    restore: Callable[[], Any] | None = None  # what calls destroyed; untimed
-    before: Callable[[], Any] | None = None  # what runs directly before a call; untimed
-    release: Callable[[], Any] | None = None  # what gives up the memory that is kept for the next call, where that is measured
+    restore: Callable[[], Any] | None = None  # restores arrays that calls have overwritten; not timed
+    before: Callable[[], Any] | None = None  # is called before the calls of a round; not timed
+    release: Callable[[], Any] | None = None  # frees memory that the library caches, before memory is measured
 
     def errors(self, expected: Result) -> dict[str, float]:
-        """Run; return the errors of value and gradients, relative to their sizes. Raises `WrongError` where one is large."""
+        """Call the row, and return the relative errors of value and gradients. Raise WrongError if one exceeds `LARGEST_ERROR`."""
         result = self.run()
         if self.read is None:
             return {}
         value, grads = self.read(result)
         errors = {} if value is None else {"value": distance(np.float64(value), expected[0])}
         if len(grads):
-            found = [distance(np.asarray(got)[: len(want)], want) for got, want in zip(grads, expected[1], strict=True)]
-            errors["gradient"] = float(np.max(found))
+            distances = [distance(np.asarray(got)[: len(want)], want) for got, want in zip(grads, expected[1], strict=True)]
+            errors["gradient"] = float(np.max(distances))
         if self.restore:
             self.restore()
-        wrong = [error for error in errors.values() if not error <= SAME]  # NaN too
+        wrong = [error for error in errors.values() if not error <= LARGEST_ERROR]  # also NaN
         if wrong or not errors:
             raise WrongError(f"its result is off by {wrong[0]:.1e}" if wrong else "it has no result")
         return errors
 
 
 def expected(batch: Batch) -> Result:
-    """Return a case's value and gradients by `fastloss.reference`, in float64; of large gradients the entries that are looked at."""
-    if len(batch.case.subject.gradients) == 3 or "dice" in batch.case.loss:  # these are not sums over elements
+    """Compute the expected value and gradients with `fastloss.reference` in float64; of large gradients only the part that is checked."""
+    if len(batch.case.subject.gradients) == 3 or "dice" in batch.case.loss:  # not a sum over elements
         value, grads = getattr(reference, batch.case.loss)(*widened(batch, slice(None)))
         return value, as_tuple(grads)
-    return of_parts(batch)
+    return expected_in_parts(batch)
 
 
-def of_parts(batch: Batch) -> Result:
-    """Return value and gradients, computed a part of the batch at a time."""
+def expected_in_parts(batch: Batch) -> Result:
+    """Compute the expected value and gradients of a sum over elements, `AT_ONCE` elements at a time."""
     length, size = len(batch.arrays[0]), batch.arrays[0].size
     value: Any = 0.0
-    kept: list[list[Array]] = [[] for _ in batch.case.subject.gradients]
-    step = max(1, AT_ONCE * length // size)
-    for first in range(0, length, step):
-        added, grads = of_part(batch, slice(first, first + step))
+    gradients: list[list[Array]] = [[] for _ in batch.case.subject.gradients]
+    entries = max(1, AT_ONCE * length // size)
+    for first in range(0, length, entries):
+        added, grads = expected_of_part(batch, slice(first, first + entries))
         value += added
         if first * size < CHECKED * length:
-            for parts, grad in zip(kept, grads, strict=True):
+            for parts, grad in zip(gradients, grads, strict=True):
                 parts.append(grad)
-    return value, [np.concatenate(parts) for parts in kept]
+    return value, [np.concatenate(parts) for parts in gradients]
 
 
-def of_part(batch: Batch, part: slice) -> Result:
-    """Return what a part of the batch adds to the value, and its gradients."""
+def expected_of_part(batch: Batch, part: slice) -> Result:
+    """Compute the contribution of a part of the batch to the value, and the gradients of the part."""
     case, divisor = batch.case, batch.divisor()
     extra = {name: x[part] if x.shape == case.shape else x for name, x in batch.extra.items()}
     value, slopes = weighted(case.loss, widened(batch, part), extra)
@@ -86,12 +86,12 @@ def of_part(batch: Batch, part: slice) -> Result:
 
 
 def widened(batch: Batch, part: slice) -> list[Array]:
-    """Return a part of the arrays in float64."""
+    """Convert a part of the arrays to float64, with targets in [0, 1]."""
     return [x[part].astype(np.float64) * (SCALE if x.dtype == np.uint8 else 1) for x in batch.arrays]
 
 
 def weighted(loss: str, arrays: Sequence[Array], extra: Mapping[str, Array]) -> tuple[Array, list[Array]]:
-    """Return value and slopes of every element by the reference, with a case's option."""
+    """Compute value and derivatives of every element with `fastloss.reference`, given the option of the case."""
     factors = dict(extra)
     parameters = {"pos_weight": factors.pop("pos_weight")} if "pos_weight" in factors else {}
     value, *slopes = getattr(reference, loss)(*arrays, **parameters)
@@ -101,16 +101,16 @@ def weighted(loss: str, arrays: Sequence[Array], extra: Mapping[str, Array]) -> 
 
 
 def split(part: str, result: Any) -> tuple[Any, Any]:
-    """Return value and gradients of what a call of a pass returned: both, the value, or the gradients."""
+    """Split the result of a pass of fastloss or JAX into value and gradients, of which one may be missing."""
     return result if part == "value_and_grad" else (result, ()) if part == "value" else (None, result)
 
 
 def as_tuple(grads: Any) -> tuple[Array, ...]:
-    """Return gradients as a tuple, also where there is one, by itself."""
+    """Return gradients as a tuple, also if there is only one."""
     return grads if isinstance(grads, tuple) else (grads,)
 
 
 def distance(got: npt.ArrayLike, want: npt.ArrayLike) -> float:
-    """Return |got - want| / |want|, in the Euclidean norm."""
+    """Compute the relative error |got - want| / |want| in the Euclidean norm."""
     difference = np.subtract(got, want, dtype=np.float64)
     return float(np.linalg.norm(difference.ravel()) / np.linalg.norm(np.ravel(want)))

@@ -1,4 +1,4 @@
-"""What a process pays before its first result, measured from outside: imports, and first calls, ours and the peers'."""
+"""Measure the wall time of whole processes that import a library, or compute a first result with it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ PROGRAMS = {
 
 
 def run(code: str, **environment: str) -> tuple[float, str]:
-    """Return the seconds that a Python process takes, and what it prints."""
+    """Run code in a Python process, and return its seconds and its output."""
     begin = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, check=True, capture_output=True, text=True)
     return time.perf_counter() - begin, done.stdout
 
 
 def measure(peers: Sequence[str], rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Return the seconds of every program in every round, in turn; and how many kernels the two first calls compiled."""
+    """Return the seconds of every program in every round, and the number of kernels that a first and a second process compile."""
     programs = {
         "import numpy": "import numpy",
         "import fastloss": "import fastloss",
@@ -47,11 +47,11 @@ def measure(peers: Sequence[str], rounds: int) -> tuple[dict[str, list[float]], 
     for peer in peers:
         programs |= PROGRAMS.get(peer, {})
     times: dict[str, list[float]] = {name: [] for name in programs}
-    with TemporaryDirectory() as warm:
-        compiled, again = (int(run(COUNT, FASTLOSS_CACHE_DIR=warm)[1].split()[0]) for _ in range(2))
+    with TemporaryDirectory() as filled:
+        compiled, again = (int(run(COUNT, FASTLOSS_CACHE_DIR=filled)[1].split()[0]) for _ in range(2))
         for _ in range(rounds):
             for name, code in programs.items():
                 with TemporaryDirectory() as empty:
-                    folders = {"FASTLOSS_CACHE_DIR": warm if name == CACHED else empty, "TORCHINDUCTOR_CACHE_DIR": empty}
+                    folders = {"FASTLOSS_CACHE_DIR": filled if name == CACHED else empty, "TORCHINDUCTOR_CACHE_DIR": empty}
                     times[name].append(run(code, **folders)[0])
     return times, {"first process": compiled, "second process": again}

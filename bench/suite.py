@@ -1,4 +1,4 @@
-"""Run cases: make their arrays and rows, check what each row computes, time all in turn; record it."""
+"""`Suite`: make the arrays and rows of cases, check the results of the rows, time them, and record the times."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from bench.ours import OURS
 from bench.record import Record
 from bench.row import Row, expected
 
-LARGE = 16 << 20  # bytes of logits from which memory is measured
-FRUGAL = ("fastloss", "limit")  # rows that need no more than a gradient
-GREEDY = 8  # multiples of the logits that others may need, buffers included
+LARGE = 16 << 20  # bytes of logits; the memory of smaller cases is not measured
+FRUGAL = ("fastloss", "limit")  # rows that allocate at most a gradient
+MOST_MEMORY = 8  # multiples of the logits that other rows may allocate, buffers included
 
 
 class Suite:
-    """What is measured with how many threads, against which peers, and what came of it."""
+    """A number of threads, the peers to compare with, and the record of all measurements."""
 
     def __init__(self, threads: int, peers: list[str], say: Callable[[str], Any]) -> None:
         fl.set_num_threads(threads)
@@ -31,7 +31,7 @@ class Suite:
         self.record = Record(machine.description(threads), say)
 
     def rows(self, batch: Batch) -> Iterable[Row]:
-        """Yield the rows of a case."""
+        """Yield the rows of a case: those of fastloss, the limits, NumPy and the peers."""
         yield from ours.rows(batch)
         yield from ours.limit_rows(batch, self.threads)
         yield from ours.numpy_rows(batch)
@@ -40,27 +40,27 @@ class Suite:
                 yield from self.record.attempt(peer, batch.case, partial(peers.rows, peer, batch, self.threads))
 
     def run(self, case: Case, budget: float, names: Sequence[str] | None = None) -> None:
-        """Measure a case, times in turn and the memory of each row; or the times alone of rows of some names."""
+        """Check and time the rows of a case, and measure their memory. Given `names`, only time the rows with these names."""
         batch = Batch(case)
         chosen = (row for row in self.rows(batch) if (names is None or row.name in names) and self.fits(row.name, batch))
         rows = self.record.check(case, chosen, expected(batch))
         if not any(row.name in OURS for row, _ in rows):
             return
         times = measure.measure([row for row, _ in rows], budget)
-        is_weighed = not names and batch.arrays[0].nbytes >= LARGE
-        extra = {row.name: measure.extra_memory(row) for row, _ in rows if row.read and is_weighed}
+        measures_memory = not names and batch.arrays[0].nbytes >= LARGE
+        extra = {row.name: measure.extra_memory(row) for row, _ in rows if row.read and measures_memory}
         self.record.add(case, rows, times, extra)
 
     def fits(self, name: str, batch: Batch) -> bool:
-        """Whether there is memory for a row, or for all of a peer's."""
+        """Whether there is enough free memory for a row, or for all rows of a peer. If not, leave it out."""
         free = 0.9 * psutil.virtual_memory().available / 2**30
-        needed = (1 if name.startswith(FRUGAL) else GREEDY) * batch.arrays[0].nbytes / 2**30
+        needed = (1 if name.startswith(FRUGAL) else MOST_MEMORY) * batch.arrays[0].nbytes / 2**30
         if needed > free:
             self.record.leave_out(f"{name} is left out of {batch.case}: it may need {needed:.1f} GiB of memory, and {free:.1f} are free")
         return bool(needed <= free)
 
     def scale(self, budget: float) -> None:
-        """Measure BCE and MSE on 1 to all threads, in turn."""
+        """Time BCE and MSE on every number of threads from 1 on."""
         for loss in (BCE, MSE):
             batch = Batch(Case(loss))
             rows = {}
@@ -74,7 +74,7 @@ class Suite:
             self.record.content["threads"].append(asdict(batch.case) | {"shape": batch.case.shape, "rows": entries})
 
     def start(self, rounds: int, peers: Sequence[str]) -> None:
-        """Measure what a process pays before its first result."""
+        """Time whole processes up to their first result."""
         times, compiled = start.measure(peers, rounds)
         self.record.content["start"] = [{"name": name, "seconds": seconds} for name, seconds in times.items()]
         self.record.content["kernels_compiled"] = compiled

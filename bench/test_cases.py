@@ -1,7 +1,8 @@
-"""Every case of record: `pytest bench` times fastloss, `pytest bench --benchmark-disable` runs every row once, on few elements.
+"""The cases of `cases.table` under pytest-benchmark.
 
-`python -m bench` compares rows with each other, in interleaved rounds; this is for following one row over time, with
-pytest-benchmark's own `--benchmark-autosave` and `--benchmark-compare`.
+`pytest bench` times fastloss; `pytest bench --benchmark-disable` calls every row once on few elements. To compare rows with each
+other in interleaved rounds, use `python -m bench`. To compare fastloss with its own earlier times, use the options
+`--benchmark-autosave` and `--benchmark-compare` of pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from bench.batch import Batch
 from bench.row import expected
 
 
-@pytest.mark.filterwarnings("default")  # other libraries' are theirs
+@pytest.mark.filterwarnings("default")  # other libraries may warn
 @pytest.mark.parametrize("case", cases.table(), ids=str)
 def test_case(benchmark, suite, case):
     case = case.tiny if benchmark.disabled else case
     left_out = len(suite.record.content["left_out"])
     batch = Batch(case)
-    rows = [row for row, _ in suite.record.check(case, suite.rows(batch), expected(batch))]  # which runs each once
+    rows = [row for row, _ in suite.record.check(case, suite.rows(batch), expected(batch))]  # calls each row once
     assert suite.record.content["left_out"][left_out:] == []
     limit = next(row for row in rows if row.name.startswith("limit"))
 
-    def setup():  # caches and memory as behind other work
+    def setup():  # leaves caches and memory as other work would
         limit.run()
 
     benchmark.group = f"{case.loss}, {case.part}"

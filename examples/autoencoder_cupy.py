@@ -1,6 +1,6 @@
-"""Train a small autoencoder on real images in CuPy: the code of `autoencoder_numpy.py`, but for the array module.
+"""Train a small autoencoder on photographs in CuPy. Except for the array module, the code is that of `autoencoder_numpy.py`.
 
-python examples/autoencoder_cupy.py    (needs a GPU with fastloss[cuda13] or fastloss[cuda12], and scikit-learn for its photographs)
+python examples/autoencoder_cupy.py    (needs a GPU, fastloss[cuda13] or fastloss[cuda12], and scikit-learn for its sample photographs)
 """
 
 import cupy as xp
@@ -19,7 +19,7 @@ decode = xp.asarray(rng.standard_normal((48, 192)) / 48, xp.float32)
 bias = xp.zeros(192, xp.float32)
 rate = xp.float32(1e-2)
 
-floor = fl.binary_entropy(images, target_scale=1 / 255, reduction="batchmean")  # no model gets below
+floor = fl.binary_entropy(images, target_scale=1 / 255, reduction="batchmean")  # the loss of a perfect model
 
 for step in range(300):
     batch = images[step * 512 % (len(images) - 512) :][:512]
@@ -27,12 +27,12 @@ for step in range(300):
     code = xp.tanh(x @ encode)
     logits = code @ decode + bias
 
-    # value and gradient in one pass; targets are the uint8 images, and the gradient replaces the logits
-    loss, slope = fl.binary_cross_entropy_with_logits.value_and_grad(logits, batch, target_scale=1 / 255, reduction="batchmean", out=logits)
+    # value and gradient in one pass over memory; the targets are uint8 images, and the gradient overwrites the logits
+    loss, grad = fl.binary_cross_entropy_with_logits.value_and_grad(logits, batch, target_scale=1 / 255, reduction="batchmean", out=logits)
 
-    encode_slope = x.T @ (slope @ decode.T * (1 - code**2))
-    decode -= rate * (code.T @ slope)
-    encode -= rate * encode_slope
-    bias -= rate * slope.sum(axis=0)
+    encode_grad = x.T @ (grad @ decode.T * (1 - code**2))
+    decode -= rate * (code.T @ grad)
+    encode -= rate * encode_grad
+    bias -= rate * grad.sum(axis=0)
     if step % 50 == 0 or step == 299:
-        print(f"step {step:3d}: {float(loss):.1f} nats a patch, above the floor by {float(loss - floor):.2f}")
+        print(f"step {step:3d}: {float(loss):.1f} nats per patch, above the floor by {float(loss - floor):.2f}")

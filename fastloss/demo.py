@@ -1,8 +1,9 @@
-"""Why can cross-entropy train an autoencoder, when it does not end at zero? A picture of the answer.
+"""Show why cross-entropy can train an autoencoder although it does not converge to 0.
 
-Two autoencoders learn the same patches of real photographs from the same start, whose outputs are saturated: one by binary
-cross-entropy, one by squared error behind the sigmoid. Cross-entropy does not end at 0 but near its floor, the entropy of
-the images, and its gradient is alive from the first step; that of squared error is multiplied by p (1 - p) and sleeps.
+Two autoencoders learn the same patches of photographs from the same initial parameters, which saturate their outputs: one with
+binary cross-entropy, the other with squared error after a sigmoid. Cross-entropy converges to a value near its floor, the entropy
+of the images, and its gradient is large from the first step. The gradient of squared error has the factor p (1 - p), which is
+almost 0 at first, so that model starts to learn much later.
 """
 
 from __future__ import annotations
@@ -24,24 +25,24 @@ from sklearn.datasets import load_sample_images
 import fastloss as fl
 from fastloss import reference
 
-mpl.use("Agg")  # a file, and no screen
+mpl.use("Agg")  # draws into files, without a display
 import matplotlib.pyplot as plt
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
-SIZE = 16  # pixels along a patch
+SIZE = 16  # pixels along an edge of a patch
 BATCH = 1024
 HIDDEN = 96
-START = -7.0  # every output's first logit: p = 0.0009, an almost black picture
+START = -7.0  # the initial logit of every output: p = 0.0009, an almost black picture
 RATE, MOMENTUM = 6e-3, 0.9
-PIXELS: dict[str, Any] = {"target_scale": 1 / 255, "reduction": "batchmean"}  # uint8 images as they are; sum over pixels, mean over patches
-SHOWN = 8
-COMPARED = 10  # NumPy's loss is timed beside ours in every tenth step
+PIXELS: dict[str, Any] = {"target_scale": 1 / 255, "reduction": "batchmean"}  # unscaled uint8 images; sum over pixels, mean over patches
+SHOWN = 8  # patches in the picture
+COMPARED = 10  # NumPy's loss is timed too in every tenth step
 
 
 def cut_patches() -> Bytes:
-    """Cut scikit-learn's two sample photographs into overlapping patches, shuffled: (patches, 3 * SIZE * SIZE)."""
+    """Cut scikit-learn's two sample photographs into overlapping patches, and shuffle them: (patches, 3 * SIZE * SIZE)."""
     photographs: list[Bytes] = load_sample_images().images
     windows = [sliding_window_view(photograph, (SIZE, SIZE), (0, 1))[::6, ::6] for photograph in photographs]
     patches = np.concatenate([w.reshape(-1, 3 * SIZE * SIZE) for w in windows])
@@ -50,7 +51,7 @@ def cut_patches() -> Bytes:
 
 
 def varied(patches: Bytes) -> Bytes:
-    """Return a few patches to show, from rather plain to full of contrast."""
+    """Choose patches for the picture, ordered from low to high contrast."""
     contrast = patches[:BATCH].reshape(BATCH, 3, -1).std(axis=2).mean(axis=1)
     chosen = np.argsort(contrast)[np.linspace(BATCH // 3, BATCH - 1, SHOWN).astype(int)]
     shown: Bytes = patches[chosen]
@@ -58,7 +59,7 @@ def varied(patches: Bytes) -> Bytes:
 
 
 class Autoencoder:
-    """Two layers, with plain gradient descent and momentum, in NumPy."""
+    """An autoencoder of two layers in NumPy, trained by gradient descent with momentum."""
 
     def __init__(self, pixels: int) -> None:
         rng = np.random.default_rng(1)
@@ -71,14 +72,14 @@ class Autoencoder:
         self.momenta = [np.zeros_like(p) for p in self.parameters]
 
     def forward(self, images: Bytes) -> tuple[Floats, Floats, Floats]:
-        """Return the scaled images, the code, and the logits of the reconstruction."""
+        """Compute the scaled images, the code, and the logits of the reconstruction."""
         encode, encode_bias, decode, decode_bias = self.parameters
         x = images * np.float32(1 / 255) - np.float32(0.5)
         code = np.tanh(x @ encode + encode_bias)
         return x, code, code @ decode + decode_bias
 
     def backward(self, x: Floats, code: Floats, slope: Floats) -> None:
-        """Take a step down the loss, given its gradient with respect to the logits."""
+        """Update the parameters, given the gradient of the loss with respect to the logits."""
         inner = (slope @ self.parameters[2].T) * (1 - code * code)
         gradients = [x.T @ inner, inner.sum(axis=0), code.T @ slope, slope.sum(axis=0)]
         for parameter, momentum, gradient in zip(self.parameters, self.momenta, gradients, strict=True):
@@ -89,7 +90,7 @@ class Autoencoder:
 
 @dataclass
 class Training:
-    """One loss's autoencoder, and what was measured while it learned."""
+    """The training of an autoencoder with one loss, and its measurements."""
 
     name: str
     loss: Any
@@ -102,7 +103,7 @@ class Training:
     numpy_seconds: list[float] = field(default_factory=list)
 
     def step(self, images: Bytes) -> None:
-        """Learn from one batch; the gradient replaces the logits."""
+        """Train on one batch. The gradient overwrites the logits."""
         x, code, logits = self.model.forward(images)
         self.pixel_errors.append(float(fl.mse_with_logits_loss(logits, images, target_scale=1 / 255)))
         if len(self.losses) % COMPARED == 0:
@@ -115,19 +116,19 @@ class Training:
         self.model.backward(x, code, slope)
 
     def time_numpy(self, logits: Floats, images: Bytes) -> None:
-        """Time the same loss in NumPy, float copy of the images not counted."""
+        """Time the same loss in NumPy, without the time of converting the images to float32."""
         targets = images * np.float32(1 / 255)
         begin = time.perf_counter()
         reference.value_and_grad(self.numpy_loss, logits, targets)
         self.numpy_seconds.append(time.perf_counter() - begin)
 
     def reconstruct(self, images: Bytes) -> Floats:
-        """Return the pictures that the model makes of images, in [0, 1]."""
+        """Compute the model's reconstructions of images, in [0, 1]."""
         return reference.sigmoid(self.model.forward(images)[2])
 
 
 def run(steps: int, png: Path) -> int:
-    """Train both, print what was measured, write the picture; return the exit status."""
+    """Train both autoencoders, print the measurements, write the picture, and return the exit status."""
     console = Console()
     if not png.resolve().parent.is_dir():
         console.print(f"the folder {png.resolve().parent} for the picture does not exist", style="red")
@@ -160,7 +161,7 @@ def run(steps: int, png: Path) -> int:
 
 
 def train(training: Training, patches: Bytes, steps: int, progress: Progress) -> None:
-    """Take the steps, batch after batch, with a progress bar."""
+    """Train for a number of steps, a batch each, and show a progress bar."""
     task = progress.add_task(training.name, total=steps, note="")
     for step in range(steps):
         first = step * BATCH % (len(patches) - BATCH + 1)
@@ -169,7 +170,7 @@ def train(training: Training, patches: Bytes, steps: int, progress: Progress) ->
 
 
 def summary(trainings: list[Training], floor: float) -> Table:
-    """Return the table that the demo prints: a row for each quantity, a column for each training."""
+    """Make the table that the demo prints: a row for each quantity, a column for each training."""
     table = Table(title="sums over a patch's pixels, means over patches")
     for heading in ("", *(training.name for training in trainings)):
         table.add_column(heading, justify="right" if heading else "left")
@@ -177,12 +178,12 @@ def summary(trainings: list[Training], floor: float) -> Table:
     rows: dict[str, list[str]] = {
         "loss, first step": [f"{training.losses[0]:.1f}" for training in trainings],
         "loss, mean of the last 20 steps": [f"{np.mean(training.losses[-20:]):.1f}" for training in trainings],
-        "least loss there is": [f"{floor:.1f} (entropy)", "0.0"],
-        "largest slope, first step": [f"{training.slopes[0]:.5f}" for training in trainings],
+        "floor of the loss": [f"{floor:.1f} (entropy)", "0.0"],
+        "largest gradient, first step": [f"{training.slopes[0]:.5f}" for training in trainings],
         "pixel error at the end, rms": [f"{np.mean(training.pixel_errors[-20:]) ** 0.5:.3f}" for training in trainings],
-        "time in the loss, median of a step": [f"{ours:.2f} ms" for ours, _ in times],
-        "the same in NumPy": [f"{numpy:.2f} ms" for _, numpy in times],
-        "ratio": [f"{numpy / ours:.0f} x" for ours, numpy in times],
+        "time of the loss in a step, median": [f"{ours:.2f} ms" for ours, _ in times],
+        "time of the loss in NumPy, median": [f"{numpy:.2f} ms" for _, numpy in times],
+        "NumPy's time / fastloss's time": [f"{numpy / ours:.0f} x" for ours, numpy in times],
     }
     for label, cells in rows.items():
         table.add_row(label, *cells)
@@ -190,17 +191,17 @@ def summary(trainings: list[Training], floor: float) -> Table:
 
 
 def draw(trainings: list[Training], floor: float, images: Bytes, png: Path) -> None:
-    """Draw both learning curves above originals and reconstructions."""
-    colours = ("#0072b2", "#d55e00")  # told apart by colour-blind readers too
+    """Draw the learning curves, and below them originals and reconstructions."""
+    colours = ("#0072b2", "#d55e00")  # colour-blind readers can tell them apart
     figure = plt.figure(figsize=(11, 9), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 0.8))
     left, right = top.subplots(1, 2)
-    left.plot(trainings[0].losses, color=colours[0], label="cross-entropy while it is trained")
-    left.axhline(floor, color="black", linestyle="--", label="its floor: the entropy of the images")
-    left.set(title="Cross-entropy ends near its floor, not at 0", xlabel="step", ylabel="nats a patch", ylim=(0, None))
+    left.plot(trainings[0].losses, color=colours[0], label="trained with cross-entropy")
+    left.axhline(floor, color="black", linestyle="--", label="floor: the entropy of the images")
+    left.set(title="Cross-entropy converges to its floor, not to 0", xlabel="step", ylabel="nats per patch", ylim=(0, None))
     for training, colour in zip(trainings, colours, strict=True):
         right.plot(np.sqrt(training.pixel_errors), color=colour, label=f"trained with {training.name}")
-    right.set(title="From a saturated start, squared error sleeps", xlabel="step", ylabel="pixel error, root mean square", ylim=(0, None))
+    right.set(title="Squared error learns late from a saturated start", xlabel="step", ylabel="pixel error, rms", ylim=(0, None))
     for axes in (left, right):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)

@@ -130,7 +130,7 @@ class TargetLoss:
         """Return the value; with reduction "none" an array of the target's dtype, or float32 for integers."""
         if "grad_output" in options:
             raise TypeError(f"{self._loss.__name__} has no gradient, and so no grad_output")
-        return self._loss(find_backend(target).unread_input(target), target, weight, reduction, **options)
+        return self._loss(find_backend(target).placeholder_input(target), target, weight, reduction, **options)
 
 
 @overload

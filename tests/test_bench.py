@@ -354,7 +354,7 @@ def test_the_command_says_that_something_got_slower(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--loss", "dice_with_logits_loss", "--size", "1Ki"), "no loss takes such arrays"),
+        (("--loss", "dice_with_logits_loss", "--size", "1Ki"), "no loss accepts such arrays"),
         (("--loss", "nothing"), "invalid choice: 'nothing'"),
         (("--threads", "0"), "'0' is not a whole number from 1 to"),
         (("--json", "/nowhere/results.json"), "the folder /nowhere does not exist"),

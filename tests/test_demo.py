@@ -23,9 +23,9 @@ def test_demo_learns_and_draws(tmp_path):
         for line in done.stdout.splitlines()
         if line.startswith("│")
     }
-    first, last, least = (float(rows[label][0]) for label in ("loss, first step", "loss, mean of the last 20 steps", "least loss there is"))
+    first, last, least = (float(rows[label][0]) for label in ("loss, first step", "loss, mean of the last 20 steps", "floor of the loss"))
     assert least < last < 0.5 * first
-    awake, asleep = map(float, rows["largest slope, first step"])
+    awake, asleep = map(float, rows["largest gradient, first step"])
     assert awake > 100 * asleep
     sharp, dark = map(float, rows["pixel error at the end, rms"])
     assert sharp < 0.6 * dark

@@ -78,7 +78,7 @@ def is_ours(value):
     nodes = [value.grad_fn] if value.requires_grad else []
     while nodes:
         node = nodes.pop()
-        if type(node).__name__ in ("LossFunctionBackward", "ShortFunctionBackward"):
+        if type(node).__name__ in ("LossFunctionBackward", "SmallInputFunctionBackward"):
             return True
         nodes += [x for x, _ in node.next_functions if x is not None]
     return False

@@ -1,6 +1,6 @@
-"""The losses as users of autograd write them, for the libraries that have none of that name.
+"""The losses as users of autograd write them, for libraries that do not have them.
 
-`xp` is a namespace of the library's own functions: abs, bce, exp, log, log1p, sigmoid, softplus, where.
+`xp` is a namespace of functions of a library: abs, bce, exp, log, log1p, sigmoid, softplus, where.
 """
 
 from __future__ import annotations
@@ -12,38 +12,38 @@ from bench.cases import Case
 
 
 def huber(xp: Any, z: Any, t: Any) -> Any:
-    """Huber loss with delta = 1."""
+    """Compute the Huber loss with delta = 1."""
     d = z - t
     return xp.where(xp.abs(d) < 1, 0.5 * d * d, xp.abs(d) - 0.5)
 
 
 def log_cosh(xp: Any, z: Any, t: Any) -> Any:
-    """Log-cosh in the form that does not overflow."""
+    """Compute the log-cosh loss in a form that does not overflow."""
     d = z - t
     return d + xp.softplus(-2 * d) - log(2)
 
 
 def focal(xp: Any, z: Any, t: Any) -> Any:
-    """Focal loss with alpha = 1/4 and gamma = 2."""
+    """Compute the focal loss with alpha = 1/4 and gamma = 2."""
     p = xp.sigmoid(z)
     hit = p * t + (1 - p) * (1 - t)
     return (0.25 * t + 0.75 * (1 - t)) * (1 - hit) ** 2 * xp.bce(z, t)
 
 
 def gaussian_kl(xp: Any, mu: Any, logvar: Any) -> Any:
-    """Divergence of Gaussians from the standard one."""
+    """Compute the divergence of Gaussians from the standard normal distribution."""
     return 0.5 * (mu * mu + xp.exp(logvar) - 1 - logvar)
 
 
 def dice(xp: Any, z: Any, t: Any) -> Any:
-    """Mean of the channels' Dice losses."""
+    """Compute the mean of the Dice losses of all samples and channels."""
     p = xp.sigmoid(z)
     axes = tuple(range(2, z.ndim))
     return (1 - (2 * (p * t).sum(axes) + 1) / (p.sum(axes) + t.sum(axes) + 1)).mean()
 
 
 def vae(xp: Any, z: Any, t: Any, mu: Any, logvar: Any) -> Any:
-    """Objective of a variational autoencoder, a mean over the batch."""
+    """Compute the objective of a variational autoencoder, a mean over the batch."""
     return (xp.bce(z, t).sum() + gaussian_kl(xp, mu, logvar).sum()) / len(z)
 
 
@@ -65,5 +65,5 @@ FORMULAS: dict[str, Any] = {
 
 
 def reduced(case: Case, values: Any) -> Any:
-    """Return the mean or the sum, as the case has it; a number stays as it is."""
+    """Compute the mean or the sum of values, as the reduction of the case says. A single number is returned unchanged."""
     return values.sum() if case.reduction == "sum" else values.mean()

@@ -21,13 +21,13 @@ XP = SimpleNamespace(
 
 
 def rows(batch: Batch, _threads: int) -> list[Row]:
-    """Return the row of a case; XLA takes as many threads as the process may use CPUs."""
+    """Return the row of a case, or no row if it has an option. XLA uses as many threads as the process has CPUs."""
     formula = FORMULAS[batch.case.loss]
     return [row(batch, "JAX", lambda *arrays: formula(XP, *arrays))] if not batch.case.option else []
 
 
 def row(batch: Batch, name: str, formula: Callable[..., Any]) -> Row:
-    """Return the row of a formula."""
+    """Return the row of a formula, compiled for a case."""
     function, arrays = compiled(batch, formula)
 
     def read(result: Any) -> Result:
@@ -38,7 +38,7 @@ def row(batch: Batch, name: str, formula: Callable[..., Any]) -> Row:
 
 
 def compiled(batch: Batch, formula: Callable[..., Any]) -> tuple[Callable[..., Any], list[Any]]:
-    """Return a formula compiled with its gradients as the case asks, and its arrays."""
+    """Compile a formula for the pass of a case, and return it with its arguments."""
     case = batch.case
     jax.config.update("jax_enable_x64", case.dtype == "float64")
 

@@ -1,4 +1,4 @@
-"""numexpr: a formula as text, compiled to a virtual machine that works through the arrays block by block."""
+"""The rows of numexpr, which compiles a formula given as text for a virtual machine that processes arrays block by block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.row import Result, Row
 
 
 def rows(batch: Batch, threads: int) -> list[Row]:
-    """Return the row of a case whose loss is an expression."""
+    """Return the row of a case, or no row if the loss has no formula as text, or the case has 16-bit arrays or an option."""
     case = batch.case
     if case.loss not in TEXTS or case.is_half or case.option:
         return []

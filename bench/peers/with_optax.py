@@ -1,4 +1,4 @@
-"""Optax: the losses that it has, compiled as JAX's are."""
+"""The rows of Optax, whose losses are compiled by JAX."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ LOSSES: dict[str, Callable[..., Any]] = {
 
 
 def rows(batch: Batch, _threads: int) -> list[Row]:
-    """Return the row of a case."""
+    """Return the row of a case, or no row if Optax does not have the loss or the case has an option."""
     case = batch.case
     return [with_jax.row(batch, "optax", LOSSES[case.loss])] if case.loss in LOSSES and not case.option else []

@@ -1,4 +1,4 @@
-"""scikit-learn's loss module: compiled loops over one formula a loss, with OpenMP threads and the caller's buffers."""
+"""The rows of scikit-learn's loss module: compiled loops with OpenMP threads that write to the caller's buffers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sklearn._loss.loss import AbsoluteError, HalfBinomialLoss, HalfSquaredError
 from bench.batch import Batch
 from bench.row import Result, Row
 
-# the class, and what its value and gradient are multiplied by
+# the class of each loss, and the factor that scales its value and gradient to those of fastloss
 LOSSES: dict[str, tuple[Any, float]] = {
     "binary_cross_entropy_with_logits": (HalfBinomialLoss, 1.0),
     "mse_loss": (HalfSquaredError, 2.0),
@@ -20,7 +20,7 @@ LOSSES: dict[str, tuple[Any, float]] = {
 
 
 def rows(batch: Batch, threads: int) -> list[Row]:
-    """Return the row of a case; it is spared the division of the gradient by the number of elements."""
+    """Return the row of a case, or no row if it is not supported. Dividing the gradient by the number of elements is not timed."""
     case = batch.case
     if case.loss not in LOSSES or case.is_half or case.option or case.dtype == "uint8 targets" or case.layout != "contiguous":
         return []

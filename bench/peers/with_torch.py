@@ -1,4 +1,4 @@
-"""PyTorch, eager and compiled, and fastloss on its tensors: forward, and backward through autograd as a training loop does it."""
+"""The rows of forward and backward in PyTorch, as in a training loop: PyTorch's own losses, eager and compiled, and fastloss."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ XP = SimpleNamespace(
 
 
 def rows(batch: Batch, threads: int) -> list[Row]:
-    """Return the rows of a case."""
+    """Return the rows of a case: PyTorch's losses, and fastloss on tensors for value and gradient."""
     torch.set_num_threads(threads)
     function = loss_function(batch)
-    torch.compiler.reset()  # or after some shapes it would silently not compile any more
+    torch.compiler.reset()  # otherwise torch.compile silently stops compiling after some shapes
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
     theirs = [row(batch, "torch eager", function), row(batch, "torch.compile", compiled)]
     return theirs if batch.case.part != "value_and_grad" else [*theirs, *our_rows(batch)]
 
 
 def our_rows(batch: Batch) -> list[Row]:
-    """Return fastloss on tensors, and with the gradient in the place of the logits."""
+    """Return the rows of fastloss on tensors: with a gradient of its own, and with `inplace_grad` if the loss has one gradient."""
     made = [replace(row(batch, "fastloss on tensors", our_function(batch)), release=empty_cache)]
     return [*made, in_place(batch)] if len(batch.case.subject.gradients) == 1 else made
 
 
 def our_function(batch: Batch, **options: Any) -> Callable[..., Any]:
-    """Return the loss by fastloss, under autocast where tensors have 16 bits."""
+    """Return a function that computes the loss with fastloss, under autocast if the case has 16-bit tensors."""
     case, loss = batch.case, getattr(fl, batch.case.loss)
     options |= {"reduction": case.reduction} if case.subject.reduction is None else {}
     options |= batch.options | {name: torch.from_numpy(x) for name, x in batch.extra.items()}
@@ -58,21 +58,21 @@ def our_function(batch: Batch, **options: Any) -> Callable[..., Any]:
 
 
 class Output(torch.autograd.Function):
-    """A network whose output is there already: a tensor that is no leaf, on given memory."""
+    """An identity that returns given memory as its output: a tensor that is not a leaf, like the output of a network."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Any, memory: Any) -> Any:
-        """Return a tensor on the memory."""
+        """Return a tensor on the given memory."""
         return to_tensor(memory)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        """Hand the gradient on."""
+        """Return the upstream gradient unchanged."""
         return grad, None
 
 
 def in_place(batch: Batch) -> Row:
-    """Return the row whose gradient overwrites the logits: at the second call, a gradient."""
+    """Return the row whose gradient overwrites the logits. From the second call on it therefore reads a gradient."""
     (slot,), function = batch.case.subject.gradients, our_function(batch, inplace_grad=True)
     memory = batch.arrays[slot].copy(order="K")
 
@@ -83,7 +83,7 @@ def in_place(batch: Batch) -> Row:
 
 
 def loss_function(batch: Batch) -> Callable[..., Any]:
-    """Return the loss as a PyTorch user writes it; 16 bits are widened, as autocast does."""
+    """Return a function that computes the loss as a PyTorch user writes it. Like autocast, it converts 16-bit tensors to float32."""
     case = batch.case
     extra = {name: torch.from_numpy(x) for name, x in batch.extra.items()}
     own: Any = getattr(F, case.loss, None)
@@ -100,7 +100,7 @@ def loss_function(batch: Batch) -> Callable[..., Any]:
 
 
 def row(batch: Batch, name: str, loss: Callable[..., Any]) -> Row:
-    """Return the row of one way to run the loss."""
+    """Return the row of a loss in PyTorch: the value, or forward and backward."""
     case = batch.case
     tensors = [to_tensor(x) for x in batch.arrays]
     if case.part == "value":
@@ -122,11 +122,11 @@ def row(batch: Batch, name: str, loss: Callable[..., Any]) -> Row:
 
 
 def widened(x: Any) -> Array:
-    """Return a tensor as an array, bfloat16 widened."""
+    """Convert a tensor to an array, and bfloat16 to float32."""
     return to_array(x.float() if x.dtype == torch.bfloat16 else x)
 
 
 def without_grad(loss: Callable[..., Any], tensors: list[Any]) -> Any:
-    """Return the value, with nothing kept for a backward pass."""
+    """Compute the value without saving tensors for a backward pass."""
     with torch.no_grad():
         return loss(*tensors)

@@ -1,1 +1,1 @@
-"""The frameworks whose arrays losses take, each behind the same protocol."""
+"""The array frameworks that losses accept. Each implements the protocol in `protocol.py`."""

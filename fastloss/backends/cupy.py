@@ -1,4 +1,4 @@
-"""CuPy's arrays, on a GPU."""
+"""The backend for CuPy arrays, on a GPU."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fastloss.cuda.call import DeviceCall
 
 
 class CupyBackend(ArrayBackend):
-    """CuPy."""
+    """The backend for CuPy arrays."""
 
     call = DeviceCall
 
-    def unread_input(self, target: Any) -> Any:
-        """Make an input of the target's shape that occupies one element: of the target's dtype, or float32 for integers."""
+    def placeholder_input(self, target: Any) -> Any:
+        """Make an input of the target's shape and dtype, or float32 for integers, by broadcasting a single element."""
         zero = cupy.zeros((), target.dtype if is_float(target.dtype) else np.float32)
         return cupy.broadcast_to(zero, target.shape)
 

@@ -1,4 +1,4 @@
-"""Which backend takes an array. A framework is never imported here: an array of one that is not imported cannot exist."""
+"""Find the backend of an array. This never imports a framework: an array of a framework that is not imported cannot exist."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastloss.backends.protocol import Backend
 
 
 def find_backend(array: Any) -> Backend:
-    """Find the backend of an array by its type. NumPy's takes everything that is no other framework's, or refuses it."""
+    """Find the backend of an array by its type. Types of no known framework go to NumPy's backend, which converts or refuses them."""
     if type(array) is np.ndarray:
         return NUMPY
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, getattr(torch, "Tensor", ())):  # () while PyTorch is still being imported
-        # a plain import statement: torch.compile refuses import_module, and puts a guard on every look into sys.modules
+        # an import statement, because torch.compile refuses import_module and adds a guard for each lookup in sys.modules
         from fastloss.backends.torch.backend import BACKEND as TORCH
 
         return TORCH
@@ -30,10 +30,10 @@ def find_backend(array: Any) -> Backend:
 
 
 def raise_deferred() -> None:
-    """Wait for the GPU, and raise the error of a bad element that an earlier call with `validate` found on it.
+    """Wait for the GPU, and raise the error if an earlier call with `validate` found an element outside [0, 1].
 
-    A call on a GPU does not wait for the result of its check. Its error is raised by the next call that validates, or here.
-    Without a GPU this does nothing.
+    A call on a GPU does not wait for the result of its check. The error is raised by the next call with `validate`, or by this
+    function. Without a GPU this function does nothing.
 
     Raises:
         ValueError: an earlier call found an element outside [0, 1]; the message names it.

@@ -1,4 +1,4 @@
-"""NumPy's arrays, and everything that `numpy.asarray` makes one of, on the CPU."""
+"""The backend for NumPy arrays, and for everything that `numpy.asarray` converts to one, on the CPU."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastloss.cpu.call import HostCall
 
 
 class NumpyBackend(ArrayBackend):
-    """NumPy."""
+    """The backend for NumPy arrays."""
 
     call = HostCall
 
-    def unread_input(self, target: Any) -> Any:
-        """Make an input of the target's shape that occupies one element: of the target's dtype, or float32 for integers."""
+    def placeholder_input(self, target: Any) -> Any:
+        """Make an input of the target's shape and dtype, or float32 for integers, by broadcasting a single element."""
         t = self.as_array("target", target)
         return np.broadcast_to(np.zeros((), t.dtype if is_float(t.dtype) else np.float32), t.shape)
 

@@ -1,6 +1,6 @@
-"""`Backend`: what a framework must provide so that losses take its arrays.
+"""`Backend`: the protocol that a framework implements so that losses accept its arrays.
 
-To add a framework, write one subclass, in a module of its own, and name it in `find.py`.
+To add a framework, write one subclass in a module of its own and add it to `find.py`.
 """
 
 from __future__ import annotations
@@ -14,48 +14,48 @@ from fastloss.core.plan import Array
 
 
 class Backend:
-    """A framework whose arrays losses take. There is one instance of each subclass.
+    """A framework whose arrays losses accept. There is one instance of each subclass.
 
-    A loss's method packs what its caller passed into `Arguments`, finds the backend by the type of the first array, and calls
-    `compute`. The backend brings the arrays into a form that a machine's `Call` reads, without a copy, chooses the class of the
-    call, lets the loss make its passes, and returns results of its own kind.
+    A method of a loss packs its arguments into `Arguments`, finds the backend by the type of the first array, and calls `compute`.
+    The backend converts the arrays, without a copy, to a form that a subclass of `Call` can read, chooses that subclass, lets the
+    loss compute with it, and returns the results as arrays of the framework.
     """
 
-    options: tuple[str, ...] = ()  # accepted besides those of a loss, such as PyTorch's `inplace_grad`
+    options: tuple[str, ...] = ()  # accepted in addition to those of a loss, such as PyTorch's `inplace_grad`
 
     def compute(self, loss: AbstractLoss, arguments: Arguments) -> tuple[Any, list[Array]]:
-        """Compute what the arguments ask for: the reduced value or None, and one array for each quantity that is wanted."""
+        """Compute the requested quantities: the reduced value or None, and one array for each quantity in `arguments.wanted`."""
         raise NotImplementedError
 
     def as_array(self, name: str, value: Any) -> Any:
-        """Return an argument as an array of the framework, without a copy. Raise TypeError, naming the argument, if it is none."""
+        """Return an argument as an array of the framework, without a copy. Raise a TypeError that names it if that is impossible."""
         raise NotImplementedError
 
     def compute_jointly(self, method: Callable[..., Any], operands: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
-        """Call a method that makes several losses' passes, with arrays that a machine reads and the class of calls as `call`.
+        """Call a method that computes several losses at once, with converted arrays and the subclass of `Call` that reads them.
 
-        The results that the method returns, in nested tuples, are converted to the framework's own.
+        The subclass is passed as `call`. The arrays that the method returns, in nested tuples, are converted to the framework's.
         """
         raise NotImplementedError
 
-    def unread_input(self, target: Any) -> Any:
-        """Make an input of the target's shape for a formula that reads the target alone. It occupies one element."""
+    def placeholder_input(self, target: Any) -> Any:
+        """Make an input of the target's shape for a formula that reads only the target. It takes the memory of one element."""
         raise NotImplementedError
 
 
 class ArrayBackend(Backend):
-    """A framework whose arrays a machine's calls read as they are."""
+    """A framework whose arrays can be passed to a subclass of `Call` without conversion."""
 
     call: type[Call]
 
     def compute(self, loss: AbstractLoss, arguments: Arguments) -> tuple[Any, list[Array]]:
-        """Let the loss make its passes over the arrays."""
+        """Compute the requested quantities on the arrays as they are."""
         return loss.compute(arguments, self.call)
 
     def as_array(self, name: str, value: Any) -> Any:
-        """Return an argument as an array, without a copy; make one of a number or a list."""
+        """Return an argument as an array, without a copy. Numbers and lists are converted."""
         return self.call.as_array(name, value)
 
     def compute_jointly(self, method: Callable[..., Any], operands: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
-        """Call a method on the arrays as they are."""
+        """Call a method that computes several losses at once, with the arrays as they are."""
         return method(**operands, **options, call=self.call)

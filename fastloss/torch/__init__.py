@@ -1,12 +1,13 @@
-"""fastloss for PyTorch: modules and functions with PyTorch's names, arguments and errors, and `patch`, which puts them in place.
+"""fastloss for PyTorch: modules and functions with PyTorch's names, arguments and errors, and `patch`, which replaces PyTorch's.
 
     import fastloss.torch as ft
 
-    criterion = ft.BCEWithLogitsLoss()               # instead of torch.nn's
-    loss = criterion(logits, images)                 # computes the gradient in the same pass
+    criterion = ft.BCEWithLogitsLoss()               # in the place of torch.nn.BCEWithLogitsLoss()
+    loss = criterion(logits, images)                 # computes the gradient too, in one pass over memory
     loss.backward()
 
-The functions of `fastloss` take tensors too. Tensors are read and written in place, on the CPU and, through CuPy, on CUDA devices.
+The functions of `fastloss` itself also accept tensors. Tensors may be on the CPU or, if CuPy is installed, on an NVIDIA GPU. They
+are read and written in place.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,9 +1,9 @@
-"""The losses that PyTorch has, with its signatures, results and kinds of error; further options of fastloss go by name.
+"""PyTorch's loss functions, with its signatures, results and types of error. Further options of fastloss are passed by name.
 
-Where PyTorch and fastloss differ, these do as PyTorch does: `mse_loss` and `l1_loss` divide a weighted mean by the sum of
-the weights, losses of a difference broadcast a target with a warning, `binary_cross_entropy` looks at every element, and
-what PyTorch's kernels refuse is a `RuntimeError`. The slope by the target is there too; that by a weight is not. Of
-operands with different dtypes the value has the input's.
+Where `fastloss` and PyTorch differ, these functions follow PyTorch: `mse_loss` and `l1_loss` divide a weighted mean by the sum of
+the weights, regression losses broadcast a target with a warning, `binary_cross_entropy` checks every element, and arguments that
+PyTorch's kernels refuse raise a `RuntimeError`. Input and target have gradients, weights have none. If the dtypes of the operands
+differ, the value has the dtype of the input.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def binary_cross_entropy_with_logits(
     input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None, reduce: bool | None = None,
     reduction: str = "mean", pos_weight: Tensor | None = None, **options: Any
 ) -> Tensor:  # fmt: skip
-    """`torch.nn.functional.binary_cross_entropy_with_logits`, by `fastloss.binary_cross_entropy_with_logits`.
+    """Compute `torch.nn.functional.binary_cross_entropy_with_logits` with `fastloss.binary_cross_entropy_with_logits`.
 
-    Options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`, `label_smoothing`, `validate`; see `fastloss.Loss`.
+    Further options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`, `label_smoothing`, `validate`. See `fastloss.Loss`.
     """
     check_shapes("input", input.shape, "target", target.shape)
-    reduction = chosen(reduction, size_average, reduce)
+    reduction = resolve_reduction(reduction, size_average, reduce)
     return compute(fastloss.binary_cross_entropy_with_logits, input, target, weight, reduction, pos_weight=pos_weight, **options)
 
 
@@ -36,12 +36,14 @@ def binary_cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None, reduce: bool | None = None,
     reduction: str = "mean", **options: Any
 ) -> Tensor:  # fmt: skip
-    """`torch.nn.functional.binary_cross_entropy`, by `fastloss.binary_cross_entropy`; elements outside [0, 1] are an error.
+    """Compute `torch.nn.functional.binary_cross_entropy` with `fastloss.binary_cross_entropy`.
 
-    Options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`, `validate`; see `fastloss.Loss`.
+    Elements outside [0, 1] raise a `RuntimeError`.
+
+    Further options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`, `validate`. See `fastloss.Loss`.
     """
     check_shapes("input", input.shape, "target", target.shape)
-    reduction = chosen(reduction, size_average, reduce)
+    reduction = resolve_reduction(reduction, size_average, reduce)
     return compute(fastloss.binary_cross_entropy, input, target, weight, reduction, **{"validate": True, **options})
 
 
@@ -49,37 +51,37 @@ def mse_loss(
     input: Tensor, target: Tensor, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean",
     weight: Tensor | None = None, **options: Any
 ) -> Tensor:  # fmt: skip
-    """`torch.nn.functional.mse_loss`, by `fastloss.mse_loss`.
+    """Compute `torch.nn.functional.mse_loss` with `fastloss.mse_loss`.
 
-    Options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`; see `fastloss.Loss`.
+    Further options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`. See `fastloss.Loss`.
     """
-    return over_weights(fastloss.mse_loss, input, target, weight, chosen(reduction, size_average, reduce), options)
+    return compute_weighted_mean(fastloss.mse_loss, input, target, weight, resolve_reduction(reduction, size_average, reduce), options)
 
 
 def l1_loss(
     input: Tensor, target: Tensor, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean",
     weight: Tensor | None = None, **options: Any
 ) -> Tensor:  # fmt: skip
-    """`torch.nn.functional.l1_loss`, by `fastloss.l1_loss`.
+    """Compute `torch.nn.functional.l1_loss` with `fastloss.l1_loss`.
 
-    Options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`; see `fastloss.Loss`.
+    Further options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`. See `fastloss.Loss`.
     """
-    return over_weights(fastloss.l1_loss, input, target, weight, chosen(reduction, size_average, reduce), options)
+    return compute_weighted_mean(fastloss.l1_loss, input, target, weight, resolve_reduction(reduction, size_average, reduce), options)
 
 
 def smooth_l1_loss(
     input: Tensor, target: Tensor, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean",
     beta: float = 1.0, **options: Any
 ) -> Tensor:  # fmt: skip
-    """`torch.nn.functional.smooth_l1_loss`, by `fastloss.smooth_l1_loss`.
+    """Compute `torch.nn.functional.smooth_l1_loss` with `fastloss.smooth_l1_loss`.
 
-    Options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`; see `fastloss.Loss`.
+    Further options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`. See `fastloss.Loss`.
     """
     return compute(
         fastloss.smooth_l1_loss,
-        *broadcast(input, target),
+        *broadcast_operands(input, target),
         None,
-        chosen(reduction, size_average, reduce),
+        resolve_reduction(reduction, size_average, reduce),
         beta=to_float("beta", beta),
         **options,
     )
@@ -88,31 +90,38 @@ def smooth_l1_loss(
 def huber_loss(
     input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """`torch.nn.functional.huber_loss`, by `fastloss.huber_loss`.
+    """Compute `torch.nn.functional.huber_loss` with `fastloss.huber_loss`.
 
-    Options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`; see `fastloss.Loss`.
+    Further options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`. See `fastloss.Loss`.
     """
     check_weight(input, weight)
-    return compute(fastloss.huber_loss, *broadcast(input, target), weight, chosen(reduction), delta=to_float("delta", delta), **options)
+    return compute(
+        fastloss.huber_loss,
+        *broadcast_operands(input, target),
+        weight,
+        resolve_reduction(reduction),
+        delta=to_float("delta", delta),
+        **options,
+    )
 
 
 def sigmoid_focal_loss(
     inputs: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2, reduction: str = "none", **options: Any
 ) -> Tensor:
-    """`torchvision.ops.sigmoid_focal_loss`, by `fastloss.sigmoid_focal_loss`.
+    """Compute `torchvision.ops.sigmoid_focal_loss` with `fastloss.sigmoid_focal_loss`.
 
-    Options: `inplace_grad`, `weight`, `mask`, `ignore_index`, `target_scale`, `validate`; see `fastloss.Loss`.
+    Further options: `inplace_grad`, `weight`, `mask`, `ignore_index`, `target_scale`, `validate`. See `fastloss.Loss`.
     """
     check_shapes("input", inputs.shape, "target", targets.shape)
     weight = options.pop("weight", None)
-    return compute(fastloss.sigmoid_focal_loss, inputs, targets, weight, chosen(reduction), alpha=alpha, gamma=gamma, **options)
+    return compute(fastloss.sigmoid_focal_loss, inputs, targets, weight, resolve_reduction(reduction), alpha=alpha, gamma=gamma, **options)
 
 
 def compute(loss: Any, input: Tensor, target: Tensor, weight: Any, reduction: str, **options: Any) -> Tensor:
-    """Call a loss; what it refuses is refused as PyTorch's kernels do, by a RuntimeError."""
+    """Call a loss, and turn its ValueError into the RuntimeError that PyTorch's kernels raise."""
     if isinstance(input, Tensor) and (input.layout is not torch.strided or not (input.is_floating_point() or input.is_complex())):
         raise NotImplementedError(
-            f"input has dtype {input.dtype} and layout {input.layout}; accepted: floating-point numbers, torch.strided"
+            f"input has dtype {input.dtype} and layout {input.layout}; accepted: a floating-point dtype and layout torch.strided"
         )
     try:
         return loss(input, target, weight, reduction, **options)
@@ -120,19 +129,21 @@ def compute(loss: Any, input: Tensor, target: Tensor, weight: Any, reduction: st
         raise RuntimeError(str(error)) from error
 
 
-def over_weights(loss: Any, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, options: dict[str, Any]) -> Tensor:
-    """Call a loss whose weighted mean is divided by the sum of the weights."""
+def compute_weighted_mean(
+    loss: Any, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, options: dict[str, Any]
+) -> Tensor:
+    """Call a loss, and divide a weighted mean by the sum of the weights, as PyTorch does. Other reductions are unchanged."""
     check_weight(input, weight)
-    z, t = broadcast(input, target)
+    z, t = broadcast_operands(input, target)
     if weight is None or reduction != "mean":
         return compute(loss, z, t, weight, reduction, **options)
     if excluding := {name for name in ("mask", "ignore_index") if options.get(name) is not None}:
-        raise TypeError(f"a mean divided by the sum of the weights takes no {', '.join(sorted(excluding))}; use fastloss.{loss.__name__}")
+        raise TypeError(f"{' and '.join(sorted(excluding))} cannot be combined with a weighted mean here; use fastloss.{loss.__name__}")
     return compute(loss, z, t, weight, "sum", **options) / weight.sum()
 
 
-def chosen(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> str:
-    """Return the reduction, also where it is given as PyTorch 0.4 had it."""
+def resolve_reduction(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> str:
+    """Return the reduction, also if it is given by the deprecated arguments `size_average` and `reduce`."""
     if size_average is not None or reduce is not None:
         return str(_reduction.legacy_get_string(size_average, reduce))
     check_reduction(reduction, REDUCTIONS)
@@ -140,20 +151,20 @@ def chosen(reduction: str, size_average: bool | None = None, reduce: bool | None
 
 
 def check_weight(input: Tensor, weight: Tensor | None) -> None:
-    """Refuse a weight that PyTorch refuses with a ValueError."""
+    """Refuse a weight whose shape differs from the input's, as PyTorch does, with a ValueError."""
     if weight is not None:
         check_shapes("input", input.shape, "weight", weight.shape)
 
 
-def broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both in one shape; with a warning, as PyTorch does, because it is rarely meant."""
+def broadcast_operands(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Broadcast input and target to one shape. Warn if their shapes differ, as PyTorch does."""
     if input.shape == target.shape:
         return input, target
-    if torch.compiler.is_compiling():  # where PyTorch does not warn either
+    if torch.compiler.is_compiling():  # PyTorch does not warn during compilation
         return torch.broadcast_tensors(input, target)
     warnings.warn(
-        f"input has shape {tuple(input.shape)} and target {tuple(target.shape)}; they are broadcast, which is rarely what is meant: "
-        "give them the same shape",
+        f"input has shape {tuple(input.shape)} and target {tuple(target.shape)}; they are broadcast against each other, which is often "
+        "a mistake: give them the same shape",
         stacklevel=caller_level(),
     )
     expanded: tuple[Tensor, Tensor] = torch.broadcast_tensors(input, target)

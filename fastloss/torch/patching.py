@@ -1,4 +1,4 @@
-"""`patch`: code that calls `torch.nn.functional` or the modules of `torch.nn` computes with fastloss, without a change."""
+"""`patch`: make unchanged code that calls `torch.nn.functional` or modules of `torch.nn` compute losses with fastloss."""
 
 from __future__ import annotations
 
@@ -20,18 +20,22 @@ DTYPES = (torch.float32, torch.float64, *(HALVES if importlib.util.find_spec("ml
 
 
 class Patch:
-    """What `patch` did, to be undone: by leaving the block of `with`, or by `undo`."""
+    """An active patch of `torch.nn.functional`. It ends when its `with` block is left, or when `undo` is called."""
 
     def __init__(self) -> None:
         self._originals = {name: getattr(torch.nn.functional, name) for name in NAMES}
-        self._installed = {name: served(original, getattr(functional, name)) for name, original in self._originals.items()}
+        self._installed = {name: with_fallback(original, getattr(functional, name)) for name, original in self._originals.items()}
         for name, function in self._installed.items():
             setattr(torch.nn.functional, name, function)
 
     def undo(self) -> None:
-        """Put back what was there; once, further calls do nothing. Raises `RuntimeError` while a later patch is in the way."""
+        """Restore the functions that the patch replaced. Further calls do nothing.
+
+        Raises:
+            RuntimeError: a later patch is still active.
+        """
         if changed := [name for name, function in self._installed.items() if getattr(torch.nn.functional, name) is not function]:
-            raise RuntimeError(f"torch.nn.functional.{changed[0]} has been replaced since; patches are undone in the reverse order")
+            raise RuntimeError(f"torch.nn.functional.{changed[0]} has been replaced since; patches must be undone in the reverse order")
         for name in self._installed:
             setattr(torch.nn.functional, name, self._originals[name])
         self._installed = {}
@@ -44,51 +48,52 @@ class Patch:
 
 
 def patch() -> Patch:
-    """Make `torch.nn.functional`'s losses, and with them the modules of `torch.nn`, those of fastloss, for every thread.
+    """Replace the losses of `torch.nn.functional`, which the modules of `torch.nn` call too, with those of fastloss, in all threads.
 
-        fastloss.torch.patch()                # from now on; .undo() of what it returns ends it
-        with fastloss.torch.patch(): ...      # in the block alone
+        patched = fastloss.torch.patch()      # until patched.undo()
+        with fastloss.torch.patch(): ...      # only inside the block
 
-    What fastloss does not serve goes on to PyTorch's own: other devices (GPUs too, without CuPy), other or mixed dtypes, other
-    shapes, tensors that are no plain ones, a weight that requires a gradient, torch.func's transforms, torch.jit.trace. Not for
-    torch.jit.script. Names that were imported before (`from torch.nn.functional import mse_loss`) stay what they were.
+    Calls that fastloss does not support still go to PyTorch's functions: other devices (also GPUs if CuPy is not installed), other
+    or mixed dtypes, operands of different shapes, subclasses of `torch.Tensor`, a weight that requires a gradient, transforms of
+    torch.func, and torch.jit.trace. torch.jit.script is not supported. Functions that were imported by name before the patch
+    (`from torch.nn.functional import mse_loss`) are not replaced.
     """
     return Patch()
 
 
-def served(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that calls ours where that serves, and else PyTorch's."""
+def with_fallback(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function that calls fastloss's loss if it supports the arguments, and PyTorch's otherwise."""
     names = list(inspect.signature(original).parameters)[2:]
 
     @functools.wraps(original)
-    def either(input: Any, target: Any, *args: Any, **options: Any) -> Any:
+    def dispatch(input: Any, target: Any, *args: Any, **options: Any) -> Any:
         known = len(args) <= len(names) and options.keys() <= set(names)
-        function = ours if known and serves(input, target, dict(zip(names, args, strict=False)) | options) else original
+        function = ours if known and is_supported(input, target, dict(zip(names, args, strict=False)) | options) else original
         return function(input, target, *args, **options)
 
-    return either
+    return dispatch
 
 
-def serves(input: Any, target: Any, options: dict[str, Any]) -> bool:
-    """Whether fastloss computes what PyTorch would."""
+def is_supported(input: Any, target: Any, options: dict[str, Any]) -> bool:
+    """Whether fastloss supports a call and computes the same as PyTorch."""
     weights = [options[name] for name in ("weight", "pos_weight") if options.get(name) is not None]
     tensors = [input, target, *weights]
-    if not all(isinstance(x, Tensor) and is_served(x) and x.layout is torch.strided and x.dtype in DTYPES for x in tensors):
+    if not all(isinstance(x, Tensor) and is_on_supported_device(x) and x.layout is torch.strided and x.dtype in DTYPES for x in tensors):
         return False
     if not torch.compiler.is_compiling() and (is_transformed(tensors) or not has_memory(tensors)):
         return False
     numbers = [options[name] for name in ("beta", "delta") if name in options]
     return (
         input.shape == target.shape
-        and all(agree(input, x) for x in tensors)
-        and all(not x.requires_grad and broadcasts(x.shape, input.shape) for x in weights)
+        and all(have_one_dtype(input, x) for x in tensors)
+        and all(not x.requires_grad and broadcasts_to(x.shape, input.shape) for x in weights)
         and all(isinstance(x, (int, float)) and x > 0 for x in numbers)
         and options.get("reduction", "mean") in ("mean", "sum", "none")
     )
 
 
-def is_served(tensor: Any) -> bool:
-    """Whether a tensor is where fastloss computes: on the CPU, or on a GPU if CuPy is there."""
+def is_on_supported_device(tensor: Any) -> bool:
+    """Whether fastloss supports the device of a tensor: a CPU, or a GPU if CuPy is installed."""
     return bool(tensor.is_cpu) or (is_on_gpu(tensor) and has_cupy())
 
 
@@ -98,13 +103,13 @@ def has_cupy() -> bool:
     return importlib.util.find_spec("cupy") is not None
 
 
-def agree(input: Any, other: Any) -> bool:
-    """Whether both have one dtype, or will have under autocast."""
+def have_one_dtype(input: Any, other: Any) -> bool:
+    """Whether two tensors have the same dtype, or get the same dtype under autocast."""
     widened = torch.is_autocast_enabled(input.device.type) and torch.float64 not in (input.dtype, other.dtype)
     return input.dtype is other.dtype or widened
 
 
-def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    """Whether an array of a shape broadcasts to another without changing it."""
+def broadcasts_to(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array of one shape broadcasts to exactly another shape."""
     pairs = zip(reversed(shape), reversed(to), strict=False)
     return len(shape) <= len(to) and all(a in (1, b) for a, b in pairs)

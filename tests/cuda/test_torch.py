@@ -211,5 +211,5 @@ def test_a_bad_target_is_told_later(device):
 
 def test_two_devices(device):
     z, t = (x.to(device) for x in operands(""))
-    with pytest.raises(ValueError, match=f"target is on meta, and the input on {z.device}; accepted: tensors on one device"):
+    with pytest.raises(ValueError, match=f"target is on meta, but the input is on {z.device}; accepted: tensors on one device"):
         BCE(z, t.to("meta"))

@@ -1,1 +1,1 @@
-"""PyTorch's tensors: read in place, with autograd attached to the value."""
+"""The backend for PyTorch tensors. Tensors are read in place, and the value of a loss has autograd attached."""

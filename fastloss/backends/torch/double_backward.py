@@ -1,7 +1,7 @@
-"""Dice and Dice + BCE in PyTorch's own operations, for their second derivatives alone.
+"""Dice and Dice + BCE written with PyTorch's operations, which are used only for second derivatives.
 
-Those are no diagonal: each element of a region changes the slope of every other. They are asked for rarely, and never in a
-training step, so PyTorch's autograd may have them, with its temporaries and its digits.
+The Hessian of these losses is not diagonal: every element of a region affects the gradient of all others. Ordinary training does
+not need second derivatives, so they are left to PyTorch's autograd, which allocates temporaries and is less accurate.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ def second_derivatives(
     second: Any,
     upstream: Any,
 ) -> Sequence[Any]:
-    """Return the derivatives of slopes by both operands and by what comes down the chain, each times the slopes' gradients."""
+    """Return vector-Jacobian products of the gradients, with respect to both operands and to the upstream gradient.
+
+    `grads` holds the vectors: the upstream gradients of the gradients that `wanted` names.
+    """
     with torch.enable_grad():
         z, t, u = (x.detach().requires_grad_(x.is_floating_point()) for x in (first, second, upstream))
         value = formula(z, t, reduction, **options)
@@ -37,7 +40,7 @@ def dice_bce(
     smooth: float = 1.0, per_channel: bool = True, per_sample: bool = True, dice_weight: float = 1.0, bce_weight: float = 0.0,
     validate: bool = False,
 ) -> Any:  # fmt: skip
-    """Return the weighted sum of both losses, each reduced by the same rule."""
+    """Compute the weighted sum of Dice loss and BCE, both with the same reduction."""
     counted = torch.ones_like(z, dtype=torch.bool) if mask is None else mask.expand(z.shape)
     counted = counted if ignore_index is None else counted & (t != ignore_index)
     t = t.to(z.dtype) * target_scale if not t.is_floating_point() else t

@@ -1,4 +1,4 @@
-"""NumPy's names of PyTorch's dtypes."""
+"""The conversion of PyTorch's dtypes to NumPy's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NUMPY = {getattr(torch, name): np.dtype(name) for name in NAMES if name != "bflo
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    """Return NumPy's name of a dtype."""
+    """Convert a PyTorch dtype to the NumPy dtype of the same name."""
     if dtype is torch.bfloat16:
         return bfloat16()
     if dtype not in NUMPY:
@@ -22,9 +22,9 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
 
 
 def bfloat16() -> np.dtype[Any]:
-    """Return the dtype that NumPy does not have."""
+    """Return the bfloat16 dtype of ml_dtypes, which NumPy itself lacks."""
     try:
         from ml_dtypes import bfloat16
     except ImportError:
-        raise ImportError("bfloat16 tensors are read through ml_dtypes; install it, or fastloss[torch]") from None
+        raise ImportError("bfloat16 tensors need the package ml_dtypes; install it or fastloss[torch]") from None
     return np.dtype(bfloat16)

@@ -1,4 +1,4 @@
-"""CUDA tensors as CuPy's arrays on the same memory; what is computed for them runs on PyTorch's stream, in PyTorch's memory."""
+"""CUDA tensors as CuPy arrays on the same memory. Kernels run on PyTorch's stream and allocate with PyTorch's allocator."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CODES = {torch.float32: "f4", torch.float64: "f8"}
 
 
 def to_array(tensor: Any) -> Any:
-    """Return an array on a tensor's memory, which it keeps alive."""
+    """Return a CuPy array on a tensor's memory. The array keeps the tensor alive."""
     dtype, size, index = numpy_dtype(tensor.dtype), tensor.element_size(), tensor.get_device()
     if not tensor.numel():
         with cupy.cuda.Device(index):
@@ -31,30 +31,30 @@ def to_array(tensor: Any) -> Any:
 
 
 def to_tensor(array: Any) -> Any:
-    """Return a tensor on an array's memory: the one that it was made of."""
+    """Return a tensor on an array's memory, or the tensor itself that the array was made from."""
     owner = getattr(array.data.mem, "_owner", None)
     if isinstance(owner, torch.Tensor) and (owner.data_ptr(), tuple(owner.shape)) == (array.data.ptr, array.shape):
         return owner
     is_bfloat16 = array.dtype.kind == "V"
-    # without a look at streams (-1): what was computed was so on PyTorch's
+    # stream -1 means no synchronisation: the array was computed on PyTorch's current stream
     tensor = torch.utils.dlpack.from_dlpack((array.view(np.int16) if is_bfloat16 else array).__dlpack__(stream=-1))
     return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
 
 
 class TensorDeviceCall(DeviceCall):
-    """A call of tensors on a GPU, as arrays: what is written are tensors too."""
+    """A call on CUDA tensors, viewed as CuPy arrays. Its outputs are allocated as tensors."""
 
     __slots__ = ()
 
     @staticmethod
     def empty_like(array: Any) -> Any:
-        """Return an array to write to, like one that was made of a tensor."""
+        """Allocate an output with the shape, dtype and memory order of the tensor that an array was made from."""
         owner = array.data.mem._owner if array.size else None
         return cupy.empty_like(array) if owner is None else to_array(torch.empty_like(owner.detach()))
 
     @staticmethod
     def empty(shape: tuple[int, ...], dtype: Any) -> Any:
-        """Return an array for a value."""
+        """Allocate an array for a reduced value."""
         if 0 in shape:
             return cupy.empty(shape, dtype)
         kind = torch.bfloat16 if dtype.kind == "V" else getattr(torch, dtype.name)
@@ -63,13 +63,13 @@ class TensorDeviceCall(DeviceCall):
 
 @functools.cache
 def call_of(dtype: torch.dtype) -> type[DeviceCall]:
-    """Return the kind of call whose values have a dtype."""
+    """Return the subclass of `TensorDeviceCall` whose values have a dtype."""
     return type("TensorDeviceCallOf", (TensorDeviceCall,), {"__slots__": (), "value_dtype": numpy_dtype(dtype)})
 
 
 @contextlib.contextmanager
 def current(tensor: Any) -> Iterator[None]:
-    """Let CuPy work on a tensor's device, on PyTorch's current stream there, in memory of PyTorch's allocator."""
+    """Make CuPy use a tensor's device, PyTorch's current stream on it, and PyTorch's allocator."""
     index = tensor.get_device()
     stream = torch.cuda.current_stream(index).cuda_stream
     with cupy.cuda.Device(index), cupy.cuda.ExternalStream(stream), cupy.cuda.using_allocator(allocator().malloc):
@@ -78,17 +78,17 @@ def current(tensor: Any) -> Iterator[None]:
 
 @functools.cache
 def allocator() -> Any:
-    """Return PyTorch's allocator as CuPy takes one: memory is returned to where graphs and other streams of PyTorch know of it."""
+    """Wrap PyTorch's allocator for CuPy, so that PyTorch tracks this memory across its streams and CUDA graphs."""
     return cupy.cuda.PythonFunctionAllocator(allocate, lambda address, device: torch.cuda.caching_allocator_delete(address))
 
 
 def allocate(size: int, device: int) -> int:
-    """Return memory on a device, of use to the current stream."""
+    """Allocate memory on a device for the current stream, and return its address."""
     return int(torch.cuda.caching_allocator_alloc(size, device, torch.cuda.current_stream(device)))
 
 
 def scale(slope: Any, upstream: Any) -> Any:
-    """Multiply a slope by a number of the device, where it is; the host does not wait to see whether it is 1."""
+    """Multiply a gradient in place by an upstream gradient on the device, without making the host wait for its value."""
     if slope.dtype not in CODES or upstream.dtype not in CODES:
         return slope.mul_(upstream)
     with current(slope):

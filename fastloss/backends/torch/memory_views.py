@@ -1,4 +1,4 @@
-"""Tensors: which can be read and which be written to, as NumPy arrays on the same memory and back."""
+"""Conversions between tensors and arrays on the same memory, and the checks of what a tensor may be used for."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def is_on_gpu(tensor: Any) -> bool:
-    """Whether a tensor lies in a GPU's memory."""
+    """Whether a tensor is in the memory of a GPU."""
     return bool(tensor.is_cuda)
 
 
 def to_array(tensor: Any) -> Array:
-    """Return an array on a tensor's memory, CuPy's on a GPU; of a tensor that is negated lazily, on that of its negation."""
+    """Return an array on a tensor's memory: a NumPy array, or a CuPy array on a GPU. A tensor that is negated lazily is copied."""
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.is_neg():
@@ -45,72 +45,75 @@ def to_array(tensor: Any) -> Array:
 
 
 def to_tensor(array: Array) -> Any:
-    """Return a tensor on an array's memory."""
+    """Return a tensor on the memory of a NumPy or CuPy array."""
     if not isinstance(array, np.ndarray):
         from fastloss.backends.torch.gpu import to_tensor
 
         return to_tensor(array)
-    if array.dtype.kind == "V":  # bfloat16: its name takes longer to ask for
+    if array.dtype.kind == "V":  # bfloat16; comparing the kind is faster than comparing the name
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
 def check_tensors(named: Iterable[tuple[str, Any]]) -> None:
-    """Refuse what is no tensor, and tensors that do not lie together."""
+    """Refuse arguments that are not tensors, and tensors that are sparse or on different devices."""
     place: Any = None
     for name, x in named:
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__qualname__}, and the input a tensor; accepted: torch.Tensor")
+            raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__qualname__}, but the input is a tensor; accepted: torch.Tensor")
         if not (x.is_cpu or x.is_meta or is_on_gpu(x)):
             raise NotImplementedError(f"{name} is on {x.device}; accepted: tensors on the CPU or on a CUDA device")
         if x.device != (place := x.device if place is None else place):
-            raise ValueError(f"{name} is on {x.device}, and the input on {place}; accepted: tensors on one device")
+            raise ValueError(f"{name} is on {x.device}, but the input is on {place}; accepted: tensors on one device")
         if x.layout is not STRIDED:
             raise TypeError(f"{name} has layout {x.layout}; accepted: torch.strided")
 
 
 def has_memory(tensors: Sequence[Any]) -> bool:
-    """Whether tensors can be read now: they are no compiler's symbols, and nobody looks on who records what is done with them."""
+    """Whether tensors have real memory, and no compiler, transform or dispatch mode is tracing."""
     if is_compiling():
         return False
     for x in tensors:
-        if type(x) not in PLAIN or x.layout is not STRIDED or x.is_neg():  # of which only the sign is noted
+        if type(x) not in PLAIN or x.layout is not STRIDED or x.is_neg():  # negated lazily: the memory holds the values before negation
             return False
         if not x.is_cpu and not (is_on_gpu(x) and x.device == tensors[0].device):
             return False
-    return not (may_transform() or dispatch_modes() or pre_dispatch_modes())
+    return not (is_transform_active() or dispatch_modes() or pre_dispatch_modes())
 
 
-def may_transform() -> bool:
-    """Whether torch.func's transforms may be at work, or forward-mode differentiation, or torch.jit.trace."""
+def is_transform_active() -> bool:
+    """Whether a transform of torch.func, forward-mode differentiation or torch.jit.trace is active."""
     return forward_ad._current_level >= 0 or transforms_active() or tracing_state() is not None
 
 
 def is_transformed(tensors: Sequence[Any]) -> bool:
-    """Whether they are, and these tensors among what they work on; the compiler refuses itself what it cannot do."""
-    if is_compiling() or not may_transform():
+    """Whether an active transform may apply to these tensors. Under torch.compile, which makes its own checks, the answer is no."""
+    if is_compiling() or not is_transform_active():
         return False
-    duals = forward_ad._current_level >= 0 and not transforms_active()
-    return not duals or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    only_forward_mode = forward_ad._current_level >= 0 and not transforms_active()
+    return not only_forward_mode or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def refuse_transforms(tensors: Sequence[Any]) -> None:
-    """Refuse what would get wrong derivatives or none, or a constant."""
+    """Refuse tensors under a transform, which would compute wrong derivatives, none at all, or a constant."""
     if is_transformed(tensors):
         raise NotImplementedError(
-            "fastloss has no rules for torch.func's transforms (grad, vmap, jvp, ...), forward-mode derivatives and torch.jit.trace; "
+            "fastloss does not support torch.func's transforms (grad, vmap, jvp, ...), forward-mode derivatives or torch.jit.trace; "
             "accepted: torch.autograd, torch.compile, torch.export"
         )
 
 
 def refuse_gradient(name: str, tensor: Any) -> None:
-    """Refuse a gradient towards anything but the two operands."""
+    """Refuse an option that requires a gradient: losses are differentiable only with respect to their operands."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(f"{name} requires a gradient, and losses are not differentiable with respect to it; pass {name}.detach()")
 
 
 def refuse_leaf(name: str, tensor: Any) -> None:
-    """Refuse to write into what an optimiser holds: a leaf that requires a gradient, or a view of one."""
+    """Refuse to overwrite a leaf that requires a gradient, or a view of one: it may be a parameter that an optimiser updates."""
     base = tensor._base if tensor._is_view() else tensor
     if base.is_leaf and base.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"{name} is a leaf that requires a gradient, or a view of one; its values cannot be overwritten")
+        raise RuntimeError(
+            f"{name} is a leaf that requires a gradient, or a view of one, and must not be overwritten; "
+            "accepted: tensors that do not require a gradient, and outputs of operations"
+        )

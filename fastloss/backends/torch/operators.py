@@ -1,7 +1,7 @@
-"""The operators `fastloss::loss` and `fastloss::derivatives`: what PyTorch's compilers see of the losses.
+"""The operators `fastloss::loss` and `fastloss::derivatives`, which PyTorch's compilers call in the place of a loss.
 
-They are opaque to it, but for the shapes of what they return and for their derivatives. One pair serves every loss, also one
-of the user's: the first argument is its key in `LOSSES`.
+The compilers know the shapes of their results and their derivatives, and nothing of their kernels. The two operators handle every
+loss, also one made by a user: the first argument is the loss's key in `LOSSES`.
 """
 
 from __future__ import annotations
@@ -13,64 +13,66 @@ import torch
 from torch import Tensor
 
 from fastloss.backends.torch import double_backward
-from fastloss.backends.torch.bound import Bound
+from fastloss.backends.torch.bound import BoundLoss
 from fastloss.backends.torch.memory_views import to_array, to_tensor
 from fastloss.core.abstract_loss import LOSSES, AbstractLoss
 from fastloss.core.checks import check_shapes, refuse_unknown
 from fastloss.core.definition import operand_of
 
 CALL = "str loss, str reduction, Tensor first, Tensor second, Tensor[] others, str[] names, float[] numbers"
-FLAGS = ("validate", "per_channel", "per_sample")  # options that are no numbers
-# what the gradient of a slope is, by the first operand and by the second
-SECOND = {"slope": ("curvature", "cross_curvature"), "target_slope": ("cross_curvature", "target_curvature")}
+FLAGS = ("validate", "per_channel", "per_sample")  # options that are True or False; operators receive them as numbers
+# the derivatives of each gradient with respect to the first operand and to the second
+SECOND_DERIVATIVES = {"slope": ("curvature", "cross_curvature"), "target_slope": ("cross_curvature", "target_curvature")}
 
 LIBRARY = torch.library.Library("fastloss", "DEF")
-# the memory that streams of a GPU keep does not belong to a graph, as `mode="reduce-overhead"` asks of all there is
+# `mode="reduce-overhead"` captures CUDA graphs, which must own all their memory; kernels use workspaces that belong to streams
 TAGS = [tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch._C.Tag, name, None)) is not None]
 LIBRARY.define(f"loss({CALL}, ScalarType dtype) -> Tensor", tags=TAGS)
 LIBRARY.define(f"derivatives({CALL}, str[] wanted, Tensor? upstream) -> Tensor[]", tags=TAGS)
 
 
-def arguments(bound: Bound, tensors: Sequence[Any]) -> tuple[Any, ...]:
-    """Return a call as the operators take it."""
+def pack_arguments(bound: BoundLoss, tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """Return a call as the arguments that both operators begin with."""
     first, second, *others = tensors
     names = [*bound.names, *bound.settings]
     return bound.loss.key, bound.reduction, first, second, others, names, [float(x) for x in bound.settings.values()]
 
 
-def value(bound: Bound, tensors: Sequence[Any]) -> Any:
-    """Return the value, differentiable."""
-    return torch.ops.fastloss.loss(*arguments(bound, tensors), bound.dtype)
+def value(bound: BoundLoss, tensors: Sequence[Any]) -> Any:
+    """Call the operator `fastloss::loss` for the value, which autograd can differentiate."""
+    return torch.ops.fastloss.loss(*pack_arguments(bound, tensors), bound.dtype)
 
 
-def derivatives(bound: Bound, wanted: Sequence[str], upstream: Any, tensors: Sequence[Any]) -> list[Any]:
-    """Return slopes or curvatures; slopes are differentiable."""
-    grads: list[Any] = torch.ops.fastloss.derivatives(*arguments(bound, tensors), list(wanted), upstream)
+def derivatives(bound: BoundLoss, wanted: Sequence[str], upstream: Any, tensors: Sequence[Any]) -> list[Any]:
+    """Call the operator `fastloss::derivatives` for first or second derivatives. Autograd can differentiate first derivatives."""
+    grads: list[Any] = torch.ops.fastloss.derivatives(*pack_arguments(bound, tensors), list(wanted), upstream)
     return grads
 
 
 def evaluate(
-    bound: Bound, summed: Sequence[str], wanted: Sequence[str], tensors: Sequence[Any], special: Mapping[str, Any]
+    bound: BoundLoss, summed: Sequence[str], wanted: Sequence[str], tensors: Sequence[Any], special: Mapping[str, Any]
 ) -> tuple[Any, list[Any]]:
-    """Return the reduced value, if it is summed, and what is wanted, without autograd."""
+    """Compute value and derivatives with the operators, without autograd: the reduced value or None, and the quantities in `wanted`."""
     if "out" in special:
-        raise NotImplementedError("out is not for compiled code, which plans its memory itself; leave it out")
+        raise NotImplementedError("out is not supported in compiled code, where the compiler allocates memory; leave it out")
     upstream = special.get("grad_output")
     tensors = [x.detach() for x in tensors]
     if upstream is not None and not isinstance(upstream, Tensor):
         upstream = torch.scalar_tensor(upstream, dtype=torch.float64, device=tensors[0].device)
     upstream = None if upstream is None else upstream.detach()
     slopes = [name for name in wanted if name != "value"]
-    whole = value(bound, tensors) if summed or "value" in wanted else None
+    computed_value = value(bound, tensors) if summed or "value" in wanted else None
     computed = derivatives(bound, slopes, upstream, tensors)
-    return (whole, computed) if summed else (None, [*computed, *([whole] if "value" in wanted else [])])
+    return (computed_value, computed) if summed else (None, [*computed, *([computed_value] if "value" in wanted else [])])
 
 
-def bind(loss: str, reduction: str, others: Sequence[Any], names: Sequence[str], numbers: Sequence[float], dtype: torch.dtype) -> Bound:
-    """Return the call that an operator's arguments are."""
+def unpack_arguments(
+    loss: str, reduction: str, others: Sequence[Any], names: Sequence[str], numbers: Sequence[float], dtype: torch.dtype
+) -> BoundLoss:
+    """Make a `BoundLoss` from the arguments of an operator."""
     options = zip(names[len(others) :], numbers, strict=True)
     settings = {name: bool(x) if name in FLAGS else x for name, x in options}
-    return Bound(LOSSES[loss], reduction, tuple(names[: len(others)]), settings, dtype)
+    return BoundLoss(LOSSES[loss], reduction, tuple(names[: len(others)]), settings, dtype)
 
 
 @torch.library.impl(LIBRARY, "loss", "CUDA")
@@ -78,20 +80,20 @@ def bind(loss: str, reduction: str, others: Sequence[Any], names: Sequence[str],
 def _loss(
     loss: str, reduction: str, first: Any, second: Any, others: list[Any], names: list[str], numbers: list[float], dtype: torch.dtype
 ) -> Any:
-    bound = bind(loss, reduction, others, names, numbers, dtype)
+    bound = unpack_arguments(loss, reduction, others, names, numbers, dtype)
     computed = bound.value([first, second, *others])
-    return as_declared(computed, first) if bound.loss.writes_value(reduction) else computed
+    return with_declared_strides(computed, first) if bound.loss.writes_value(reduction) else computed
 
 
 @torch.library.register_fake("fastloss::loss", lib=LIBRARY)
 def _(
     loss: str, reduction: str, first: Any, second: Any, others: list[Any], names: list[str], numbers: list[float], dtype: torch.dtype
 ) -> Any:
-    known = bind(loss, reduction, others, names, numbers, dtype)
-    check(known.loss, first, second, names)
-    if known.loss.writes_value(reduction):
+    bound = unpack_arguments(loss, reduction, others, names, numbers, dtype)
+    check_arguments(bound.loss, first, second, names)
+    if bound.loss.writes_value(reduction):
         return torch.empty_like(first)
-    return first.new_empty(known.loss.value_shape(first.shape, reduction, known.settings), dtype=dtype)
+    return first.new_empty(bound.loss.value_shape(first.shape, reduction, bound.settings), dtype=dtype)
 
 
 @torch.library.impl(LIBRARY, "derivatives", "CUDA")
@@ -100,10 +102,10 @@ def _derivatives(
     loss: str, reduction: str, first: Any, second: Any, others: list[Any], names: list[str], numbers: list[float], wanted: list[str],
     upstream: Any
 ) -> list[Any]:  # fmt: skip
-    bound = bind(loss, reduction, others, names, numbers, first.dtype)
+    bound = unpack_arguments(loss, reduction, others, names, numbers, first.dtype)
     options = {} if upstream is None else {"grad_output": to_array(upstream)}
     computed = bound.compute((), tuple(wanted), [first, second, *others], **options)[1]
-    return [as_declared(to_tensor(x), operand_like(name, first, second)) for name, x in zip(wanted, computed, strict=True)]
+    return [with_declared_strides(to_tensor(x), operand_for(name, first, second)) for name, x in zip(wanted, computed, strict=True)]
 
 
 @torch.library.register_fake("fastloss::derivatives", lib=LIBRARY)
@@ -111,29 +113,29 @@ def _(
     loss: str, reduction: str, first: Any, second: Any, others: list[Any], names: list[str], numbers: list[float], wanted: list[str],
     upstream: Any
 ) -> list[Any]:  # fmt: skip
-    check(LOSSES[loss], first, second, names)
-    return [torch.empty_like(operand_like(name, first, second)) for name in wanted]
+    check_arguments(LOSSES[loss], first, second, names)
+    return [torch.empty_like(operand_for(name, first, second)) for name in wanted]
 
 
-def check(loss: AbstractLoss, first: Any, second: Any, names: Sequence[str]) -> None:
-    """Refuse while compiling what the kernels would refuse while running."""
+def check_arguments(loss: AbstractLoss, first: Any, second: Any, names: Sequence[str]) -> None:
+    """Refuse, while PyTorch traces, shapes and options that the kernels would refuse."""
     check_shapes(loss.operands[0], first.shape, loss.operands[1], second.shape)
     refuse_unknown(dict.fromkeys(names), loss.options)
 
 
-def operand_like(output: str, first: Any, second: Any) -> Any:
-    """Return the operand whose shape and dtype an output has."""
+def operand_for(output: str, first: Any, second: Any) -> Any:
+    """Return the operand that has the shape and dtype of an output."""
     return second if operand_of(output) == "target" else first
 
 
-def as_declared(computed: Any, operand: Any) -> Any:
-    """Return a tensor with the strides that the compiler was told: those that PyTorch gives to what is like an operand."""
+def with_declared_strides(computed: Any, operand: Any) -> Any:
+    """Return a result with the strides that the fake implementation declared, those of `torch.empty_like`. Copy it if they differ."""
     strides = torch.empty_like(operand, device="meta").stride()
     return computed if computed.stride() == strides else torch.empty_like(operand).copy_(computed)
 
 
-def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Keep what the derivative needs: the tensors, and everything else."""
+def save_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Save the arguments of an operator for its derivative."""
     loss, reduction, first, second, others, names, numbers, *rest = inputs
     ctx.call, ctx.rest = (loss, reduction, names, numbers), rest[:1]
     upstream = rest[1] if len(rest) > 1 else None
@@ -141,56 +143,58 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def differentiate_loss(ctx: Any, upstream: Any) -> tuple[Any, ...]:
-    """Return the slopes by the operands."""
+    """Return the gradients of `fastloss::loss` with respect to the two operands."""
     first, second, _, *others = ctx.saved_tensors
     loss, reduction, names, numbers = ctx.call
-    wanted = [name for name, needed in zip(SECOND, ctx.needs_input_grad[2:4], strict=True) if needed]
+    wanted = [name for name, needed in zip(SECOND_DERIVATIVES, ctx.needs_input_grad[2:4], strict=True) if needed]
     if "target_slope" in wanted:
         LOSSES[loss].require("target_slope")
     computed = torch.ops.fastloss.derivatives(loss, reduction, first, second, others, names, numbers, wanted, upstream)
     slopes = dict(zip(wanted, computed, strict=True))
-    return None, None, *map(slopes.get, SECOND), *nothing(others, names, numbers), None
+    return None, None, *map(slopes.get, SECOND_DERIVATIVES), *no_gradients(others, names, numbers), None
 
 
-def differentiate_slopes(ctx: Any, grads: list[Any]) -> tuple[Any, ...]:
-    """Return the second derivatives by the operands and by what comes down the chain, each times the gradients of the slopes."""
+def differentiate_derivatives(ctx: Any, grads: list[Any]) -> tuple[Any, ...]:
+    """Return the gradients of `fastloss::derivatives` with respect to the two operands and to the upstream gradient."""
     first, second, upstream, *others = ctx.saved_tensors
     (wanted,), (loss, reduction, names, numbers) = ctx.rest, ctx.call
-    if not SECOND.keys() >= set(wanted):
-        raise NotImplementedError("a loss has no third derivative")
+    if not SECOND_DERIVATIVES.keys() >= set(wanted):
+        raise NotImplementedError("third derivatives of a loss are not supported; accepted: first and second derivatives")
     if (formula := double_backward.FORMULAS.get(loss)) is not None:
-        known = bind(loss, reduction, others, names, numbers, first.dtype)
-        settings = {**LOSSES[loss].settings, **known.settings, **dict(zip(known.names, others, strict=True))}
+        bound = unpack_arguments(loss, reduction, others, names, numbers, first.dtype)
+        settings = {**LOSSES[loss].settings, **bound.settings, **dict(zip(bound.names, others, strict=True))}
         by = double_backward.second_derivatives(formula, reduction, settings, wanted, grads, first, second, upstream)
     else:
-        by = diagonal(ctx, wanted, grads, first, second, upstream, others)
-    return None, None, by[0], by[1], *nothing(others, names, numbers, wanted), by[2]
+        by = diagonal_second_derivatives(ctx, wanted, grads, first, second, upstream, others)
+    return None, None, by[0], by[1], *no_gradients(others, names, numbers, wanted), by[2]
 
 
-def nothing(others: Sequence[Any], *lists: Sequence[Any]) -> list[Any]:
-    """Return that there is no gradient towards arguments that are lists: a list for tensors, and for what PyTorch takes for some."""
+def no_gradients(others: Sequence[Any], *lists: Sequence[Any]) -> list[Any]:
+    """Return empty gradients for arguments that are lists: a list for tensors and for an empty list, else None, as PyTorch expects."""
     return [[None] * len(others), *(None if x else [] for x in lists)]
 
 
-def diagonal(ctx: Any, wanted: list[str], grads: list[Any], first: Any, second: Any, upstream: Any, others: list[Any]) -> Sequence[Any]:
-    """Do so for a sum over elements, whose second derivative is a diagonal."""
+def diagonal_second_derivatives(
+    ctx: Any, wanted: list[str], grads: list[Any], first: Any, second: Any, upstream: Any, others: list[Any]
+) -> Sequence[Any]:
+    """Return the gradients of `fastloss::derivatives` for a loss that is a sum over elements, so that its Hessian is diagonal."""
     loss, reduction, names, numbers = ctx.call
 
-    def of(quantity: str, multiplied: Any) -> Any:
+    def derivative(quantity: str, upstream: Any) -> Any:
         LOSSES[loss].require(quantity)
-        (computed,) = torch.ops.fastloss.derivatives(loss, reduction, first, second, others, names, numbers, [quantity], multiplied)
+        (computed,) = torch.ops.fastloss.derivatives(loss, reduction, first, second, others, names, numbers, [quantity], upstream)
         return computed
 
     pairs = [(name, grad) for name, grad in zip(wanted, grads, strict=True) if grad is not None]
     by: list[Any] = [None, None, None]
     for k in range(2):
         if ctx.needs_input_grad[2 + k]:
-            by[k] = sum(grad * of(SECOND[name][k], upstream) for name, grad in pairs)
+            by[k] = sum(grad * derivative(SECOND_DERIVATIVES[name][k], upstream) for name, grad in pairs)
     if ctx.needs_input_grad[8]:
-        every = sum(grad * of(name, torch.ones_like(upstream)) for name, grad in pairs)
-        by[2] = every if every.shape == upstream.shape else every.reshape(*upstream.shape, -1).sum(-1)
+        products = sum(grad * derivative(name, torch.ones_like(upstream)) for name, grad in pairs)
+        by[2] = products if products.shape == upstream.shape else products.reshape(*upstream.shape, -1).sum(-1)
     return by
 
 
-torch.library.register_autograd("fastloss::loss", differentiate_loss, setup_context=keep, lib=LIBRARY)
-torch.library.register_autograd("fastloss::derivatives", differentiate_slopes, setup_context=keep, lib=LIBRARY)
+torch.library.register_autograd("fastloss::loss", differentiate_loss, setup_context=save_arguments, lib=LIBRARY)
+torch.library.register_autograd("fastloss::derivatives", differentiate_derivatives, setup_context=save_arguments, lib=LIBRARY)
