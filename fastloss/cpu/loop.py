@@ -276,7 +276,7 @@ def emit_step(step: StepEmitter, numbers: dict[str, ir.Value], scale: ir.Value, 
     )  # fmt: skip
     found = element.quantities(spec, loaded, number)
     scales = spread_number(builder, scale, spec)
-    for k, (output, result) in enumerate(element.stored(spec, found, loaded, scales, counted), len(spec.operands)):
+    for k, (output, result) in enumerate(element.results_to_store(spec, found, loaded, scales, counted), len(spec.operands)):
         step.store(k, output, step.convert(result, spec.compute, output.code).value, how)
     values, factors = element.summands(spec, found, loaded.get("weight"), counted)
     bad = counted.splat(0.0)

@@ -141,7 +141,7 @@ def element_function(spec: Spec) -> str:
     loaded, counted = element.load(spec, raw, number, everywhere, lambda x, code: x.convert(code, spec.compute), differs)
     found = element.quantities(spec, loaded, number)
     scale = Scalar(lines, "number.scale", compute)
-    for k, (output, result) in enumerate(element.stored(spec, found, loaded, scale, counted), len(spec.operands)):
+    for k, (output, result) in enumerate(element.results_to_store(spec, found, loaded, scale, counted), len(spec.operands)):
         lines.append(f"pack.x{k}[j] = {result.convert(spec.compute, output.code).name};")
     values, factors = element.summands(spec, found, loaded.get("weight"), counted)
     for sums, added, as_factors in (("total", values, False), ("factor", factors, True)):
