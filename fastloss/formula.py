@@ -64,7 +64,7 @@ def _reference(arg: Any) -> Reference:
 
 
 class Formula:
-    """A function of one element's input `z` and target `t`, and of the loss's parameters, with the operations that it performs."""
+    """The traced function of one element: of its input `z`, its target `t`, and the loss's parameters."""
 
     def __init__(self, function: Callable[..., Any], names: tuple[str, ...] = QUANTITIES, counts: tuple[int, ...] = ()) -> None:
         if not inspect.isfunction(function):
@@ -107,7 +107,7 @@ class Formula:
         return repr((self.defaults, self._traces))
 
     def trace(self, parameters: tuple[str, ...]) -> str:
-        """Return the operations as text, with all parameters but the named ones at their defaults. Function names do not occur in it."""
+        """Return the operations as text, which is the same for formulas with the same operations. Other parameters have their defaults."""
         return repr(self._traces[parameters])
 
     def _trace(self, parameters: tuple[str, ...]) -> Trace:

@@ -21,7 +21,7 @@ __all__ = [
 
 
 class FormulaError(TypeError):
-    """Raised if a loss's formula cannot be compiled. The message names the line and the accepted alternative."""
+    """Raised if a loss's formula cannot be compiled. The message names the line and suggests an alternative."""
 
 
 class Symbol:

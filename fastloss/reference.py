@@ -1,6 +1,7 @@
 """Reference implementations of the losses in plain NumPy, in stable formulas that share nothing with the kernels.
 
-Every operation makes a temporary array of the input's dtype. Pass float64 to check accuracy, and float32 to compare speed.
+The functions return a value and a slope, which is the derivative by the input, for each element or for a mean. Every operation
+makes a temporary array of the input's dtype: pass float64 to check accuracy, and float32 to compare speed.
 """
 
 from __future__ import annotations

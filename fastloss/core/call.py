@@ -122,7 +122,7 @@ class Call:
 
     def add(self, name: str, value: Any) -> None:
         """Add an array to the arrays to read."""
-        if isinstance(value, str):  # in PyTorch's regression losses the third argument is `reduction`
+        if isinstance(value, str):  # callers used to PyTorch's regression losses may pass a reduction here
             raise TypeError(f"{name} is {value!r}; accepted: an array or a number (pass a reduction by keyword, reduction={value!r})")
         self.names += (name,)
         self.arrays.append(self.as_array(name, value))

@@ -26,7 +26,7 @@ Axis = tuple[int, tuple[int, ...]]  # length, and each array's stride in bytes
 ONE_RANGE = 65536  # elements up to which a single thread is as fast as several: waking another costs about 15 us
 MAX_RANGES = 256
 SHORT_AXIS = 32  # elements; a shorter innermost axis is joined with the next axis to one row
-MIN_RANGE_SIZE = 4096  # elements; a thread takes one range at a time, and starting a range must cost little beside computing it
+MIN_RANGE_SIZE = 4096  # elements; a thread takes one range at a time, and starting a range must cost little compared with computing it
 
 
 class Operand(NamedTuple):
@@ -141,7 +141,7 @@ class Request(NamedTuple):
 
 
 def make_plan(request: Request) -> Plan:
-    """Choose the order of the axes, merge axes that are contiguous in every array, and cut the walk into ranges."""
+    """Order the axes, merge axes that are contiguous in every array, and cut the elements into ranges."""
     check_arrays(request.arrays, request.shape, request.outputs, "target_scale" in request.numbers)
     shape, group_axes = request.shape, request.group_axes
     strides = [broadcast_strides(name, of, by, shape) for name, _, of, by in request.arrays]

@@ -99,7 +99,7 @@ class EmptyLaunch:
 
 
 def output_alignment(plan: Plan) -> int:
-    """Return the alignment of all vectors stored relative to the first, at most a cache line; 0 if the output is small."""
+    """Return the alignment, at most a cache line, of every step's store relative to the first; 0 if the output is small."""
     if not plan.spec.outputs:
         return 0
     size = min(output.size for output in plan.spec.outputs)

@@ -1,4 +1,4 @@
-"""A pool of threads. All threads of a call call the same kernel, which takes ranges from an atomic counter until none is left.
+"""A pool of threads. The threads of a call run the same kernel, which takes ranges from an atomic counter until none is left.
 
 The caller's thread computes too, so a pool of n threads has n - 1 workers, and a call makes progress even if no worker wakes. A
 worker that starts late finds no range left and reads no array. Results do not depend on which thread takes a range: each range

@@ -22,7 +22,7 @@ HIP_OPTIONS = ("--std=c++17", "-ffp-contract=off")
 
 @functools.cache
 def kernel(text: str, name: str, device: int) -> Any:
-    """Return the compiled function that launches a kernel on a device, which is the current one."""
+    """Return the function that launches a kernel on a device, which must be the current device."""
     if cupy.cuda.runtime.is_hip:
         return cupy.RawModule(code=text, options=HIP_OPTIONS).get_function(name)
     module = cupy.cuda.function.Module()

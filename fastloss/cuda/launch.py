@@ -16,10 +16,10 @@ from fastloss.cuda import workspace
 from fastloss.cuda.compile import kernel
 from fastloss.cuda.source import THREADS, WORD, Variant, pack_of, source
 
-MAX_RANGES = workspace.GROUPS  # a group with several ranges has more than 1/MAX_RANGES of all packs, so there are fewer such groups
-BLOCKS = 8  # of 256 threads on a multiprocessor; no device has room for more
+MAX_RANGES = workspace.GROUPS  # a group with several ranges has more than 1/MAX_RANGES of all packs, so fewer groups have several
+BLOCKS = 8  # launched for each multiprocessor, at most; no device has room for more blocks of 256 threads
 INT32 = 2**31 - 2**20  # elements that are indexed in 32 bits; the loop's indices go a little beyond the last element
-LAUNCHES: weakref.WeakValueDictionary[int, Launch] = weakref.WeakValueDictionary()  # by the number that records name them by
+LAUNCHES: weakref.WeakValueDictionary[int, Launch] = weakref.WeakValueDictionary()  # by number, which a record of a bad element holds
 _numbers = itertools.count(1)
 
 

@@ -14,16 +14,16 @@ from fastloss.ops import fma, where
 
 
 def load(
-    spec: Spec, raw: Mapping[str, Any], number: Mapping[str, Any], in_range: Any, convert: Callable[[Any, str], Any],
+    spec: Spec, raw: Mapping[str, Any], number: Mapping[str, Any], in_row: Any, convert: Callable[[Any, str], Any],
     differs: Callable[[Any, Any], Any]
 ) -> tuple[dict[str, Any], Any]:  # fmt: skip
     """Convert the loaded operands to the type of the arithmetic, and return them with the condition that an element counts.
 
-    `in_range` is the condition without a mask and `ignore_index`. `convert(raw, code)` converts an element that is stored with
-    a type code. `differs(raw, converted)` is the condition that a target, given as stored and as converted, is not
+    `in_row` is the condition that the element does not lie past the end of its row. `convert(raw, code)` converts an element that
+    is stored with a type code. `differs(raw, converted)` is the condition that a target, given as stored and as converted, is not
     `ignore_index`.
     """
-    counted = in_range
+    counted = in_row
     if "mask" in raw:
         counted = counted & (raw["mask"] != 0)
     loaded = {op.name: convert(raw[op.name], op.code) for op in spec.operands if op.name != "mask"}
