@@ -1,7 +1,7 @@
-"""Find the polynomials of `fastloss/vmath.py`: `python docs/minimax.py` prints them with their largest error.
+"""Compute the polynomials of `fastloss/kernel/elementary.py`: `python docs/minimax.py` prints them with their largest errors.
 
-Remez' exchange algorithm in 50 digits (mpmath, extra `test`). Each polynomial approximates what is left of the function
-after its first, exact terms are taken out, weighted so that the error printed is relative to the function itself.
+The Remez exchange algorithm runs in 50 digits (mpmath, extra `test`). Each polynomial approximates the rest of a function after
+its first terms, which are exact. The weights make the printed errors relative to the whole function.
 """
 
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from itertools import pairwise
 from mpmath import cos, exp, linspace, log, lu_solve, matrix, mp, mpf, nstr, pi, sqrt
 
 mp.dps = 50
-TINY = mpf(10) ** -14  # below, the limit stands for a quotient that would cancel
+TINY = mpf(10) ** -14  # below this, a quotient that would cancel is replaced by its limit
 Function = Callable[[mpf], mpf]
 
 
-def exchange(target: Function, weight: Function, low: mpf, high: mpf, degree: int) -> tuple[list[mpf], mpf]:
-    """Return the coefficients that minimise the largest |weight * (polynomial - target)|, and that error."""
+def exchange(function: Function, weight: Function, low: mpf, high: mpf, degree: int) -> tuple[list[mpf], mpf]:
+    """Return the coefficients that minimise the largest |weight * (polynomial - function)|, and that error."""
     count = degree + 2
     points = [(low + high) / 2 - (high - low) / 2 * cos(pi * k / (count - 1)) for k in range(count)]
     grid = linspace(low, high, 150 * count)
@@ -24,11 +24,11 @@ def exchange(target: Function, weight: Function, low: mpf, high: mpf, degree: in
         for row, x in enumerate(points):
             for column in range(degree + 1):
                 system[row, column] = x**column
-            system[row, degree + 1], values[row] = (-1) ** row / weight(x), target(x)
+            system[row, degree + 1], values[row] = (-1) ** row / weight(x), function(x)
         solved = list(lu_solve(system, values))[:-1]
-        errors = [weight(x) * (mp.polyval(solved[::-1], x) - target(x)) for x in grid]
-        turns = [0, *(k for k in range(1, len(grid)) if (errors[k] > 0) != (errors[k - 1] > 0)), len(grid)]
-        peaks = [max(range(a, b), key=lambda k: abs(errors[k])) for a, b in pairwise(turns)]
+        errors = [weight(x) * (mp.polyval(solved[::-1], x) - function(x)) for x in grid]
+        sign_changes = [0, *(k for k in range(1, len(grid)) if (errors[k] > 0) != (errors[k - 1] > 0)), len(grid)]
+        peaks = [max(range(a, b), key=lambda k: abs(errors[k])) for a, b in pairwise(sign_changes)]
         if len(peaks) != count:
             break
         points = [grid[k] for k in peaks]
@@ -36,23 +36,23 @@ def exchange(target: Function, weight: Function, low: mpf, high: mpf, degree: in
 
 
 def exp_rest(x: mpf) -> mpf:
-    """(exp(x) - 1 - x) / x**2."""
+    """Return (exp(x) - 1 - x) / x**2."""
     return mpf(1) / 2 if abs(x) < TINY else (exp(x) - 1 - x) / x**2
 
 
 def log_rest(x: mpf) -> mpf:
-    """(log(1 + x) - x + x**2 / 2) / x**3."""
+    """Return (log(1 + x) - x + x**2 / 2) / x**3."""
     return mpf(1) / 3 if abs(x) < TINY else (log(1 + x) - x + x**2 / 2) / x**3
 
 
 def atanh_rest(z: mpf) -> mpf:
-    """(log((1 + s) / (1 - s)) / s - 2) / s**2 with z = s**2."""
+    """Return (log((1 + s) / (1 - s)) / s - 2) / s**2, given z = s**2."""
     s = sqrt(z)
     return mpf(2) / 3 if z < TINY else (log((1 + s) / (1 - s)) / s - 2) / z
 
 
 def main() -> None:
-    """Print every table of vmath.py."""
+    """Print the coefficients and the largest error of every polynomial."""
     half = log(mpf(2)) / 2 * mpf("1.01")
     low, high = sqrt(mpf(1) / 2) - mpf("1.002"), sqrt(mpf(2)) - mpf("0.998")
     steepest = (high / (2 + high)) ** 2
@@ -62,8 +62,8 @@ def main() -> None:
         ("LOG f4", log_rest, lambda x: abs(x**3 / log(1 + x)) + TINY if x else TINY, low, high, 7),
         ("LOG f8", atanh_rest, lambda z: z / 2 + mpf(10) ** -4, mpf(0), steepest, 6),
     ]
-    for name, target, weight, start, stop, degree in tables:
-        solved, error = exchange(target, weight, start, stop, degree)
+    for name, function, weight, start, stop, degree in tables:
+        solved, error = exchange(function, weight, start, stop, degree)
         print(f"{name}: largest relative error {nstr(error, 3)}")
         print("   ", ", ".join(nstr(c, 18) for c in solved))
 

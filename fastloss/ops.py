@@ -1,8 +1,9 @@
 """The vocabulary that formulas are written in.
 
-A formula is a branch-free function of one element. The same function is called with NumPy arrays, to be looked at, and
-with a `Symbol` for each argument, to be compiled: then every operator and every function below is handed to
-`Symbol.apply`, which each target defines in its own way: `formula.py` writes down, `cpu/simd.py` emits LLVM code.
+A formula is a branch-free function of one element. Called with NumPy arrays, it computes with NumPy, so its values can be
+inspected. Called with a `Symbol` for each argument, it passes every operator and every function below to `Symbol.apply`, which
+has three implementations: `formula.py` records the operation, `cpu/vector.py` emits LLVM code, and `cuda/scalar.py` writes
+CUDA code.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ __all__ = [
 
 
 class FormulaError(TypeError):
-    """A loss formula does something that cannot be compiled; the message says where, and what to write instead."""
+    """Raised if a loss's formula cannot be compiled. The message names the line and suggests an alternative."""
 
 
 class Symbol:
-    """One element of an array, known by the operations it goes through and not by its value."""
+    """One element of an array, represented by the operations applied to it instead of by a value."""
 
     def apply(self, op: str, *args: Any) -> Any:
-        """Return the symbol for `op(*args)`; at least one of `args` is a symbol of this kind."""
+        """Return the symbol of `op(*args)`; at least one of `args` is a symbol of the same class."""
         raise NotImplementedError
 
     def __neg__(self) -> Any:
@@ -65,7 +66,7 @@ class Symbol:
 
     def __pow__(self, exponent: Any) -> Any:
         if isinstance(exponent, Symbol) or not (float(exponent).is_integer() and 1 <= exponent <= 16):
-            raise FormulaError(f"** takes a whole power from 1 to 16, not {exponent!r}; use ops.sqrt, or ops.pow(x, y), for x >= 0")
+            raise FormulaError(f"** accepts integer exponents from 1 to 16, not {exponent!r}; use ops.sqrt, or ops.pow(x, y) for x >= 0")
         exponent = int(exponent)
         half = self ** (exponent // 2) if exponent > 1 else 1.0
         return half * half * self if exponent % 2 else half * half
@@ -103,24 +104,24 @@ class Symbol:
         raise FormulaError("a formula cannot branch on an element (if, and, or, not, min, max); use ops.where, minimum, maximum, &, | or ~")
 
     def __float__(self) -> NoReturn:
-        raise FormulaError(f"a formula cannot take a number out of an element (float, int, math.*); use {VOCABULARY} from fastloss.ops")
+        raise FormulaError(f"a formula cannot convert an element to a number (float, int, math.*); use {VOCABULARY} from fastloss.ops")
 
     __int__ = __index__ = __complex__ = __round__ = __float__
 
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise FormulaError(f"a formula cannot turn an element into an array; use {VOCABULARY} from fastloss.ops")
+        raise FormulaError(f"a formula cannot convert an element to an array; use {VOCABULARY} from fastloss.ops")
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *args: Any, **kwargs: Any) -> Any:
         if ufunc in _OPERATORS and not kwargs and all(isinstance(arg, (Symbol, np.number)) for arg in args):
-            return self.apply(_OPERATORS[ufunc], *args)  # a NumPy number on an operator's left
+            return self.apply(_OPERATORS[ufunc], *args)  # an operator whose left operand is a NumPy number
         raise FormulaError(f"numpy.{ufunc.__name__} is not in the vocabulary of formulas; use {VOCABULARY} from fastloss.ops, or operators")
 
     def __array_function__(self, function: Any, *args: Any) -> NoReturn:
         raise FormulaError(f"numpy.{function.__name__} is not in the vocabulary of formulas; use {VOCABULARY} from fastloss.ops")
 
 
-def _render(op: str, numpy_function: Any, *args: Any) -> Any:
-    """Apply `op` to whichever argument is a symbol, and the NumPy function where none is."""
+def _apply(op: str, numpy_function: Any, *args: Any) -> Any:
+    """Apply `op` if an argument is a symbol, otherwise call the NumPy function."""
     for arg in args:
         if isinstance(arg, Symbol):
             return arg.apply(op, *args)
@@ -130,46 +131,47 @@ def _render(op: str, numpy_function: Any, *args: Any) -> Any:
 
 def abs(x: Any) -> Any:
     """Return |x|."""
-    return _render("abs", np.abs, x)
+    return _apply("abs", np.abs, x)
 
 
 def exp(x: Any) -> Any:
     """Return e**x."""
-    return _render("exp", np.exp, x)
+    return _apply("exp", np.exp, x)
 
 
 def expm1(x: Any) -> Any:
-    """Return e**x - 1, exact to the last digits for small x."""
-    return _render("expm1", np.expm1, x)
+    """Return e**x - 1, accurate to the last digits for small x."""
+    return _apply("expm1", np.expm1, x)
 
 
 def log(x: Any) -> Any:
     """Return the natural logarithm of x."""
-    return _render("log", np.log, x)
+    return _apply("log", np.log, x)
 
 
 def log1p(x: Any) -> Any:
-    """Return log(1 + x), exact to the last digits for small x."""
-    return _render("log1p", np.log1p, x)
+    """Return log(1 + x), accurate to the last digits for small x."""
+    return _apply("log1p", np.log1p, x)
 
 
 def pow(x: Any, y: Any) -> Any:
-    """Return x**y for x >= 0, exact to the last digits also where the power is large or tiny."""
+    """Return x**y for x >= 0, accurate to the last digits also where the result is large or tiny."""
     if isinstance(x, Symbol) and not isinstance(y, Symbol) and float(y).is_integer() and 1 <= y <= 16:
         return x**y
-    return _render("pow", np.power, x, y)
+    return _apply("pow", np.power, x, y)
 
 
 def polynomial(x: Any, terms: Sequence[float], reach: float = inf) -> Any:
     """Return terms[0] + terms[1] x + terms[2] x**2 + ... for |x| <= reach.
 
-    With a reach, terms that no digit of the arithmetic would show are left out, so that those for float64 serve float32.
+    Terms that are too small to change the result for |x| <= reach are left out when the formula is compiled, so the terms for
+    float64 also serve float32.
     """
-    return _render("polynomial", lambda x, reach, *terms: estrin(x, terms), x, reach, *terms)
+    return _apply("polynomial", lambda x, reach, *terms: estrin(x, terms), x, reach, *terms)
 
 
 def estrin(x: Any, terms: Sequence[Any]) -> Any:
-    """Return the polynomial by Estrin's scheme, whose chain of dependent steps is short."""
+    """Evaluate a polynomial by Estrin's scheme, whose chain of dependent operations is short."""
     parts: list[Any] = list(terms)
     while len(parts) > 1:
         pairs = [fma(high, x, low) for low, high in zip(parts[::2], parts[1::2], strict=False)]
@@ -179,54 +181,54 @@ def estrin(x: Any, terms: Sequence[Any]) -> Any:
 
 
 def sigmoid(x: Any) -> Any:
-    """Return the logistic function, 1 / (1 + e**-x), exact to the last digits also where it is tiny."""
-    return _render("sigmoid", lambda x: np.where(x > 0, 1.0, np.exp(-np.abs(x))) / (1.0 + np.exp(-np.abs(x))), x)
+    """Return the logistic function, 1 / (1 + e**-x), accurate to the last digits also where it is tiny."""
+    return _apply("sigmoid", lambda x: np.where(x > 0, 1.0, np.exp(-np.abs(x))) / (1.0 + np.exp(-np.abs(x))), x)
 
 
 def sqrt(x: Any) -> Any:
     """Return the square root of x."""
-    return _render("sqrt", np.sqrt, x)
+    return _apply("sqrt", np.sqrt, x)
 
 
 def fma(x: Any, y: Any, z: Any) -> Any:
     """Return x * y + z, rounded once where the CPU has an instruction for it (x86-64 since 2013, all 64-bit ARM)."""
-    return _render("fma", lambda x, y, z: x * y + z, x, y, z)
+    return _apply("fma", lambda x, y, z: x * y + z, x, y, z)
 
 
 def copysign(x: Any, y: Any) -> Any:
     """Return |x| with the sign of y."""
-    return _render("copysign", np.copysign, x, y)
+    return _apply("copysign", np.copysign, x, y)
 
 
 def minimum(x: Any, y: Any) -> Any:
-    """Return the smaller of x and y, NaN if either is."""
-    return _render("minimum", np.minimum, x, y)
+    """Return the smaller of x and y; NaN if x or y is NaN."""
+    return _apply("minimum", np.minimum, x, y)
 
 
 def maximum(x: Any, y: Any) -> Any:
-    """Return the larger of x and y, NaN if either is."""
-    return _render("maximum", np.maximum, x, y)
+    """Return the larger of x and y; NaN if x or y is NaN."""
+    return _apply("maximum", np.maximum, x, y)
 
 
 def tanh(x: Any) -> Any:
-    """Return the hyperbolic tangent of x, exact to the last digits also where x is tiny."""
-    return _render("tanh", np.tanh, x)
+    """Return the hyperbolic tangent of x, accurate to the last digits also where x is tiny."""
+    return _apply("tanh", np.tanh, x)
 
 
 def where(condition: Any, x: Any, y: Any) -> Any:
-    """Return x where the condition holds, else y."""
-    if isinstance(condition, bool):  # of numbers alone, such as a parameter's default
+    """Return x where the condition is true, and y elsewhere."""
+    if isinstance(condition, bool):  # a comparison of plain numbers, such as a parameter's default
         return x if condition else y
-    return _render("where", np.where, condition, x, y)
+    return _apply("where", np.where, condition, x, y)
 
 
 def add_log1p(x: Any, e: Any) -> Any:
-    """Return x + log1p(e) for 0 <= e <= 1, which a sum over many elements may collect as one logarithm of a product.
+    """Return x + log1p(e) for 0 <= e <= 1, whose logarithms a sum over many elements may replace by the logarithm of a product.
 
-    sum log1p(e_i) = log(prod (1 + e_i)): one multiply-add an element instead of a logarithm. Below 1 the factor at most
-    doubles, so that a block of elements stays finite. Compiled, it is wrong for e outside [0, 1].
+    sum log1p(e_i) = log(prod (1 + e_i)) takes one multiply-add for each element instead of a logarithm. Each factor is at most
+    2, so the product over a block of elements stays finite. In compiled formulas the result is wrong for e outside [0, 1].
     """
-    return _render("add_log1p", lambda x, e: x + np.log1p(e), x, e)
+    return _apply("add_log1p", lambda x, e: x + np.log1p(e), x, e)
 
 
 VOCABULARY = ", ".join(name for name in __all__ if name[0].islower())

@@ -1,6 +1,7 @@
-"""The losses in plain NumPy, to compare with: stable formulas, a temporary for every operation, nothing shared with the kernels.
+"""Reference implementations of the losses in plain NumPy, in stable formulas that share nothing with the kernels.
 
-The arithmetic is that of the arrays given: pass float64 for digits, float32 for what a careful user would time.
+The functions return a value and a slope, which is the derivative by the input, for each element or for a mean. Every operation
+makes a temporary array of the input's dtype: pass float64 to check accuracy, and float32 to compare speed.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ Array = npt.NDArray[Any]
 
 
 def sigmoid(z: Array) -> Array:
-    """Return 1 / (1 + exp(-z)) without overflow."""
+    """Return 1 / (1 + exp(-z)), computed without overflow."""
     e = np.exp(-np.abs(z))
     p: Array = np.where(z > 0, 1, e) / (1 + e)
     return p
 
 
 def binary_cross_entropy_with_logits(z: Array, t: Array, pos_weight: Any = None, label_smoothing: Any = None) -> tuple[Array, Array]:
-    """Return value and slope of every element."""
+    """Return the value and the slope of binary cross-entropy with logits for every element."""
     if label_smoothing is not None:
         t = t + label_smoothing * (0.5 - t)
     e = np.exp(-np.abs(z))
@@ -34,13 +35,13 @@ def binary_cross_entropy_with_logits(z: Array, t: Array, pos_weight: Any = None,
 
 
 def mse_loss(z: Array, t: Array) -> tuple[Array, Array]:
-    """Return value and slope of every element."""
+    """Return the value and the slope of the squared error for every element."""
     d = z - t
     return d * d, 2 * d
 
 
 def mse_with_logits_loss(z: Array, t: Array) -> tuple[Array, Array]:
-    """Return value and slope of every element."""
+    """Return the value and the slope of the squared error of the sigmoid of logits for every element."""
     e = np.exp(-np.abs(z))
     p, q = np.where(z > 0, 1, e) / (1 + e), np.where(z > 0, e, 1) / (1 + e)
     d = p - t
@@ -48,14 +49,14 @@ def mse_with_logits_loss(z: Array, t: Array) -> tuple[Array, Array]:
 
 
 def binary_cross_entropy(p: Array, t: Array) -> tuple[Array, Array]:
-    """Return value and slope of every element, with PyTorch's clamps."""
+    """Return the value and the slope of binary cross-entropy for every element, clamped as in PyTorch."""
     with np.errstate(divide="ignore"):
         value = t * np.minimum(-np.log(p), 100) + (1 - t) * np.minimum(-np.log1p(-p), 100)
     return value, (p - t) / np.maximum(p * (1 - p), 1e-12)
 
 
 def sigmoid_focal_loss(z: Array, t: Array, alpha: float = 0.25, gamma: float = 2.0) -> tuple[Array, Array]:
-    """Return value and slope of every element."""
+    """Return the value and the slope of the focal loss with logits for every element."""
     e = np.exp(-np.abs(z))
     p, q = np.where(z > 0, 1, e) / (1 + e), np.where(z > 0, e, 1) / (1 + e)
     cross_entropy = np.maximum(z, 0) - z * t + np.log1p(e)
@@ -65,49 +66,49 @@ def sigmoid_focal_loss(z: Array, t: Array, alpha: float = 0.25, gamma: float = 2
 
 
 def l1_loss(z: Array, t: Array) -> tuple[Array, Array]:
-    """Return value and slope of every element."""
+    """Return the value and the slope of the absolute error for every element."""
     d = z - t
     return np.abs(d), np.sign(d)
 
 
 def smooth_l1_loss(z: Array, t: Array, beta: float = 1.0) -> tuple[Array, Array]:
-    """Return value and slope of every element."""
+    """Return the value and the slope of the smooth L1 loss for every element."""
     value, slope = huber_loss(z, t, beta)
     return value / beta, slope / beta
 
 
 def huber_loss(z: Array, t: Array, delta: float = 1.0) -> tuple[Array, Array]:
-    """Return value and slope of every element."""
+    """Return the value and the slope of the Huber loss for every element."""
     d = z - t
     size = np.abs(d)
     return np.where(size <= delta, d * d / 2, delta * (size - delta / 2)), np.clip(d, -delta, delta)
 
 
 def log_cosh_loss(z: Array, t: Array) -> tuple[Array, Array]:
-    """Return value and slope of every element."""
+    """Return the value and the slope of log(cosh(z - t)) for every element."""
     d = z - t
     return np.logaddexp(d, -d) - np.log(z.dtype.type(2)), np.tanh(d)
 
 
 def binary_entropy(t: Array) -> Array:
-    """Return the entropy of every target."""
+    """Return the binary entropy of every target."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return -np.where(t > 0, t * np.log(t), 0) - np.where(t < 1, (1 - t) * np.log1p(-t), 0)
 
 
 def value_and_grad(loss: Callable[..., tuple[Array, Array]], z: Array, t: Array, **parameters: Any) -> tuple[Any, Array]:
-    """Return the mean of a loss and its gradient."""
+    """Return the mean of an elementwise loss over all elements, and the gradient of the mean."""
     value, slope = loss(z, t, **parameters)
     return value.mean(dtype=np.float64), slope / slope.size
 
 
 def gaussian_kl_loss(mu: Array, logvar: Array) -> tuple[Array, Array, Array]:
-    """Return value and both slopes, by mu and by logvar, of every element."""
+    """Return the value of the divergence from N(0, 1) and its slopes by mu and by logvar, for every element."""
     return (mu * mu + np.expm1(logvar) - logvar) / 2, mu, np.expm1(logvar) / 2
 
 
 def dice_with_logits_loss(z: Array, t: Array, smooth: float = 1.0) -> tuple[Any, Array]:
-    """Return the mean of the Dice losses of every sample's channels, and its gradient."""
+    """Return the mean over samples and channels of the Dice loss, and the gradient of the mean."""
     axes = tuple(range(2, z.ndim))
     p = sigmoid(z)
     size = (p + t).sum(axes, keepdims=True) + smooth
@@ -116,13 +117,13 @@ def dice_with_logits_loss(z: Array, t: Array, smooth: float = 1.0) -> tuple[Any,
 
 
 def dice_bce_with_logits_loss(z: Array, t: Array, smooth: float = 1.0) -> tuple[Any, Array]:
-    """Return the sum of the Dice loss and the mean cross-entropy, and its gradient."""
+    """Return the sum of the mean Dice loss and the mean binary cross-entropy, and the gradient of the sum."""
     parts = dice_with_logits_loss(z, t, smooth), value_and_grad(binary_cross_entropy_with_logits, z, t)
     return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
 
 
 def vae_loss(z: Array, t: Array, mu: Array, logvar: Array, beta: float = 1.0) -> tuple[Any, tuple[Array, Array, Array]]:
-    """Return a variational autoencoder's objective, a mean over the batch, and its three gradients."""
+    """Return the objective of a variational autoencoder as a mean over the batch, and its gradients by z, mu and logvar."""
     value, slope = binary_cross_entropy_with_logits(z, t)
     divergence, by_mu, by_logvar = gaussian_kl_loss(mu, logvar)
     total = value.sum(dtype=np.float64) + beta * divergence.sum(dtype=np.float64)

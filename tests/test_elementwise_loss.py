@@ -180,27 +180,27 @@ def indexes(z, t):
         (
             uses_math,
             "return math.exp(z - t), 1.0",
-            "cannot take a number out of an element (float, int, math.*); use abs, add_log1p, copysign, exp,",
+            "cannot convert an element to a number (float, int, math.*); use abs, add_log1p, copysign, exp,",
         ),
         (uses_numpy, "return np.exp(z - t), 1.0", "numpy.exp is not in the vocabulary of formulas; use abs, add_log1p, copysign, exp,"),
         (uses_numpy_where, "return np.where(z > t, z, t), 1.0", "numpy.where is not in the vocabulary"),
         (uses_max, "return max(z - t, 0.0), 1.0", "cannot branch on an element"),
         (uses_and, "return where(z > 0 and t > 0, z, t), 1.0", "cannot branch on an element"),
         (chained, "return where(0 < z < 1, z, t), 1.0", "cannot branch on an element"),
-        (to_float, "return float(z) - t, 1.0", "cannot take a number out of an element"),
+        (to_float, "return float(z) - t, 1.0", "cannot convert an element to a number"),
         (
             power,
             "return (z - t) ** 0.5, 1.0",
-            "** takes a whole power from 1 to 16, not 0.5; use ops.sqrt, or ops.pow(x, y), for x >= 0",
+            "** accepts integer exponents from 1 to 16, not 0.5; use ops.sqrt, or ops.pow(x, y) for x >= 0",
         ),
         (
             array_method,
             "return (z - t).sum(), 1.0",
-            "has no attribute 'sum'; a formula is written with operators and fastloss.ops (abs, add_log1p,",
+            "has no attribute 'sum'; a formula may use operators and fastloss.ops (abs, add_log1p,",
         ),
         (mixes_an_array_in, "return (z - t) * [1.0, 2.0], 1.0", "computes with elements and numbers, not with list"),
-        (returns_one, "def returns_one(z, t):", "a formula returns (value, slope) or (value, slope, curvature)"),
-        (indexes, "return z[0] - t, 1.0", "is not subscriptable; a formula is written with operators"),
+        (returns_one, "def returns_one(z, t):", "a formula must return (value, slope) or (value, slope, curvature)"),
+        (indexes, "return z[0] - t, 1.0", "is not subscriptable; a formula may use operators"),
     ],
 )
 def test_what_cannot_be_compiled_fails_at_once_and_names_the_line(function, line, message):
@@ -222,11 +222,14 @@ def test_what_cannot_be_compiled_fails_at_once_and_names_the_line(function, line
         (lambda z, t: (where((z > 0) & t, z, t), 1.0), "take conditions such as z > 0, not numbers"),
         (lambda z, t, scale: (z * scale, 1.0), "the parameter scale has no default; accepted: a number, or None"),
         (lambda z, t, kind="l2": (z - t, 1.0), "the parameter kind has the default 'l2'; accepted: a number, or None"),
-        (lambda z, t, mask=1.0: (z * mask, 1.0), "the parameter mask is given by name, and may not be called cross_curvature, curvature,"),
-        (lambda z, t, *rest: (z - t, 1.0), "names each of its parameters, without * or **"),
-        (lambda z, t, **rest: (z - t, 1.0), "names each of its parameters, without * or **"),
+        (
+            lambda z, t, mask=1.0: (z * mask, 1.0),
+            "the parameter mask must be accepted as a keyword, and must not be named cross_curvature, curvature,",
+        ),
+        (lambda z, t, *rest: (z - t, 1.0), "must name each of its parameters; *args and **kwargs are not accepted"),
+        (lambda z, t, **rest: (z - t, 1.0), "must name each of its parameters; *args and **kwargs are not accepted"),
         (lambda z, t, a=None, b=None: (z * (1 if a is None else a) + (z.real if a is None and b is not None else 0), 1.0), "'real'"),
-        (np.subtract, "a formula is a function (def or lambda), not <ufunc 'subtract'>"),
+        (np.subtract, "a formula must be a function (def or lambda), not <ufunc 'subtract'>"),
     ],
 )
 def test_what_cannot_be_a_formula_fails_at_once(function, message):
@@ -269,7 +272,7 @@ def test_numpy_numbers_in_formulas(rng):
 
 @computes_nothing
 def test_a_formula_returns_as_much_with_a_parameter_as_without():
-    with pytest.raises(fl.FormulaError, match="with and without its parameters, a formula returns the same number of quantities"):
+    with pytest.raises(fl.FormulaError, match="a formula must return the same number of quantities with and without its parameters"):
         fl.elementwise_loss(lambda z, t, a=None: (z, 1.0, 2.0) if a is None else (z, a))
 
 
@@ -295,7 +298,7 @@ def test_a_helper_of_the_formula_is_named_too():
 
 @computes_nothing
 def test_a_formula_with_fewer_than_two_arguments_is_refused():
-    with pytest.raises(fl.FormulaError, match="takes an element of the input and one of the target"):
+    with pytest.raises(fl.FormulaError, match="must take an element of the input, an element of the target"):
         fl.elementwise_loss(lambda z: (z, 1.0))
 
 

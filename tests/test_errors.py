@@ -39,7 +39,7 @@ CASES = {
         (Z, T.astype(complex)),
         {},
     ),
-    "byte order": (TypeError, "input has the other byte order (>f4); convert it with .astype('float32')", (Z.astype(">f4"), T), {}),
+    "byte order": (TypeError, "input has non-native byte order (>f4); convert it with .astype('float32')", (Z.astype(">f4"), T), {}),
     "masked array": (
         TypeError,
         "input is a masked array, whose mask would be lost; pass input.data, and mask=~input.mask",
@@ -318,6 +318,6 @@ def test_validate_looks_at_probabilities_too():
 
 def test_a_reduction_in_the_place_of_the_weight():
     with pytest.raises(
-        TypeError, match=re.escape("weight is 'sum'; accepted: an array or a number (a reduction is given by name, reduction='sum')")
+        TypeError, match=re.escape("weight is 'sum'; accepted: an array or a number (pass a reduction by keyword, reduction='sum')")
     ):
         fl.huber_loss(Z, T, "sum")

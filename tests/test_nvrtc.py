@@ -60,7 +60,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    assert "install fastloss[cuda12] or fastloss[cuda13], by the version of CUDA that the driver has" in run("-c", code)
+    assert "install fastloss[cuda12] or fastloss[cuda13], whichever matches the CUDA version of the driver" in run("-c", code)
 
 
 def test_the_error_without_a_gpu_says_so():

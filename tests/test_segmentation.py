@@ -417,13 +417,13 @@ CASES = {
     "reduction type": (ValueError, "reduction ['mean'] is unknown; accepted: 'mean'", (Z, T), {"reduction": ["mean"]}),
     "sample_mean of a batch in one": (
         ValueError,
-        "reduction 'sample_mean' is unknown here; accepted: 'mean', 'sum',",
+        "reduction 'sample_mean' is not supported here; accepted: 'mean', 'sum',",
         (Z, T),
         {"reduction": "sample_mean", "per_sample": False},
     ),
     "sample_sum of a batch in one": (
         ValueError,
-        "reduction 'sample_sum' is unknown here; accepted: 'mean', 'sum',",
+        "reduction 'sample_sum' is not supported here; accepted: 'mean', 'sum',",
         (Z, T),
         {"reduction": "sample_sum", "per_sample": False, "per_channel": False},
     ),
@@ -443,7 +443,7 @@ CASES = {
     "option": (TypeError, f"unknown option smoth; accepted: {SETTINGS}", (Z, T), {"smoth": 1}),
 }
 BOTH_CASES = {
-    "none": (ValueError, "reduction 'none' is unknown here; accepted: 'mean', 'sum', 'batchmean'", (Z, T), {"reduction": "none"}),
+    "none": (ValueError, "reduction 'none' is not supported here; accepted: 'mean', 'sum', 'batchmean'", (Z, T), {"reduction": "none"}),
     "dice_weight": (ValueError, "dice_weight is -0.5; accepted: 0 or more", (Z, T), {"dice_weight": -0.5}),
     "bce_weight": (ValueError, "bce_weight is -1; accepted: 0 or more", (Z, T), {"bce_weight": -1}),
     "option": (TypeError, f"unknown option pos_weight; accepted: {SETTINGS}, dice_weight, bce_weight", (Z, T), {"pos_weight": 1}),

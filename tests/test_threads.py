@@ -42,12 +42,12 @@ def test_a_worker_leaves_the_callers_cpu_and_comes_back():
     cpus = sorted(os.sched_getaffinity(0))
 
     def left():
-        place, seen = pool.Place(), []
+        affinity, seen = pool.Affinity(), []
         for cpu in (cpus[0], cpus[-1], cpus[0]):
-            place.leave(cpu)
+            affinity.leave(cpu)
             seen.append(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cpus[0]})  # someone else's wish, which stands
-        place.leave(cpus[0])
+        affinity.leave(cpus[0])
         return [*seen, os.sched_getaffinity(0)]
 
     assert in_a_thread(left) == [set(cpus) - {cpu} or {cpu} for cpu in (cpus[0], cpus[-1], cpus[0])] + [{cpus[0]}]
@@ -58,7 +58,7 @@ def test_a_worker_that_may_not_move_works_all_the_same(monkeypatch):
         raise PermissionError
 
     monkeypatch.setattr(os, "sched_setaffinity", refuse, raising=False)
-    in_a_thread(lambda: pool.Place().leave(next(iter(os.sched_getaffinity(0)))))
+    in_a_thread(lambda: pool.Affinity().leave(next(iter(os.sched_getaffinity(0)))))
 
 
 def run_python(code, **environment):
@@ -200,4 +200,4 @@ def test_environment_variable():
     for bad in ("0", "-2", "many", "1.5", ""):
         with pytest.raises(subprocess.CalledProcessError) as error:
             run_python(code, FASTLOSS_NUM_THREADS=bad)
-        assert f"FASTLOSS_NUM_THREADS is {bad!r}; accepted: a whole number from 1 on" in error.value.stderr
+        assert f"FASTLOSS_NUM_THREADS is {bad!r}; accepted: an integer of 1 or more" in error.value.stderr

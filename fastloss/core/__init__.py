@@ -1,1 +1,1 @@
-"""From a loss and the caller's arguments to a plan for one pass over memory, the same for every machine."""
+"""The part of a call that is the same on every machine: check and sort the arguments, and plan one pass over memory."""

@@ -1,6 +1,6 @@
-"""`AbstractLoss`: what every kind of loss has in common, and the register of losses by key.
+"""`AbstractLoss`, the base class of all losses, and the register of losses by key.
 
-A loss is pickled by its name, and named by its key in graphs that PyTorch compiles.
+Pickle stores a loss by its name. Graphs that PyTorch compiles store it by its key.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class AbstractLoss:
     __name__: str
     __qualname__: str
     operands: tuple[str, str] = INPUT_AND_TARGET
-    options: tuple[str, ...]  # accepted names besides those of the operands
-    settings: Mapping[str, Any] = {}  # defaults of options that are not parameters of a formula
-    definition: Definition | None = None  # of a loss of input and target that takes one pass
-    gradients = 1  # how many operands have one; a single gradient may replace the input in memory
-    key: str  # in LOSSES
+    options: tuple[str, ...]  # names of the arguments accepted besides the operands
+    settings: Mapping[str, Any] = {}  # defaults of the options that are not parameters of a formula
+    definition: Definition | None = None  # None if the loss is not computed in one pass over input and target
+    gradients = 1  # number of operands that have a gradient; a single gradient may overwrite the input
+    key: str  # the key of the loss in LOSSES
 
     def __reduce__(self) -> str:
         return self.__qualname__
@@ -38,11 +38,11 @@ class AbstractLoss:
         return (self.__module__ or "").partition(".")[0] == "fastloss"
 
     def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
-        """Compute what the arguments ask for with a class of calls: the reduced value or None, and the arrays."""
+        """Compute the requested quantities with a subclass of `Call`: return the reduced value or None, and the written arrays."""
         raise NotImplementedError
 
     def register(self, *definitions: Definition) -> None:
-        """Enter the loss into the register. Two losses that share a name but compute different things get different keys."""
+        """Add the loss to the register. Losses with the same name but different formulas get different keys."""
         self.options = definitions[0].options
         text = repr([(d.formula.text, d.bounds, d.probabilities) for d in definitions])
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -50,11 +50,11 @@ class AbstractLoss:
         LOSSES[self.key] = self
 
     def writes_value(self, reduction: str) -> bool:
-        """Whether a pass writes the value as an array shaped like the first operand, instead of summing it."""
+        """Whether a pass writes the value of every element to an array instead of summing the values."""
         return reduction == "none"
 
     def value_shape(self, shape: tuple[int, ...], reduction: str, options: Mapping[str, Any]) -> tuple[int, ...]:
-        """Return the shape of the value for operands of a given shape."""
+        """Return the shape of the loss's value for operands of a given shape."""
         return shape if reduction == "none" else shape[: count_group_axes(reduction, shape)]
 
     def require(self, quantity: str) -> None:
@@ -62,7 +62,7 @@ class AbstractLoss:
 
 
 def signature(operands: tuple[str, str], reduction: str, options: Mapping[str, Any]) -> inspect.Signature:
-    """Make the signature of a loss, shown by help() and by editors."""
+    """Make the signature of a loss, which help() and editors show."""
     Parameter = inspect.Parameter
     leading = {**dict.fromkeys(operands, Parameter.empty), "weight": None, "reduction": reduction}
     return inspect.Signature(

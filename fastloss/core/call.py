@@ -1,6 +1,6 @@
-"""`Call`: one call of a loss, its arrays and options checked and sorted, whatever machine computes it.
+"""`Call`: one call of a loss, with its arrays and options checked and sorted. The same on every machine.
 
-A subclass for each machine adds how arrays are recognised and allocated, and how a pass over memory is made.
+Each machine has a subclass, which defines how arrays are recognised and allocated, and how a pass over memory is made.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ layout_of = attrgetter("dtype", "shape", "strides")
 
 
 class Arguments(NamedTuple):
-    """What a method of a loss asks for, and what its caller passed."""
+    """The quantities that a method of a loss requests, and the arguments that its caller passed."""
 
     summed: tuple[str, ...]  # quantities to reduce: ("value",) or ()
-    wanted: tuple[str, ...]  # quantities to write, one array each
+    wanted: tuple[str, ...]  # quantities to write, each to an array of its own
     first: Any
     second: Any
     weight: Any
@@ -42,14 +42,14 @@ class Arguments(NamedTuple):
 
 
 class Call:
-    """One call's arrays and options, sorted into arrays that are read, numbers, and how the result is reduced."""
+    """The arguments of one call, sorted into arrays to read, options that are numbers, and the reduction."""
 
     __slots__ = (
         "arguments", "arrays", "group_axes", "loss", "must_count", "names", "numbers", "out", "parameters", "reduction", "shape",
         "upstream", "validate",
     )  # fmt: skip
 
-    kind: Any = None  # the type of arrays that need no conversion and no check
+    kind: Any = None  # arrays of exactly this type need no conversion and no check
 
     def __init__(self, loss: Definition, arguments: Arguments) -> None:
         self.loss, self.arguments = loss, arguments
@@ -61,9 +61,9 @@ class Call:
         self.arrays: list[Any] = [x, t]
         self.shape: tuple[int, ...] = x.shape
         self.group_axes = count_group_axes(self.reduction, x.shape)
-        self.upstream: Any = 1.0  # what gradients are multiplied by: a number, or an array with one for each group
+        self.upstream: Any = 1.0  # the upstream gradient: a number, or an array with one number for each group
         self.out, self.validate = options.get("out"), False
-        self.must_count = False  # whether only a pass over the mask or the targets tells how many elements a mean divides by
+        self.must_count = False  # whether the divisor of a mean must be counted by a pass over the mask or the targets
         self.parameters: tuple[str, ...] = ()
         self.numbers: dict[str, float] = {}
         if weight is not None:
@@ -71,21 +71,21 @@ class Call:
         if len(options) > (self.out is not None):
             self.sort(options)
 
-    # what a machine's subclass defines
+    # --- methods that each machine's subclass defines
 
     @staticmethod
     def as_array(name: str, value: Any) -> Any:
-        """Return the caller's array without a copy; make one of a number or a list."""
+        """Return the caller's array without a copy; convert a number or a list to an array."""
         raise NotImplementedError
 
     @staticmethod
     def is_number(value: Any) -> bool:
-        """Whether an option is one number that the host knows, and not an array or a list."""
+        """Whether an option is a single number that the host can read without waiting, not an array or a list."""
         raise NotImplementedError
 
     @staticmethod
     def check_buffer(name: str, out: Any) -> None:
-        """Refuse a buffer that cannot be written to."""
+        """Raise TypeError or ValueError if a buffer cannot be written to."""
         raise NotImplementedError
 
     @staticmethod
@@ -100,30 +100,30 @@ class Call:
 
     @staticmethod
     def as_upstream(array: Any) -> Any:
-        """Convert an upstream gradient with one number for each group to what kernels read."""
+        """Convert an upstream gradient with one number for each group to a form that kernels read."""
         raise NotImplementedError
 
     @staticmethod
     def warn_of_empty_mean(counted: Any) -> None:
-        """Warn if a mean divides by 0, as far as the host knows."""
+        """Warn if a mean divides by 0. A count that only the device knows is not checked."""
         raise NotImplementedError
 
     def compute(self) -> tuple[Any, list[Any]]:
-        """Compute what the arguments ask for: the reduced value or None, and the arrays that are wanted."""
+        """Compute the requested quantities: return the reduced value or None, and the written arrays."""
         raise NotImplementedError
 
     def run(
         self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Any], scale: Any = 1.0, validate: bool = False
     ) -> Any:  # fmt: skip
-        """Make one pass over memory; return the sums, each a number, or an array with one number for each group."""
+        """Make one pass over memory and return the sums: each a number, or an array with one number for each group."""
         raise NotImplementedError
 
-    # arguments, sorted
+    # --- sorting the arguments
 
     def add(self, name: str, value: Any) -> None:
-        """Add an array that is read."""
-        if isinstance(value, str):  # PyTorch's regression losses have `reduction` in the place of `weight`
-            raise TypeError(f"{name} is {value!r}; accepted: an array or a number (a reduction is given by name, reduction={value!r})")
+        """Add an array to the arrays to read."""
+        if isinstance(value, str):  # callers used to PyTorch's regression losses may pass a reduction here
+            raise TypeError(f"{name} is {value!r}; accepted: an array or a number (pass a reduction by keyword, reduction={value!r})")
         self.names += (name,)
         self.arrays.append(self.as_array(name, value))
 
@@ -143,7 +143,7 @@ class Call:
         self.must_count = self.excludes and self.reduction in ("mean", "sample_mean")
 
     def take_parameters(self, values: Mapping[str, Any]) -> None:
-        """Take the formula's parameters, as numbers or arrays. One that equals its default is a constant of the kernel."""
+        """Take the formula's parameters, as numbers or arrays. A parameter equal to its default becomes a constant of the kernel."""
         given = []
         for name, default in self.loss.formula.defaults.items():
             if (value := values.get(name)) is None:
@@ -158,7 +158,7 @@ class Call:
         self.parameters = tuple(given)
 
     def take_ignore_index(self, ignored: float) -> None:
-        """Take the target value that excludes an element, rounded as the targets are. Targets that cannot have it need no test."""
+        """Take the target value that excludes elements, rounded to the targets' dtype. It is dropped if no target can equal it."""
         dtype = self.arrays[1].dtype
         if can_hold(dtype, ignored):
             self.numbers["ignore_index"] = float(np.asarray(ignored, dtype)) if is_float(dtype) else ignored
@@ -177,13 +177,13 @@ class Call:
             self.upstream = self.as_upstream(array)
 
     def to_number(self, name: str, value: Any) -> float:
-        """Convert an option that is one number, within the bounds of the loss."""
+        """Convert an option to a float and check it against the bounds of the loss."""
         return to_bounded(name, value, self.loss.bounds.get(name, ANY_NUMBER))
 
-    # outputs and passes
+    # --- outputs and passes
 
     def buffers(self) -> tuple[Any, ...]:
-        """Return the caller's buffers; none if `out` was not passed."""
+        """Return the caller's output buffers; an empty tuple if `out` was not passed."""
         if self.out is None:
             return ()
         if self.loss.gradients > 1:
@@ -192,16 +192,17 @@ class Call:
         return (self.out,)
 
     def make_outputs(self, wanted: tuple[str, ...]) -> list[Any]:
-        """Return one array for each quantity to write: the caller's buffers first, then new ones."""
+        """Return one array for each quantity to write: first the caller's buffers, then new arrays."""
         outputs = [] if self.out is None else list(self.buffers())
         for name in wanted[len(outputs) :]:
             outputs.append(self.empty_like(self.arrays[self.names.index(operand_of(name))]))
         return outputs
 
     def request(self, summed: tuple[str, ...], wanted: tuple[str, ...], arrays: list[Any], validate: bool = False) -> tuple[Any, ...]:
-        """Return the fields of a pass's `Request`: finding its launch takes less time than making the object would.
+        """Return the fields of a pass's `Request` as a tuple.
 
-        `arrays` are those that are read and then the outputs.
+        A cached launch is looked up by this tuple, which takes less time than making a `Request` would. `arrays` holds the
+        arrays to read, followed by the outputs.
         """
         layouts = tuple(map(layout_of, arrays))
         checked = self.loss.probabilities if validate else ()
@@ -209,14 +210,14 @@ class Call:
         return self.loss.formula, self.shape, self.group_axes, summed, checked, wanted, self.parameters, numbers, names, layouts
 
     def copy(self) -> Self:
-        """Make a call that may be changed without changing this one."""
+        """Make a copy of the call whose attributes can be replaced without changing the original."""
         other = object.__new__(type(self))
         for name in Call.__slots__:
             setattr(other, name, getattr(self, name))
         return other
 
     def scan(self, summed: tuple[str, ...], validate: bool, *needed: str) -> Any:
-        """Make a pass that reads only the arrays and numbers it needs and computes no loss; return the sums."""
+        """Make a pass that computes no loss and reads only the arrays and numbers named in `needed`; return the sums."""
         scan = self.copy()
         chosen = [k for k, name in enumerate(self.names) if name in needed]
         scan.names, scan.arrays = tuple(self.names[k] for k in chosen), [self.arrays[k] for k in chosen]
@@ -225,7 +226,7 @@ class Call:
         return scan.run(summed, (), [], validate=validate)
 
     def derive(self, loss: Definition, arrays: Mapping[str, Any]) -> Call:
-        """Make a call of another formula on the same arrays and options, with its parameters given as arrays."""
+        """Make a call of another formula on the same arrays and options, with `arrays` as the formula's parameters."""
         other = self.copy()
         other.loss, other.parameters, other.group_axes = loss, tuple(arrays), 0
         given = [self.as_array(name, x) for name, x in arrays.items()]
@@ -238,7 +239,7 @@ class Call:
         return "mask" in self.names or "ignore_index" in self.numbers
 
     def count(self) -> Any:
-        """Return how many elements the reduction divides by: one number, or one for each group."""
+        """Return the number that the reduction divides by: one number, or an array with one for each group."""
         if self.must_count:
             needed = ("target", "mask", "ignore_index") if "ignore_index" in self.numbers else ("mask",)
             return self.scan(("count",), False, *needed)[0]

@@ -1,4 +1,4 @@
-"""The checks of everything a caller may pass, and the messages of their errors. Nothing here reads an element."""
+"""The checks of all arguments that a caller may pass, and the error messages. No check reads an element of an array."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastloss.core.definition import operand_of
 from fastloss.core.dtypes import FLOATS, NAMES, is_float
 
 REDUCTIONS = ("mean", "sum", "none", "batchmean", "sample_mean", "sample_sum")
-SMALLEST, LARGEST = math.nextafter(0.0, 1.0), sys.float_info.max  # bounds of parameters that are "more than 0" and "finite"
+SMALLEST, LARGEST = math.nextafter(0.0, 1.0), sys.float_info.max  # bounds of "positive" and "finite"
 
 ArrayInfo = tuple[str, np.dtype[Any], tuple[int, ...], tuple[int, ...]]  # name, dtype, shape, strides
 
@@ -24,51 +24,51 @@ ArrayInfo = tuple[str, np.dtype[Any], tuple[int, ...], tuple[int, ...]]  # name,
 
 
 def refuse_unknown(options: Iterable[str], accepted: tuple[str, ...]) -> None:
-    """Refuse options that a loss does not have."""
+    """Raise TypeError for options that a loss does not have."""
     if unknown := sorted(name for name in options if name not in accepted):
         raise TypeError(f"unknown option {', '.join(unknown)}; accepted: {', '.join(accepted)}")
 
 
 def refuse_grad_output(options: Mapping[str, Any]) -> None:
-    """Refuse an upstream gradient in a call that returns no gradient."""
+    """Raise ValueError for an upstream gradient in a call that returns no gradient."""
     if options.get("grad_output") is not None:
         raise ValueError("grad_output scales a gradient, and the value alone has none: use grad or value_and_grad")
 
 
 def check_reduction(reduction: Any, accepted: Sequence[str]) -> None:
-    """Refuse a reduction that a loss does not have."""
+    """Raise ValueError for a reduction that a loss does not have."""
     if not isinstance(reduction, str) or reduction not in accepted:
-        known = isinstance(reduction, str) and reduction in REDUCTIONS
-        raise ValueError(f"reduction {reduction!r} is unknown{' here' * known}; accepted: {', '.join(map(repr, accepted))}")
+        problem = "not supported here" if isinstance(reduction, str) and reduction in REDUCTIONS else "unknown"
+        raise ValueError(f"reduction {reduction!r} is {problem}; accepted: {', '.join(map(repr, accepted))}")
 
 
 def count_group_axes(reduction: Any, shape: tuple[int, ...]) -> int:
-    """Return how many leading axes a reduction keeps: each of their entries is a group with a value of its own."""
+    """Return the number of group axes: leading axes along which a reduction has a value of its own for each entry."""
     if reduction == "mean" or reduction == "sum":
         return 0
     check_reduction(reduction, REDUCTIONS)
     if reduction == "none":
         return 0
     if not shape:
-        raise ValueError(f"reduction {reduction!r} needs a first axis, and the input has none: its shape is ()")
+        raise ValueError(f"reduction {reduction!r} needs a first axis, but the input has shape ()")
     return 0 if reduction == "batchmean" else 1
 
 
 def check_grad_output(array: Any, shape: tuple[int, ...], reduction: str) -> None:
-    """Refuse an upstream gradient that is neither one number nor shaped like the loss."""
+    """Raise an error for an upstream gradient that is neither a number nor an array of the loss's shape."""
     if array.ndim and array.shape != shape:
         raise ValueError(f"grad_output has shape {array.shape}; with reduction {reduction!r} the loss has shape {shape}")
     check_dtype("grad_output", array.dtype)
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Refuse an option that is neither True nor False."""
+    """Raise TypeError for an option that is neither True nor False."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, not {value!r}")
 
 
 def to_validate(value: Any) -> bool:
-    """Return whether elements are checked. "defer" accepts that the error may come later, which it does only on a GPU."""
+    """Return whether to check elements. "defer" means True, and accepts that a GPU reports the error in a later call."""
     if value is None or (isinstance(value, str) and value == "defer"):
         return value is not None
     if not isinstance(value, (bool, np.bool_)):
@@ -77,7 +77,7 @@ def to_validate(value: Any) -> bool:
 
 
 def to_float(name: str, value: Any) -> float:
-    """Convert an option that must be one number."""
+    """Convert an option to a float; raise an error if it is not a single number."""
     plain = isinstance(value, (int, float))
     if not plain and (isinstance(value, (str, bytes)) or np.ndim(value) != 0 or np.iscomplexobj(value)):
         raise TypeError(f"{name} must be a number, not {value!r}")
@@ -90,7 +90,7 @@ def to_float(name: str, value: Any) -> float:
 
 
 def to_bounded(name: str, value: Any, bounds: tuple[float, float]) -> float:
-    """Convert an option that must be one number within bounds."""
+    """Convert an option to a float; raise an error if it is not a single number within bounds."""
     number, (low, high) = to_float(name, value), bounds
     if not low <= number <= high:
         least = "more than 0" if low == SMALLEST else f"{low:g} or more" if low > -math.inf else "any number but NaN"
@@ -101,7 +101,7 @@ def to_bounded(name: str, value: Any, bounds: tuple[float, float]) -> float:
 
 
 def can_hold(dtype: np.dtype[Any], ignored: float) -> bool:
-    """Whether a target of this dtype can equal `ignore_index`. If it cannot, no element is ignored."""
+    """Whether a target of this dtype can equal `ignore_index`; if not, no element is ignored."""
     if math.isnan(ignored):
         raise ValueError("ignore_index is NaN, which equals nothing; pass mask=~numpy.isnan(target)")
     if is_float(dtype):
@@ -117,7 +117,7 @@ def can_hold(dtype: np.dtype[Any], ignored: float) -> bool:
 
 
 def check_arrays(arrays: Iterable[ArrayInfo], shape: tuple[int, ...], outputs: tuple[str, ...], is_scaled: bool) -> None:
-    """Refuse arrays that no kernel takes. `shape` is the input's, `is_scaled` says whether `target_scale` was passed."""
+    """Raise an error for arrays that no kernel accepts, given the input's shape and whether `target_scale` was passed."""
     arrays = list(arrays)
     dtypes = {name: dtype for name, dtype, _, _ in arrays}
     for name, dtype, found, strides in arrays:
@@ -134,24 +134,24 @@ def check_arrays(arrays: Iterable[ArrayInfo], shape: tuple[int, ...], outputs: t
 
 
 def check_shapes(name: str, shape: tuple[int, ...], other: str, other_shape: tuple[int, ...]) -> None:
-    """Refuse two arrays of different shapes."""
+    """Raise ValueError if two arrays have different shapes."""
     if shape != other_shape:
         raise ValueError(f"{name} has shape {tuple(shape)} and {other} {tuple(other_shape)}; they must be equal")
 
 
 def check_dtype(name: str, dtype: np.dtype[Any]) -> None:
-    """Refuse a dtype that kernels do not read."""
+    """Raise TypeError for a dtype that kernels do not read."""
     accepted = {"input": FLOATS, "mu": FLOATS, "logvar": FLOATS, "mask": ("bool",)}.get(name, NAMES)
     if dtype.name not in accepted:
         raise TypeError(f"{name} has dtype {dtype}; accepted: {', '.join(accepted)}")
     if not dtype.isnative:
-        raise TypeError(f"{name} has the other byte order ({dtype.str}); convert it with .astype({dtype.name!r})")
+        raise TypeError(f"{name} has non-native byte order ({dtype.str}); convert it with .astype({dtype.name!r})")
 
 
 def check_output(
     name: str, found: tuple[np.dtype[Any], tuple[int, ...], tuple[int, ...]], wanted: tuple[int, ...], wanted_dtype: np.dtype[Any]
 ) -> None:
-    """Refuse a buffer, given by its dtype, shape and strides, that cannot hold the result."""
+    """Raise ValueError if a buffer, given by its dtype, shape and strides, cannot hold the result."""
     dtype, shape, strides = found
     if shape != wanted or dtype != wanted_dtype:
         raise ValueError(f"{name} has shape {shape} and dtype {dtype}; the result has shape {wanted} and dtype {wanted_dtype}")
@@ -163,7 +163,7 @@ def check_output(
 
 
 def to_buffers(out: Any, count: int, check: Callable[[str, Any], None]) -> tuple[Any, ...]:
-    """Return `out` as a tuple of `count` arrays, each checked with its name."""
+    """Convert `out` to a tuple of `count` arrays and call `check` with each array and its name."""
     if not isinstance(out, (tuple, list)) or len(out) != count:
         raise TypeError(f"out must be {count} arrays, one for each gradient, not {type(out).__name__}")
     for k, buffer in enumerate(out):
@@ -171,18 +171,18 @@ def to_buffers(out: Any, count: int, check: Callable[[str, Any], None]) -> tuple
     return tuple(out)
 
 
-# --- elements that a kernel found ---------------------------------------------------------------------------------------
+# --- reports about elements ---------------------------------------------------------------------------------------------
 
 
 def describe_bad_element(name: str, index: tuple[int, ...], found: Any, is_scaled: bool) -> str:
-    """Word the error for an element outside [0, 1]."""
+    """Compose the error message for an element outside [0, 1]."""
     hint = "; for images stored as whole numbers pass target_scale=1/255" if found.dtype.kind in "iu" and not is_scaled else ""
     logits = "; for logits use binary_cross_entropy_with_logits" if name == "input" else ""
     return f"{name}[{', '.join(map(str, index))}] is {found!s}; accepted: {name}s in [0, 1]{hint}{logits}"
 
 
 def warn_of_empty_mean() -> None:
-    """Warn, at the caller outside the package, that a mean over no elements is NaN."""
+    """Warn that the mean of no elements is NaN; the warning names the line of the caller outside the package."""
     warnings.warn("mean of no elements: the input is empty, or all of it is masked", RuntimeWarning, stacklevel=caller_level())
 
 

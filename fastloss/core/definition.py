@@ -1,4 +1,4 @@
-"""`Definition`: what a call needs to know of the loss that it computes."""
+"""`Definition`: the formula of a loss, and the arguments that the loss accepts."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import NamedTuple
 
 from fastloss.formula import Formula
 
-Bounds = Mapping[str, tuple[float, float]]  # of parameters: the smallest and the largest number accepted
+Bounds = Mapping[str, tuple[float, float]]  # the smallest and the largest accepted number of each parameter
 
 INPUT_AND_TARGET = ("input", "target")
 
 
 class Definition(NamedTuple):
-    """A formula, with the names and limits of what a caller may pass."""
+    """A formula, with the names and bounds of the arguments that a caller may pass."""
 
     formula: Formula
     bounds: Bounds
     probabilities: tuple[str, ...]  # operands that must lie in [0, 1]; `validate` checks them
-    options: tuple[str, ...]  # accepted names besides those of the operands
+    options: tuple[str, ...]  # names of the arguments accepted besides the operands
     operands: tuple[str, str] = INPUT_AND_TARGET  # the caller's names of the two arrays
-    gradients: int = 1  # how many arrays `out` is
+    gradients: int = 1  # number of arrays in `out`
 
 
 def operand_of(quantity: str) -> str:
-    """Name the operand whose shape and dtype a quantity has when it is written, and which it may overwrite."""
+    """Return the name of the operand whose shape and dtype a quantity has, and whose memory the quantity may overwrite."""
     return "target" if quantity.startswith("target_") else "input"

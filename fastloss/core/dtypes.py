@@ -1,4 +1,4 @@
-"""The table of element types: the name of each in NumPy, in LLVM and in CUDA."""
+"""The table of element types, with their names in NumPy, LLVM and CUDA."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 
 class ElementType(NamedTuple):
-    """One type of stored elements."""
+    """One type that the elements of an array can have."""
 
     name: str  # in NumPy, in ml_dtypes and in PyTorch
-    code: str  # in a kernel's spec: NumPy's type code, or B2 for bfloat16, whose code in NumPy ("V2") says nothing
+    code: str  # in a kernel's spec: NumPy's type code, or B2 for bfloat16, whose NumPy code "V2" is that of any 2-byte structure
     size: int  # in bytes
     llvm: str  # kernels load bfloat16 and bool as integers and convert them
     cuda: str  # kernels load both 16-bit types as integers and convert them

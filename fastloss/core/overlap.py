@@ -1,6 +1,6 @@
-"""The rule for shared memory: an output may be its own operand, element for element. Any other overlap is refused.
+"""The rule for shared memory: an output may overwrite its own operand, element for element. Any other overlap is an error.
 
-Arrays are compared by address, so the rule serves every machine, and no element is read.
+Arrays are compared by address, so the rule is the same on every machine, and no element is read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Distances = tuple[int, int, int, int]  # operand, output, and the open interval of (operand's address - output's) that means overlap
+# an operand's position, an output's, and the open interval of the operand's address minus the output's in which they may overlap
+Distances = tuple[int, int, int, int]
 
 
 class Span(NamedTuple):
@@ -24,18 +25,18 @@ class Span(NamedTuple):
 
 
 def span_of(array: Any, address: int) -> Span:
-    """Describe the memory of an array of any framework, given its address."""
+    """Describe the memory of any framework's array, given its address."""
     return Span(address, array.dtype, array.shape, array.strides)
 
 
 def refuse_overlap(output: str, out: Span, name: str, array: Span, own: str, accepted: str) -> None:
-    """Raise ValueError if an output shares memory with an array, unless that is the output's own operand, element for element."""
+    """Raise ValueError if an output shares memory with an array, unless it overwrites its own operand element for element."""
     if not (name == own and are_same_elements(out, array)) and share_memory(out, array):
         raise ValueError(f"{output} shares memory with {name}; accepted: memory of its own, or {accepted} itself")
 
 
 def check_buffers(buffers: Sequence[Span], reads: Mapping[str, Span], own: tuple[str, ...]) -> None:
-    """Refuse several outputs that share memory with each other, or with an array that is read but is not their own operand."""
+    """Raise ValueError if outputs share memory with each other, or with an array that is read and is not their own operand."""
     accepted = f"out=({', '.join(own)})"
     for k, buffer in enumerate(buffers):
         for name, array in [*reads.items(), *((f"out[{j}]", buffers[j]) for j in range(k))]:
@@ -49,23 +50,23 @@ def are_same_elements(out: Span, array: Span) -> bool:
 
 
 def share_memory(a: Span, b: Span) -> bool:
-    """Whether two arrays have a byte in common. Where the exact answer would take long, the answer is yes."""
+    """Whether two arrays have a byte in common. True also if the exact answer would take too long to compute."""
     try:
-        return np.shares_memory(_unread(a), _unread(b), max_work=1 << 16)  # type: ignore[arg-type]
+        return np.shares_memory(_array_at(a), _array_at(b), max_work=1 << 16)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
 
-def _unread(span: Span) -> np.ndarray[Any, Any]:
-    """Make a NumPy array at an address that may belong to a GPU. Its elements must not be read."""
+def _array_at(span: Span) -> np.ndarray[Any, Any]:
+    """Make a NumPy array that describes a span of memory. The memory may be a GPU's, so its elements must not be read."""
     interface = {"data": (span.address, False), "shape": span.shape, "strides": span.strides, "version": 3}
     return np.asarray(SimpleNamespace(__array_interface__={**interface, "typestr": f"|V{span.dtype.itemsize}"}))
 
 
 def overlap_distances(extents: list[tuple[int, int]], reads: int) -> tuple[Distances, ...]:
-    """List, for each output and each of the first `reads` arrays, the distances of their addresses at which they may overlap.
+    """List the address differences at which each output may overlap each of the first `reads` arrays, which are read.
 
-    `extents` holds, for every array, the first byte and the end of its memory, relative to its address.
+    `extents` holds the first byte and the end of each array's memory, relative to the array's address.
     """
     outputs = enumerate(extents[reads:], reads)
     return tuple((k, j, begin - last, end - first) for j, (begin, end) in outputs for k, (first, last) in enumerate(extents[:reads]))

@@ -1,6 +1,7 @@
-"""From checked arrays to one `Plan`: what a pass computes, and how it walks through memory.
+"""`Plan`: what one pass over memory computes, and in which order it visits the elements.
 
-Nothing here reads an element. Whatever can be refused without reading one is refused here, before anything is written.
+Making a plan reads no element. All errors that can be found without reading elements are raised here, before any output is
+written.
 """
 
 from __future__ import annotations
@@ -22,36 +23,36 @@ from fastloss.formula import Formula
 Array = npt.NDArray[Any]
 Axis = tuple[int, tuple[int, ...]]  # length, and each array's stride in bytes
 
-ONE_RANGE = 65536  # elements up to which one thread is as fast: waking another costs about 15 us
-MOST_RANGES = 256
-SHORT_AXIS = 32  # elements; a shorter innermost axis is gathered together with the next one instead of being loaded alone
-LEAST_RANGE = 4096  # elements; a thread takes one range at a time, and the start of a range must cost little compared with it
+ONE_RANGE = 65536  # elements up to which a single thread is as fast as several: waking another costs about 15 us
+MAX_RANGES = 256
+SHORT_AXIS = 32  # elements; a shorter innermost axis is joined with the next axis to one row
+MIN_RANGE_SIZE = 4096  # elements; a thread takes one range at a time, and starting a range must cost little compared with computing it
 
 
 class Operand(NamedTuple):
-    """One array as a kernel sees it."""
+    """One array, described as far as its kernel depends on it."""
 
     name: str
-    code: str  # of its element type, see core/dtypes.py
-    access: str  # along a row: "contiguous", "constant" (one element for the whole row), "strided" or "nested" (two strides)
+    code: str  # of the element type, see core/dtypes.py
+    access: str  # along a row: "contiguous", "constant" (stride 0), "strided" or "nested" (a stride for each of two axes)
 
     @property
     def size(self) -> int:
-        """The size of an element in bytes."""
+        """Size of an element in bytes."""
         return BY_CODE[self.code].size
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Everything that decides the machine code."""
+    """Everything that decides the machine code of a kernel."""
 
     formula: Formula = field(compare=False, repr=False)
-    trace: str  # the formula, operation by operation
-    compute: str  # the type of the arithmetic, "f4" or "f8"
-    operands: tuple[Operand, ...]  # read: input, target, weight, mask, grad_output, parameters given as arrays
-    outputs: tuple[Operand, ...]  # written: quantities of the formula
-    parameters: tuple[str, ...]  # of the formula, those that were given
-    numbers: tuple[str, ...]  # options given as numbers: parameters, "target_scale", "ignore_index"
+    trace: str  # the formula's operations as text; empty if the kernel computes no quantity of the formula
+    compute: str  # code of the type of the arithmetic, "f4" or "f8"
+    operands: tuple[Operand, ...]  # arrays to read: input, target, weight, mask, grad_output, parameters given as arrays
+    outputs: tuple[Operand, ...]  # arrays to write, named by quantities of the formula
+    parameters: tuple[str, ...]  # names of the formula's parameters that the caller passed
+    numbers: tuple[str, ...]  # names of the options given as numbers: parameters, "target_scale", "ignore_index"
     summed: tuple[str, ...]  # quantities of the formula, and "count", the number of elements that are not excluded
     checked: tuple[str, ...]  # operands whose elements outside [0, 1] are counted
 
@@ -67,51 +68,51 @@ class Spec:
 
     @property
     def multiplied(self) -> tuple[str, ...]:
-        """The sums whose logarithms are collected as a product. A weight on each logarithm rules that out."""
+        """Sums whose logarithms a kernel accumulates as products. With a weight on each logarithm there are none."""
         if any(op.name == "weight" for op in self.operands):
             return ()
         return tuple(name for name in self.summed if name in self.formula.logarithms(self.parameters))
 
     @property
     def key(self) -> str:
-        """A text that differs between specs with different machine code."""
+        """Text that is different for specs with different machine code."""
         return repr(self)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One pass over memory: the kernel's spec, and the walk, which the kernel is given when it is called."""
+    """One pass over memory: the kernel's spec, and sizes and strides, which the kernel takes as arguments."""
 
     spec: Spec
-    group_axes: int  # how many leading axes are kept: each of their entries is a group, with sums of its own
+    group_axes: int  # number of leading axes whose entries are groups, each with sums of its own
     groups: int
     group_size: int
     range_size: int
     row_size: int
-    inner_size: int  # of a row's inner axis; a row of one axis has no more
-    inner_strides: tuple[int, ...]  # along the inner axis of a row, one for each array, in bytes
-    outer_strides: tuple[int, ...]  # along the outer axis of a row
-    axes: tuple[Axis, ...]  # outside the rows, innermost first
-    starts: tuple[int, ...]  # bytes from an array's address to the first element visited; not 0 where an axis is walked backwards
-    overlaps: tuple[Distances, ...]  # at which an output may overlap an operand
+    inner_size: int  # length of a row's inner axis; the row's size if the row is a single axis
+    inner_strides: tuple[int, ...]  # of each array along a row's inner axis, in bytes
+    outer_strides: tuple[int, ...]  # of each array along a row's outer axis, in bytes
+    axes: tuple[Axis, ...]  # axes outside the rows, innermost first
+    starts: tuple[int, ...]  # bytes from each array's address to the first element visited; not 0 if a negative stride is reversed
+    overlaps: tuple[Distances, ...]  # address differences at which an output may overlap an operand
 
     @property
     def ranges_per_group(self) -> int:
-        """How many ranges a group is cut into."""
+        """Number of ranges that a group is cut into."""
         return -(-self.group_size // self.range_size)
 
     @property
     def ranges(self) -> int:
-        """How many ranges there are; each leaves its own partial sums."""
+        """Number of ranges. Each range leaves partial sums of its own."""
         return self.groups * self.ranges_per_group
 
     @property
     def size(self) -> int:
-        """How many elements are visited."""
+        """Number of elements."""
         return self.groups * self.group_size
 
     def check_overlap(self, arrays: Sequence[Any], addresses: Sequence[int]) -> None:
-        """Refuse an output that shares memory with an array that is read, unless it is its own operand, element for element."""
+        """Raise ValueError if an output shares memory with an array to read, unless it overwrites its own operand element for element."""
         for k, output, low, high in self.overlaps:
             if low < addresses[k] - addresses[output] < high:
                 out, array = (span_of(arrays[j], addresses[j]) for j in (output, k))
@@ -120,7 +121,7 @@ class Plan:
 
 
 class Request(NamedTuple):
-    """What one pass is asked for. It is hashable, so that its plan is made once."""
+    """The request for one pass: everything that its plan depends on, in hashable form."""
 
     formula: Formula
     shape: tuple[int, ...]
@@ -130,32 +131,32 @@ class Request(NamedTuple):
     outputs: tuple[str, ...]
     parameters: tuple[str, ...]
     numbers: tuple[str, ...]
-    operands: tuple[str, ...]  # names of the arrays that are read
-    layouts: tuple[tuple[np.dtype[Any], tuple[int, ...], tuple[int, ...]], ...]  # dtype, shape, strides of these and the outputs
+    operands: tuple[str, ...]  # names of the arrays to read
+    layouts: tuple[tuple[np.dtype[Any], tuple[int, ...], tuple[int, ...]], ...]  # dtype, shape and strides of the operands and the outputs
 
     @property
     def arrays(self) -> list[ArrayInfo]:
-        """Name, dtype, shape and strides of every array."""
+        """Name, dtype, shape and strides of each array."""
         return [(name, *layout) for name, layout in zip(self.operands + self.outputs, self.layouts, strict=True)]
 
 
 def make_plan(request: Request) -> Plan:
-    """Choose the order of the axes, merge axes that are contiguous in every array, and cut the walk into ranges."""
+    """Order the axes, merge axes that are contiguous in every array, and cut the elements into ranges."""
     check_arrays(request.arrays, request.shape, request.outputs, "target_scale" in request.numbers)
     shape, group_axes = request.shape, request.group_axes
     strides = [broadcast_strides(name, of, by, shape) for name, _, of, by in request.arrays]
     sizes = [dtype.itemsize for _, dtype, _, _ in request.arrays]
-    axes, starts = order(list(zip(shape, zip(*strides, strict=True), strict=True)), len(strides), group_axes)
-    rest, outer, inner = split_rows(merge(axes), sizes)
+    axes, starts = order_axes(list(zip(shape, zip(*strides, strict=True), strict=True)), len(strides), group_axes)
+    rest, outer, inner = split_rows(merge_axes(axes), sizes)
     groups = prod(shape[:group_axes])
     group_size = prod(shape[group_axes:])
     extents = [extent(shape, by, size) for by, size in zip(strides, sizes, strict=True)]
     return Plan(
-        spec=make_spec(request, [access(inner[0], *by) for by in zip(inner[1], outer[1], sizes, strict=True)]),
+        spec=make_spec(request, [classify_access(inner[0], *by) for by in zip(inner[1], outer[1], sizes, strict=True)]),
         group_axes=group_axes,
         groups=groups,
         group_size=group_size,
-        range_size=range_size(groups, group_size),
+        range_size=choose_range_size(groups, group_size),
         row_size=inner[0] * outer[0],
         inner_size=inner[0],
         inner_strides=inner[1],
@@ -186,10 +187,11 @@ def make_spec(request: Request, accesses: list[str]) -> Spec:
     )
 
 
-def order(axes: list[Axis], arrays: int, group_axes: int) -> tuple[list[Axis], tuple[int, ...]]:
-    """Sort the axes from the longest stride to the shortest and walk each forwards; also return where each array then starts.
+def order_axes(axes: list[Axis], arrays: int, group_axes: int) -> tuple[list[Axis], tuple[int, ...]]:
+    """Sort the axes from the longest stride to the shortest, and reverse those along which the first array's stride is negative.
 
-    The first `group_axes` axes keep their place and direction, since each of their entries has a result of its own.
+    The first `group_axes` axes stay as they are, because each of their entries has a result of its own. Also return the offset in
+    bytes of each array's first visited element.
     """
     starts = [0] * arrays
     forward = axes[:group_axes]
@@ -201,7 +203,7 @@ def order(axes: list[Axis], arrays: int, group_axes: int) -> tuple[list[Axis], t
 
 
 def broadcast_strides(name: str, shape: tuple[int, ...], strides: tuple[int, ...], to: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the strides that read an array as if it had the shape `to`: 0 along the axes it lacks."""
+    """Return the strides of an array broadcast to the shape `to`: 0 along the axes that it lacks."""
     missing = len(to) - len(shape)
     if missing < 0 or any(have not in (1, want) for have, want in zip(shape, to[missing:], strict=True)):
         raise ValueError(f"{name} has shape {shape}, which does not broadcast to the input's shape {to}")
@@ -209,8 +211,8 @@ def broadcast_strides(name: str, shape: tuple[int, ...], strides: tuple[int, ...
     return (0,) * missing + tuple(along)
 
 
-def merge(axes: list[Axis]) -> list[Axis]:
-    """Join neighbouring axes that are one evenly spaced axis in every array, and drop axes of length 1."""
+def merge_axes(axes: list[Axis]) -> list[Axis]:
+    """Merge neighbouring axes that form one evenly strided axis in every array, and drop axes of length 1."""
     merged: list[Axis] = []
     for length, by in axes:
         if length == 1:
@@ -222,10 +224,10 @@ def merge(axes: list[Axis]) -> list[Axis]:
 
 
 def split_rows(axes: list[Axis], sizes: list[int]) -> tuple[list[Axis], Axis, Axis]:
-    """Split merged axes into those outside the rows, and the outer and inner axis of a row.
+    """Split merged axes into the axes outside the rows, the outer axis of a row, and the inner axis of a row.
 
-    The loop takes a vector of elements of one row at a time, so a short inner axis, such as channels that have a weight each,
-    is joined with the next axis to make a longer row.
+    The loop works on a vector of elements of one row at a time. A short inner axis, such as channels with a weight each, is
+    therefore joined with the next axis to make a longer row.
     """
     inner = axes[-1] if axes else (1, tuple(sizes))
     if len(axes) > 1 and inner[0] < SHORT_AXIS:
@@ -233,17 +235,17 @@ def split_rows(axes: list[Axis], sizes: list[int]) -> tuple[list[Axis], Axis, Ax
     return axes[:-1], (1, tuple(inner[0] * stride for stride in inner[1])), inner
 
 
-def access(inner_size: int, stride: int, outer_stride: int, itemsize: int) -> str:
-    """Name how an array is accessed along a row."""
+def classify_access(inner_size: int, stride: int, outer_stride: int, itemsize: int) -> str:
+    """Return the kind of access of an array along a row; see `Operand.access`."""
     if outer_stride != stride * inner_size:
         return "nested"
     return {itemsize: "contiguous", 0: "constant"}.get(stride, "strided")
 
 
-def range_size(groups: int, group_size: int) -> int:
-    """Choose how many elements a range has. It depends on the sizes alone, so that sums do not depend on threads."""
+def choose_range_size(groups: int, group_size: int) -> int:
+    """Choose the number of elements in a range, by the sizes alone, so that sums do not depend on the number of threads."""
     if groups * group_size <= ONE_RANGE:
         return max(group_size, 1)
-    even = -(-groups * group_size // MOST_RANGES)
-    whole_blocks = -(-max(even, LEAST_RANGE) // LEAST_RANGE) * LEAST_RANGE
+    even = -(-groups * group_size // MAX_RANGES)
+    whole_blocks = -(-max(even, MIN_RANGE_SIZE) // MIN_RANGE_SIZE) * MIN_RANGE_SIZE
     return min(whole_blocks, group_size)

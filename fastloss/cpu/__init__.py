@@ -1,1 +1,1 @@
-"""The CPU: formulas become LLVM vector code, Numba compiles the loops around them, a pool of threads runs them."""
+"""The CPU: formulas become LLVM vector code, Numba compiles the loops around them, and a pool of threads calls the kernels."""

@@ -1,6 +1,6 @@
-"""`HostCall`: a call of NumPy's arrays, computed on the CPU.
+"""`HostCall`: a call with NumPy arrays, computed on the CPU.
 
-Launches are remembered by request, so that a small call costs microseconds.
+Launches are cached by request, so that a call with small arrays takes microseconds.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ from fastloss.core.call import Call
 from fastloss.core.checks import describe_bad_element, warn_of_empty_mean
 from fastloss.core.plan import Array, Request, make_plan
 
-SEARCHED = 1 << 20  # elements searched together for the first one outside [0, 1]
-FOREIGN = ("torch", "cupy", "dask", "jax", "jaxlib", "tensorflow")  # whose arrays NumPy would convert slowly, or wrongly
+SEARCHED = 1 << 20  # elements in a part of the batch, when searching for the first element outside [0, 1]
+FOREIGN = ("torch", "cupy", "dask", "jax", "jaxlib", "tensorflow")  # packages whose arrays NumPy would convert slowly or incorrectly
 
 
-# An array's data pointer is the first field after the object header (NumPy's C API, PyArrayObject). Reading it there takes
-# 0.15 us; `array.ctypes.data` builds an object for it and takes 0.9.
+# An array's data pointer is the first field after the object header (NumPy's C API, PyArrayObject). Reading that field takes
+# 0.15 us; `array.ctypes.data` makes an object and takes 0.9 us.
 POINTER_AT = object.__basicsize__
 read_pointer = ctypes.c_size_t.from_address
 
 
 class HostCall(Call):
-    """One call's arrays and options, and the passes that are made over them."""
+    """One call with NumPy arrays, and the passes that it makes over them."""
 
     __slots__ = ()
     kind = np.ndarray
 
     @staticmethod
     def as_array(name: str, value: Any) -> Array:
-        """Return the caller's array without a copy; make one of a number or a list."""
+        """Return the caller's array without a copy; convert a number or a list to an array."""
         if type(value) is np.ndarray:
             return value
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError(f"{name} is a masked array, whose mask would be lost; pass {name}.data, and mask=~{name}.mask")
         if type(value).__module__.partition(".")[0] in FOREIGN:
             found = f"{type(value).__module__}.{type(value).__qualname__}"
-            raise TypeError(f"{name} is a {found}; accepted: numpy.ndarray, and what numpy.asarray makes one of")
+            raise TypeError(f"{name} is a {found}; accepted: numpy.ndarray, or anything that numpy.asarray converts to it")
         return np.asarray(value)
 
     @staticmethod
     def is_number(value: Any) -> bool:
-        """Whether an option is one number, and not an array or a list."""
+        """Whether an option is a single number, not an array or a list."""
         return isinstance(value, (int, float)) or np.ndim(value) == 0
 
     @staticmethod
     def check_buffer(name: str, out: Any) -> None:
-        """Refuse a buffer that is not a plain, writable NumPy array."""
+        """Raise TypeError or ValueError if a buffer is not a plain, writable NumPy array."""
         if type(out) is not np.ndarray and (not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray)):
             raise TypeError(f"{name} must be a numpy.ndarray, not {type(out).__name__}")
         if not out.flags.writeable:
@@ -79,13 +79,13 @@ class HostCall(Call):
             warn_of_empty_mean()
 
     def compute(self) -> tuple[Any, list[Array]]:
-        """Compute what the arguments ask for: the reduced value or None, and the arrays that are wanted."""
+        """Compute the requested quantities: return the reduced value or None, and the written arrays."""
         summed, wanted = self.arguments.summed, self.arguments.wanted
         validate = self.validate
         if validate and self.out is not None:
-            self.check_elements()  # first, so that an error leaves the caller's buffer as it was
+            self.check_elements()  # a pass of its own before any output is written, so that an error leaves the caller's buffer unchanged
             validate = False
-        counting = self.must_count and not wanted  # a gradient's scale needs the count before the pass
+        counting = self.must_count and not wanted  # a gradient is divided by the count, which must then be known before the pass
         counted = 1 if counting else self.count()
         scale = self.scale(counted) if wanted else 1.0
         outputs = self.make_outputs(wanted)
@@ -97,7 +97,7 @@ class HostCall(Call):
     def run(
         self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Array], scale: Any = 1.0, validate: bool = False
     ) -> Any:  # fmt: skip
-        """Make one pass; return the sums, each a number, or an array with one number for each group."""
+        """Make one pass over memory and return the sums: each a number, or an array with one number for each group."""
         arrays = self.arrays + outputs
         launch = find_launch(*self.request(summed, wanted, arrays, validate))
         addresses = [read_pointer(id(array) + POINTER_AT).value for array in arrays]
@@ -109,14 +109,14 @@ class HostCall(Call):
         return sums
 
     def scale(self, counted: Any) -> Any:
-        """Return the factor of the gradients: one number, or one for each group."""
+        """Return the factor of the gradients: one number, or an array with one for each group."""
         if not self.group_axes:
-            return self.upstream / counted if counted else math.nan  # where nothing counts, every gradient is 0 all the same
+            return self.upstream / counted if counted else math.nan  # if no element counts, every gradient is 0 whatever the factor is
         with np.errstate(all="ignore"):
             return np.ascontiguousarray(np.broadcast_to(np.divide(self.upstream, counted), self.shape[:1]))
 
     def reduce(self, total: Any, counted: Any) -> Any:
-        """Divide a sum by the number of elements that the reduction counts."""
+        """Divide a sum by the number that the reduction divides by, which may be different for each group."""
         if not self.group_axes and counted:
             return np.float64(total / counted)
         self.warn_of_empty_mean(counted)
@@ -124,11 +124,11 @@ class HostCall(Call):
             return np.divide(total, counted)
 
     def check_elements(self) -> None:
-        """Make a pass that writes nothing, and raise if an element is outside [0, 1]."""
+        """Make a pass that writes no array, and raise ValueError if an element is outside [0, 1]."""
         self.scan((), True, *self.loss.probabilities, "target", "mask", "ignore_index", "target_scale")
 
     def refuse_bad_element(self) -> None:
-        """Find the first element outside [0, 1], a part of the batch at a time, and raise the error that names it."""
+        """Find the first element outside [0, 1], searching one part of the batch at a time, and raise the error that names it."""
         shape = self.shape or (1,)
         named = {name: np.broadcast_to(array, self.shape).reshape(shape) for name, array in zip(self.names, self.arrays, strict=True)}
         entries = max(1, SEARCHED * shape[0] // named["target"].size)
@@ -139,10 +139,10 @@ class HostCall(Call):
                     where = np.unravel_index(np.argmax(bad), bad.shape)
                     index = (int(where[0]) + first, *map(int, where[1:]))[: len(self.shape)]
                     raise ValueError(describe_bad_element(name, index, part[name][where], "target_scale" in self.numbers))
-        raise ValueError("a target is outside [0, 1] by a rounding error; accepted: targets in [0, 1]")
+        raise ValueError("a target is outside [0, 1] by a rounding error of the arithmetic; accepted: targets in [0, 1]")
 
     def find_bad(self, name: str, part: dict[str, Array]) -> Any:
-        """Mark the elements of a part of an array that count and lie outside [0, 1]."""
+        """Return a bool array of the elements of a part of the batch that count and lie outside [0, 1]."""
         x = part[name] * self.numbers.get("target_scale", 1.0) if name == "target" else part[name]
         bad = ~((x >= 0) & (x <= 1)) & part.get("mask", np.True_)
         if "ignore_index" in self.numbers:
@@ -152,8 +152,8 @@ class HostCall(Call):
 
 @functools.lru_cache(maxsize=1024)
 def find_launch(*request: Any) -> Any:
-    """Return the launch of a request, given by its fields: its plan with the compiled kernel."""
+    """Return the launch for the fields of a `Request`: its plan with the compiled kernel."""
     plan = make_plan(Request(*request))
-    from fastloss.cpu.launch import EmptyLaunch, Launch  # brings llvmlite, and Numba if a kernel must be compiled
+    from fastloss.cpu.launch import EmptyLaunch, Launch  # imports llvmlite, and Numba if a kernel must be compiled
 
     return Launch(plan) if plan.size else EmptyLaunch(plan)

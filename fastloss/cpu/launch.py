@@ -1,4 +1,4 @@
-"""Run a plan on the CPU: write the frame that the kernel reads, call the kernel, and add up the partial sums."""
+"""Launch a plan on the CPU: write the frame that the kernel reads, call the kernel, and add up the partial sums."""
 
 from __future__ import annotations
 
@@ -12,15 +12,26 @@ from typing import Any
 import numpy as np
 
 from fastloss.core.plan import ONE_RANGE, Plan
-from fastloss.cpu.abi import HOW, LINE, PAST, PAST_BY_LATER_LINES, PAST_BY_LINES, PIECE, THROUGH, count_partials, frame_of, layout_of
+from fastloss.cpu.abi import (
+    CACHED,
+    LINE,
+    NONTEMPORAL,
+    NONTEMPORAL_LINES,
+    NONTEMPORAL_SHIFTED_LINES,
+    PIECE,
+    STORE_MODE,
+    count_partials,
+    frame_of,
+    layout_of,
+)
 from fastloss.cpu.compile import kernel
 from fastloss.cpu.pool import POOL
 
-STREAM_FROM = 4 << 20  # bytes of output from which storing past the caches pays
+NONTEMPORAL_FROM = 4 << 20  # bytes of output from which non-temporal stores are faster
 
 
 class Launch:
-    """A plan with its compiled kernel and the parts of the frame that are the same in every call."""
+    """A plan with its compiled kernel, its layout, and the positions of the fields of a frame."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -29,29 +40,29 @@ class Launch:
         self.layout = (ctypes.c_int64 * len(fields))(*fields)
         self.ranges, self.by_group, self.is_small = plan.ranges, plan.group_axes > 0, plan.size <= ONE_RANGE
         frame = frame_of(plan.spec)
-        self.write = struct.Struct(f"{frame.numbers - HOW}q{frame.partials - frame.numbers}d").pack_into
+        self.write = struct.Struct(f"{frame.numbers - STORE_MODE}q{frame.partials - frame.numbers}d").pack_into
         self.scale_at, self.partials_at = 8 * frame.scale, 8 * frame.partials
         self.partials = count_partials(plan.spec)
         self.frame_type = ctypes.c_int64 * (frame.partials + self.partials * plan.ranges)
         self.unpack_sums = struct.Struct(f"{self.partials * plan.ranges}d" if not self.by_group else "").unpack_from
-        self.step_bytes = output_step(plan)
+        self.alignment = output_alignment(plan)
 
-    def run(self, addresses: list[int], numbers: Iterable[float], scale: Any, keep: Any) -> tuple[Any, bool]:
-        """Compute on arrays given by their addresses; return the sums, and whether an element was bad.
+    def run(self, addresses: list[int], numbers: Iterable[float], scale: Any, references: Any) -> tuple[Any, bool]:
+        """Compute on arrays given by their addresses; return the sums, and whether an element lies outside [0, 1].
 
-        A sum is a number, or an array with one number for each group. `keep` holds references to the arrays' memory.
+        A sum is a number, or an array with one number for each group. `references` keeps the arrays' memory alive.
         """
-        how = self.how_to_store(addresses) if self.step_bytes else THROUGH
+        store_mode = self.choose_store_mode(addresses) if self.alignment else CACHED
         frame = self.frame_type()
         if isinstance(scale, np.ndarray):
-            stride, scales, scale_here = 1, scale.ctypes.data, 0.0
+            stride, scales, number = 1, scale.ctypes.data, 0.0
         else:
-            stride, scales, scale_here = 0, ctypes.addressof(frame) + self.scale_at, scale
-        self.write(frame, 8 * HOW, how, stride, scales, *addresses, *numbers, scale_here)
+            stride, scales, number = 0, ctypes.addressof(frame) + self.scale_at, scale
+        self.write(frame, 8 * STORE_MODE, store_mode, stride, scales, *addresses, *numbers, number)
         if self.is_small:
             self.kernel(frame, self.layout)
         else:
-            POOL.run(self.kernel, frame, self.layout, self.ranges, [keep, scale])
+            POOL.run(self.kernel, frame, self.layout, self.ranges, [references, scale])
         if self.by_group:
             shape = (self.plan.groups, -1, self.partials)
             partials = np.frombuffer(memoryview(frame), np.float64, self.partials * self.ranges, self.partials_at).reshape(shape)
@@ -63,36 +74,36 @@ class Launch:
         totals = [sum(sums[k :: self.partials]) for k in range(self.partials)]
         return totals, totals[-1] > 0.0
 
-    def how_to_store(self, addresses: list[int]) -> int:
-        """Choose how to store the outputs. In place it is through the caches, which hold their lines already."""
+    def choose_store_mode(self, addresses: list[int]) -> int:
+        """Choose the store mode. An output that overwrites its operand is stored into the caches, which already hold its lines."""
         reads = len(self.plan.spec.operands)
         if set(addresses[:reads]) & set(addresses[reads:]):
-            return THROUGH
+            return CACHED
         firsts = {(address + start) % LINE for address, start in zip(addresses[reads:], self.plan.starts[reads:], strict=True)}
-        if self.step_bytes % LINE == 0 and firsts <= {0}:
-            return PAST_BY_LINES
-        if self.step_bytes % LINE == 0 and firsts <= {PIECE}:
-            return PAST_BY_LATER_LINES
-        return PAST if all(first % PIECE == 0 for first in firsts) else THROUGH
+        if self.alignment % LINE == 0 and firsts <= {0}:
+            return NONTEMPORAL_LINES
+        if self.alignment % LINE == 0 and firsts <= {PIECE}:
+            return NONTEMPORAL_SHIFTED_LINES
+        return NONTEMPORAL if all(first % PIECE == 0 for first in firsts) else CACHED
 
 
 class EmptyLaunch:
-    """The launch of a plan without elements, none of which can overlap."""
+    """The launch of a plan that has no elements. Its arrays cannot overlap."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = replace(plan, overlaps=())
 
     def run(self, *_: Any) -> tuple[Any, bool]:
-        """Return sums of 0."""
+        """Return sums of 0, and that no element lies outside [0, 1]."""
         return np.zeros((len(self.plan.spec.summed), self.plan.groups) if self.plan.group_axes else len(self.plan.spec.summed)), False
 
 
-def output_step(plan: Plan) -> int:
-    """Return the largest divisor, up to a line, of the bytes from one step's store to the next; 0 if the output is small."""
+def output_alignment(plan: Plan) -> int:
+    """Return the alignment, at most a cache line, of every step's store relative to the first; 0 if the output is small."""
     if not plan.spec.outputs:
         return 0
     size = min(output.size for output in plan.spec.outputs)
     lengths = [plan.group_size * size, plan.row_size * size if plan.axes else 0]
     strides = [stride for _, by in plan.axes for stride in by[-len(plan.spec.outputs) :]]
-    step = gcd(LINE, *lengths, *strides)
-    return step if step >= PIECE and plan.size * size >= STREAM_FROM else 0
+    alignment = gcd(LINE, *lengths, *strides)
+    return alignment if alignment >= PIECE and plan.size * size >= NONTEMPORAL_FROM else 0

@@ -1,13 +1,14 @@
-"""The loop that every loss runs through on the CPU, written once.
+"""The CPU's loop over elements, which is the same for every loss.
 
-Design: a) A `Spec` says everything that decides machine code: the formula, which arrays there are, their dtypes and how
-they are stepped through, what is summed and what is stored. b) `build` writes the loop around it as a Numba function:
-ranges, groups, rows, blocks. c) `emit_step` writes one step of it, a vector's width of elements, as LLVM code: load,
-formula, weight, sums, store; the formula is called with `Vector` arguments and writes its own part. d) Reductions,
-weights, masks and dtypes are parts of the spec, never branches of the loop.
+Design: a) A `Spec` holds everything that decides machine code: the formula, the arrays with their dtypes and kinds of access,
+the sums and the outputs. b) `build` writes the loop as a Numba function over ranges, rows and blocks. c) `emit_step` emits
+LLVM code for one step, which is a vector's width of elements of a row: loads, formula, weight, sums, stores. The formula is
+called with `Vector` arguments and emits its own instructions. d) Reductions, weights, masks and dtypes are fields of the spec;
+the loop does not branch on them.
 
-Sums: float32 (or float64) within a block of a row, float64 across blocks, one partial sum of each a range. Which element meets
-which lane depends on the arrays' layout alone, so that no partial sum depends on threads or addresses.
+Sums are accumulated in the type of the arithmetic within a block of a row, and in float64 across blocks. Each range leaves one
+partial sum for each sum. The lane that adds an element depends on the arrays' layout alone, so partial sums depend neither on
+the number of threads nor on addresses.
 """
 
 from __future__ import annotations
@@ -23,37 +24,47 @@ from numba.extending import intrinsic
 
 from fastloss.core.dtypes import BY_CODE
 from fastloss.core.plan import Operand, Spec
-from fastloss.cpu.abi import COUNTERS, LAYOUT_COUNTERS, LINE, PAST_BY_LATER_LINES, PAST_BY_LINES, PIECE, THROUGH, count_partials, frame_of
+from fastloss.cpu.abi import (
+    CACHED,
+    COUNTERS,
+    LAYOUT_COUNTERS,
+    LINE,
+    NONTEMPORAL_LINES,
+    NONTEMPORAL_SHIFTED_LINES,
+    PIECE,
+    count_partials,
+    frame_of,
+)
 from fastloss.cpu.vector import HAS_AVX512, Vector, call, indices, mangle, scalar_type
 from fastloss.kernel import element, elementary
 from fastloss.ops import where
 
-# A step is four registers of AVX-512 or eight of AVX2: with fewer, its chain of dependent instructions leaves the units idle
-# (BCE value+gradient in the cache, ns an element, at 128, 256 and 512 bytes: AVX-512 0.50, 0.47, 0.51; AVX2, 64 to
-# 256 bytes 0.71, 0.55, 0.50).
+# A step is four registers of AVX-512 or eight of AVX2. With fewer, the CPU waits for dependent instructions (BCE value+gradient
+# with arrays in the cache, in ns an element, at 128, 256 and 512 bytes: AVX-512 0.50, 0.47, 0.51; at 64 to 256 bytes: AVX2 0.71,
+# 0.55, 0.50).
 VECTOR_BYTES = 256
 REGISTER_BYTES = 64 if HAS_AVX512 else 32
-PREFETCH = 2048  # bytes, from a load to the lines it asks for
-# Steps whose elements are summed in float32: a lane adds up 64 of them, a constant batch within 2e-7; it multiplies as many
-# factors up to 2, whose product has to stay below 2**127.
+PREFETCH = 2048  # bytes from a load to the cache lines that it prefetches
+# Number of steps whose elements are summed in float32: a lane adds 64 elements, with an error of 2e-7 for a constant batch. It
+# also multiplies 64 factors of at most 2, whose product must stay below 2**127.
 BLOCK = 64 * REGISTER_BYTES // VECTOR_BYTES
 
 I1, I64, DOUBLE = ir.IntType(1), ir.IntType(64), ir.DoubleType()
-SPECS: dict[str, Spec] = {}  # by key: Numba hands its intrinsics literal strings, not objects
+SPECS: dict[str, Spec] = {}  # by key, because Numba's intrinsics take literal strings but not objects
 
 
 def lanes_of(spec: Spec) -> int:
-    """Return how many elements a step works on."""
+    """Return the number of elements in a step."""
     return VECTOR_BYTES // BY_CODE[spec.compute].size
 
 
 def sum_lanes_of(spec: Spec) -> int:
-    """Return how many lanes a sum has."""
+    """Return the number of lanes of a sum."""
     return REGISTER_BYTES // BY_CODE[spec.compute].size
 
 
 class Lanes(types.Type):
-    """Numba's name for an LLVM vector that a loop carries in registers."""
+    """Numba's type for an LLVM vector, which the loop carries in registers."""
 
     def __init__(self, element: str, count: int) -> None:
         self.llvm = ir.VectorType(scalar_type(element), count)
@@ -66,44 +77,44 @@ class _LanesModel(models.PrimitiveModel):
         super().__init__(manager, lanes, lanes.llvm)
 
 
-# --- one step, in LLVM -----------------------------------------------------------------------------------------------
+# --- one step, in LLVM code ------------------------------------------------------------------------------------------
 
 
-class Walk(NamedTuple):
-    """Where the elements of a row lie, as LLVM values."""
+class Row(NamedTuple):
+    """The addresses and strides of the elements of a row, as LLVM values."""
 
-    addresses: list[ir.Value]  # each array's first element of the row
-    inner_strides: list[ir.Value]  # along the inner axis of the row
-    outer_strides: list[ir.Value]  # along the outer axis of the row
-    inner_size: ir.Value
+    addresses: list[ir.Value]  # of each array's first element in the row
+    inner_strides: list[ir.Value]  # of each array along the row's inner axis
+    outer_strides: list[ir.Value]  # of each array along the row's outer axis
+    inner_size: ir.Value  # length of the inner axis
 
 
 class StepEmitter:
-    """The addresses and numbers one step works with, and what it loads from them."""
+    """Emits the loads and stores of one step: the elements of a row from `start` on, of which `left` remain."""
 
-    def __init__(self, spec: Spec, builder: ir.IRBuilder, walk: Walk, start: ir.Value, left: ir.Value) -> None:
-        self.spec, self.builder, self.walk, self.start, self.left = spec, builder, walk, start, left
+    def __init__(self, spec: Spec, builder: ir.IRBuilder, row: Row, start: ir.Value, left: ir.Value) -> None:
+        self.spec, self.builder, self.row, self.start, self.left = spec, builder, row, start, left
         self.lanes = lanes_of(spec)
         self.ids = ir.Constant(ir.VectorType(I64, self.lanes), list(range(self.lanes)))
         self.all = ir.Constant(ir.VectorType(I1, self.lanes), [1] * self.lanes)
         self.is_full = builder.icmp_signed(">=", left, I64(self.lanes))
 
-    def within(self) -> ir.Value:
-        """Return which lanes lie before the end of the row."""
+    def row_mask(self) -> ir.Value:
+        """Return the mask of the lanes that lie before the end of the row."""
         return self.builder.icmp_signed("<", self.ids, spread(self.builder, self.left, self.lanes))
 
-    def either(self, fast: Callable[[], list[ir.Value]], slow: Callable[[], list[ir.Value]]) -> list[ir.Value]:
-        """Write both ways to the same values: `fast` for a whole vector, `slow` for the end of a row.
+    def branch_on_full(self, full_step: Callable[[], list[ir.Value]], end_of_row: Callable[[], list[ir.Value]]) -> list[ir.Value]:
+        """Emit a branch that computes the same values in two ways: for a full step, and for a step past the end of a row.
 
-        The branch is predicted, and costs nothing beside masking every step; writing the formula twice would cost compile
-        time.
+        The branch is predicted, so its cost is negligible compared with masking every step. The formula is emitted once, outside
+        the branch, to save compile time.
         """
         builder = self.builder
         with builder.if_else(self.is_full) as (full, tail):
             with full:
-                a, a_block = fast(), builder.block
+                a, a_block = full_step(), builder.block
             with tail:
-                b, b_block = slow(), builder.block
+                b, b_block = end_of_row(), builder.block
         joined = [builder.phi(x.type) for x in a]
         for phi, x, y in zip(joined, a, b, strict=True):
             phi.add_incoming(x, a_block)
@@ -111,46 +122,46 @@ class StepEmitter:
         return joined
 
     def load_all(self) -> dict[str, Vector]:
-        """Load a vector of every operand."""
+        """Load a vector of each operand."""
         operands = list(enumerate(self.spec.operands))
-        vectors = self.either(
-            lambda: [self.load(k, op, None) for k, op in operands], lambda: [self.load(k, op, self.within()) for k, op in operands]
+        vectors = self.branch_on_full(
+            lambda: [self.load(k, op, None) for k, op in operands], lambda: [self.load(k, op, self.row_mask()) for k, op in operands]
         )
         return {op.name: Vector(self.builder, vector) for (_, op), vector in zip(operands, vectors, strict=True)}
 
-    def only_within(self, vectors: list[Vector]) -> list[Vector]:
-        """Return the vectors, with 0 in lanes past the end of the row."""
+    def zero_past_row(self, vectors: list[Vector]) -> list[Vector]:
+        """Return the vectors with 0 in the lanes past the end of the row."""
 
-        def slow() -> list[ir.Value]:
-            within = self.within()
-            return [self.builder.select(within, v.value, ir.Constant(v.type, None)) for v in vectors]
+        def masked() -> list[ir.Value]:
+            mask = self.row_mask()
+            return [self.builder.select(mask, v.value, ir.Constant(v.type, None)) for v in vectors]
 
-        return [Vector(self.builder, v) for v in self.either(lambda: [v.value for v in vectors], slow)]
+        return [Vector(self.builder, v) for v in self.branch_on_full(lambda: [v.value for v in vectors], masked)]
 
-    def place(self, k: int, operand: Operand) -> ir.Value:
-        """Return a pointer to the step's first element of contiguous operand k."""
-        address = self.builder.add(self.walk.addresses[k], self.builder.mul(self.start, I64(operand.size)))
+    def first_pointer(self, k: int, operand: Operand) -> ir.Value:
+        """Return the pointer to the step's first element of array k, which is contiguous."""
+        address = self.builder.add(self.row.addresses[k], self.builder.mul(self.start, I64(operand.size)))
         return self.builder.inttoptr(address, scalar_type(operand.code).as_pointer())
 
     def lane_pointers(self, k: int, element: ir.Type) -> ir.Value:
-        """Return a vector of pointers, one a lane, for an operand that is not contiguous."""
-        builder, walk = self.builder, self.walk
-        stride = spread(builder, walk.inner_strides[k], self.lanes)
+        """Return a vector with a pointer for each lane, for array k, which is not contiguous."""
+        builder, row = self.builder, self.row
+        stride = spread(builder, row.inner_strides[k], self.lanes)
         if self.spec.arrays[k].access == "nested":
             outer, index = self.nested_indices()
-            offset = builder.add(builder.mul(outer, spread(builder, walk.outer_strides[k], self.lanes)), builder.mul(index, stride))
+            offset = builder.add(builder.mul(outer, spread(builder, row.outer_strides[k], self.lanes)), builder.mul(index, stride))
         else:
             offset = builder.mul(builder.add(spread(builder, self.start, self.lanes), self.ids), stride)
-        address = builder.add(spread(builder, walk.addresses[k], self.lanes), offset)
+        address = builder.add(spread(builder, row.addresses[k], self.lanes), offset)
         return builder.inttoptr(address, ir.VectorType(element.as_pointer(), self.lanes))
 
     def nested_indices(self) -> tuple[ir.Value, ir.Value]:
-        """Return, for each lane, its index along the outer and along the inner axis of the row.
+        """Return each lane's index along the outer axis and along the inner axis of the row.
 
-        Only the first lane needs an integer division; the others are at most a step and a short axis from it, where
-        float32 tells the quotients apart.
+        Only the first lane takes an integer division. The other lanes are at most a step and a short axis further on, so their
+        quotients are small enough for a division in float32 to be right.
         """
-        builder, inner_size = self.builder, self.walk.inner_size
+        builder, inner_size = self.builder, self.row.inner_size
         first = builder.sdiv(self.start, inner_size)
         rest = builder.sub(self.start, builder.mul(first, inner_size))
         index = builder.add(spread(builder, rest, self.lanes), self.ids)
@@ -160,80 +171,81 @@ class StepEmitter:
         further = builder.fptosi(builder.fdiv(middle, builder.sitofp(size, floats)), index.type)
         return builder.add(spread(builder, first, self.lanes), further), builder.sub(index, builder.mul(further, size))
 
-    def load(self, k: int, operand: Operand, within: ir.Value | None) -> ir.Value:
-        """Load one vector of operand k; lanes outside `within` are not read."""
+    def load(self, k: int, operand: Operand, mask: ir.Value | None) -> ir.Value:
+        """Load one vector of operand k. Lanes outside `mask` are not read; None loads all lanes."""
         builder, element = self.builder, scalar_type(operand.code)
         vector, align = ir.VectorType(element, self.lanes), ir.Constant(ir.IntType(32), operand.size)
         zero = ir.Constant(vector, None)
         if operand.access == "constant":
-            pointer = builder.inttoptr(self.walk.addresses[k], element.as_pointer())
+            pointer = builder.inttoptr(self.row.addresses[k], element.as_pointer())
             return spread(builder, builder.load(pointer), self.lanes)
         if operand.access != "contiguous":
             name = f"llvm.masked.gather.{mangle(vector)}.v{self.lanes}p0"
-            return call(builder, name, vector, self.lane_pointers(k, element), align, within or self.all, zero)
-        pointer = self.place(k, operand)
+            return call(builder, name, vector, self.lane_pointers(k, element), align, mask or self.all, zero)
+        pointer = self.first_pointer(k, operand)
         vector_pointer = builder.bitcast(pointer, vector.as_pointer())
-        if within is not None:
-            return call(builder, f"llvm.masked.load.{mangle(vector)}.p0", vector, vector_pointer, align, within, zero)
+        if mask is not None:
+            return call(builder, f"llvm.masked.load.{mangle(vector)}.p0", vector, vector_pointer, align, mask, zero)
         self.prefetch(pointer, self.lanes * operand.size)
         return builder.load(vector_pointer, align=align.constant)
 
     def prefetch(self, pointer: ir.Value, size: int) -> None:
-        """Ask for the lines that a later step will load.
+        """Prefetch the cache lines that a later step will load.
 
-        The formula between two loads is too long for the CPU to look past: without this, the value of BCE took 1.48 times
-        as long as a dot product, with it 1.05; in the cache it costs nothing that was seen.
+        The formula between two loads is so long that out-of-order execution does not reach the next load: without prefetching,
+        the value of BCE took 1.48 times as long as a dot product, and with it 1.05 times. With arrays in the cache, no cost was
+        measured.
         """
-        builder, flags = self.builder, [ir.IntType(32)(n) for n in (0, 3, 1)]  # to read, to keep, data
+        builder, flags = self.builder, [ir.IntType(32)(n) for n in (0, 3, 1)]  # for reading, high locality, data
         bytes_pointer = builder.bitcast(pointer, ir.IntType(8).as_pointer())
         for line in range(0, size, LINE):
             ahead = builder.gep(bytes_pointer, [I64(PREFETCH + line)])
             call(builder, "llvm.prefetch.p0", ir.VoidType(), ahead, *flags)
 
-    def store(self, k: int, operand: Operand, vector: ir.Value, how: ir.Value) -> None:
-        """Store one vector to operand k, as the frame says how, and only the lanes within the row at its end."""
+    def store(self, k: int, operand: Operand, vector: ir.Value, mode: ir.Value) -> None:
+        """Store one vector to array k: at the end of a row by a masked store, otherwise in the frame's store mode."""
         builder, element = self.builder, scalar_type(operand.code)
         align = ir.Constant(ir.IntType(32), operand.size)
         void = ir.VoidType()
         if operand.access != "contiguous":
             name = f"llvm.masked.scatter.{mangle(vector.type)}.v{self.lanes}p0"
-            call(builder, name, void, vector, self.lane_pointers(k, element), align, self.within())
+            call(builder, name, void, vector, self.lane_pointers(k, element), align, self.row_mask())
             return
-        pointer = builder.bitcast(self.place(k, operand), vector.type.as_pointer())
+        pointer = builder.bitcast(self.first_pointer(k, operand), vector.type.as_pointer())
         with builder.if_else(self.is_full) as (full, tail):
-            with full, builder.if_else(builder.icmp_signed("==", how, I64(THROUGH))) as (through, past):
-                with through:
+            with full, builder.if_else(builder.icmp_signed("==", mode, I64(CACHED))) as (cached, nontemporal):
+                with cached:
                     builder.store(vector, pointer, align=align.constant)
-                with past:
-                    self.store_past(vector, pointer, how, operand.size * self.lanes)
+                with nontemporal:
+                    self.store_nontemporal(vector, pointer, mode, operand.size * self.lanes)
             with tail:
-                call(builder, f"llvm.masked.store.{mangle(vector.type)}.p0", void, vector, pointer, align, self.within())
+                call(builder, f"llvm.masked.store.{mangle(vector.type)}.p0", void, vector, pointer, align, self.row_mask())
 
-    def store_past(self, vector: ir.Value, pointer: ir.Value, how: ir.Value, size: int) -> None:
+    def store_nontemporal(self, vector: ir.Value, pointer: ir.Value, mode: ir.Value, size: int) -> None:
         """Store past the caches, in as few stores as the alignment allows.
 
-        Stores of 16 bytes are merged to lines on their way, but take a shuffle each: with whole lines MSE went from 1.17 to
-        0.98 times the triad, and BCE from 1.89 to 1.74.
+        The CPU combines stores of 16 bytes to cache lines, but each takes a shuffle: with stores of whole lines MSE went from 1.17
+        to 0.98 times the time of the triad, and BCE from 1.89 to 1.74.
         """
         builder = self.builder
         words = builder.bitcast(vector, ir.VectorType(ir.IntType(32), size // 4))
         words_at = builder.bitcast(pointer, ir.IntType(32).as_pointer())
         head = LINE - PIECE
         by_pieces = pieces(0, size)
-        by_lines, by_later_lines = by_pieces, by_pieces
+        by_lines, by_shifted_lines = by_pieces, by_pieces
         if size % LINE == 0:
-            by_lines, by_later_lines = lines(0, size), [*pieces(0, head), *lines(head, size - PIECE), (size - PIECE, PIECE)]
-        with builder.if_else(builder.icmp_signed("==", how, I64(PAST_BY_LATER_LINES))) as (is_later, other):
-            with is_later:
-                self.store_parts(words, words_at, by_later_lines)
-            with other, builder.if_else(builder.icmp_signed("==", how, I64(PAST_BY_LINES))) as (is_line, is_piece):
+            by_lines, by_shifted_lines = lines(0, size), [*pieces(0, head), *lines(head, size - PIECE), (size - PIECE, PIECE)]
+        with builder.if_else(builder.icmp_signed("==", mode, I64(NONTEMPORAL_SHIFTED_LINES))) as (is_shifted, other):
+            with is_shifted:
+                self.store_parts(words, words_at, by_shifted_lines)
+            with other, builder.if_else(builder.icmp_signed("==", mode, I64(NONTEMPORAL_LINES))) as (is_line, is_piece):
                 with is_line:
                     self.store_parts(words, words_at, by_lines)
                 with is_piece:
                     self.store_parts(words, words_at, by_pieces)
 
     def store_parts(self, words: ir.Value, pointer: ir.Value, parts: list[tuple[int, int]]) -> None:
-        """Store parts of a vector past the caches, each given by its first byte and its size, to which it is aligned."""
+        """Store parts of a vector past the caches. A part is given by its first byte and its size, and is aligned to its size."""
         builder = self.builder
         for first, size in parts:
             part = builder.shuffle_vector(words, words, indices(first // 4, size // 4))
@@ -241,59 +253,59 @@ class StepEmitter:
             builder.store(part, at, align=size).set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
 
     def convert(self, raw: Vector, code: str, to: str) -> Vector:
-        """Convert lanes stored as NumPy type `code` to the type `to`, rounding once to nearest."""
-        if code == "b1":  # NumPy takes any byte but 0 for True
+        """Convert lanes stored with type code `code` to the type `to`, rounded once to nearest."""
+        if code == "b1":  # in NumPy any byte but 0 means True
             raw = raw != 0
         return raw if code == to else raw.convert(code, to)
 
 
 def pieces(first: int, stop: int) -> list[tuple[int, int]]:
-    """Return the 16-byte parts of a stretch of bytes."""
+    """Divide the bytes from `first` to `stop` into parts of 16 bytes."""
     return [(at, PIECE) for at in range(first, stop, PIECE)]
 
 
 def lines(first: int, stop: int) -> list[tuple[int, int]]:
-    """Return the lines of a stretch of bytes."""
+    """Divide the bytes from `first` to `stop` into parts of a cache line."""
     return [(at, LINE) for at in range(first, stop, LINE)]
 
 
 def spread(builder: ir.IRBuilder, scalar: ir.Value, count: int) -> ir.Value:
-    """Return the scalar in every lane."""
+    """Return a vector with the scalar in every lane."""
     vector = ir.VectorType(scalar.type, count)
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.IntType(32)(0))
     return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), count), None))
 
 
-def emit_step(step: StepEmitter, numbers: dict[str, ir.Value], scale: ir.Value, how: ir.Value, sums: list[Vector]) -> list[Vector]:
-    """Write one step: load, formula, sums, store. Returns the new sums; see `_sum_types`."""
+def emit_step(step: StepEmitter, numbers: dict[str, ir.Value], scale: ir.Value, mode: ir.Value, sums: list[Vector]) -> list[Vector]:
+    """Emit one step: loads, formula, stores and sums. Return the new sums of the block; see `_sum_types`."""
     spec, builder = step.spec, step.builder
     raw = step.load_all()
     number = {name: spread_number(builder, value, spec) for name, value in numbers.items()}
-    everywhere = Vector(builder, step.all, ir.VectorType(scalar_type(spec.compute), step.lanes))
+    all_lanes = Vector(builder, step.all, ir.VectorType(scalar_type(spec.compute), step.lanes))
     loaded, counted = element.load(
-        spec, raw, number, everywhere, lambda x, code: step.convert(x, code, spec.compute),
-        lambda stored, widened: is_not(step, stored, widened, numbers["ignore_index"]),
+        spec, raw, number, all_lanes, lambda x, code: step.convert(x, code, spec.compute),
+        lambda stored, widened: differs_from(step, stored, widened, numbers["ignore_index"]),
     )  # fmt: skip
     found = element.quantities(spec, loaded, number)
     scales = spread_number(builder, scale, spec)
-    for k, (output, result) in enumerate(element.stored(spec, found, loaded, scales, counted), len(spec.operands)):
-        step.store(k, output, step.convert(result, spec.compute, output.code).value, how)
+    for k, (output, result) in enumerate(element.results_to_store(spec, found, loaded, scales, counted), len(spec.operands)):
+        step.store(k, output, step.convert(result, spec.compute, output.code).value, mode)
     values, factors = element.summands(spec, found, loaded.get("weight"), counted)
     bad = counted.splat(0.0)
     for name in spec.checked:
         bad = bad + where(element.is_bad(loaded[name], counted), 1.0, 0.0)
     added = [counted.match(v) for v in (*values, *factors, bad)]
     return [
-        include(old, new, as_factors=len(values) <= k < len(sums) - 1)
-        for k, (old, new) in enumerate(zip(sums, step.only_within(added), strict=True))
+        accumulate_lanes(old, new, as_factors=len(values) <= k < len(sums) - 1)
+        for k, (old, new) in enumerate(zip(sums, step.zero_past_row(added), strict=True))
     ]
 
 
-def include(old: Vector, new: Vector, as_factors: bool) -> Vector:
-    """Add new lanes to a sum, or multiply a product by them, first among themselves until they fill one register.
+def accumulate_lanes(old: Vector, new: Vector, as_factors: bool) -> Vector:
+    """Add the halves of the new lanes until they fill one register, then add the register to a sum; multiply if they are factors.
 
-    A sum of one register, and not of as many as a step has, leaves registers to the formula: in the cache, BCE value+gradient
-    went from 0.92 ns an element to 0.47.
+    A sum takes one register instead of as many as a step has, which leaves registers to the formula: with arrays in the cache,
+    BCE value+gradient went from 0.92 ns an element to 0.47.
     """
     while new.type.count > old.type.count:
         new = element.accumulate(*new.halves(), as_factors)
@@ -301,14 +313,14 @@ def include(old: Vector, new: Vector, as_factors: bool) -> Vector:
 
 
 def spread_number(builder: ir.IRBuilder, value: ir.Value, spec: Spec) -> Vector:
-    """Return a float64 option in every lane, in the type of the arithmetic."""
+    """Convert a float64 number to the type of the arithmetic and return a vector with it in every lane."""
     if spec.compute == "f4":
         value = builder.fptrunc(value, ir.FloatType())
     return Vector(builder, spread(builder, value, lanes_of(spec)))
 
 
-def is_not(step: StepEmitter, stored: Vector, widened: Vector, value: ir.Value) -> Vector:
-    """Return where targets differ from a number: integers as they are stored, floating-point numbers as they are widened."""
+def differs_from(step: StepEmitter, stored: Vector, widened: Vector, value: ir.Value) -> Vector:
+    """Return the mask of targets that differ from a number: integers are compared as stored, floating-point numbers as widened."""
     code = next(op.code for op in step.spec.operands if op.name == "target")
     if code[0] in "iub":
         value = (step.builder.fptosi if code[0] == "i" else step.builder.fptoui)(value, scalar_type(code))
@@ -316,12 +328,12 @@ def is_not(step: StepEmitter, stored: Vector, widened: Vector, value: ir.Value) 
     return widened != spread_number(step.builder, value, step.spec)
 
 
-# --- the intrinsics through which the Numba loop reaches them ----------------------------------------------------------
+# --- intrinsics that the Numba loop calls ------------------------------------------------------------------------------
 
 
 @intrinsic(prefer_literal=True)
 def read(typingctx: Any, count: Any, pointer: Any, offset: Any) -> Any:
-    """Read `pointer[offset:offset + count]` into a tuple, which no store to an array can be thought to change."""
+    """Read `pointer[offset:offset + count]` into a tuple, whose values LLVM need not load again after a store to an array."""
     result = types.UniTuple(pointer.dtype, count.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -333,7 +345,7 @@ def read(typingctx: Any, count: Any, pointer: Any, offset: Any) -> Any:
 
 @intrinsic
 def advance(typingctx: Any, addresses: Any, strides: Any, index: Any) -> Any:
-    """Move every address by `index` times its stride."""
+    """Advance each address by `index` times its stride."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pairs = zip(cgutils.unpack_tuple(builder, args[0]), cgutils.unpack_tuple(builder, args[1]), strict=True)
@@ -344,7 +356,7 @@ def advance(typingctx: Any, addresses: Any, strides: Any, index: Any) -> Any:
 
 @intrinsic
 def fetch_add(typingctx: Any, pointer: Any, index: Any) -> Any:
-    """Add 1 to `pointer[index]` in one atomic step and return what it was."""
+    """Add 1 to `pointer[index]` atomically and return its previous value."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", builder.gep(args[0], [args[1]]), I64(1), "seq_cst")
@@ -353,10 +365,10 @@ def fetch_add(typingctx: Any, pointer: Any, index: Any) -> Any:
 
 
 def _sum_types(spec: Spec) -> tuple[Any, Any]:
-    """Return Numba's types of a block's sums, and of a range's.
+    """Return Numba's types of the sums of a block and of the sums of a range.
 
-    A block has a total for every sum, a product for those that collect logarithms in one, and last the number of bad elements;
-    a range, in float64, a total for each sum and for the bad ones.
+    A block has a total for each sum, a product for each sum in `spec.multiplied`, and the number of bad elements. A range has a
+    float64 total for each sum, and the number of bad elements.
     """
     block = types.UniTuple(Lanes(spec.compute, sum_lanes_of(spec)), len(spec.summed) + len(spec.multiplied) + 1)
     total = types.UniTuple(Lanes("f8", sum_lanes_of(spec)), count_partials(spec))
@@ -364,38 +376,38 @@ def _sum_types(spec: Spec) -> tuple[Any, Any]:
 
 
 @intrinsic(prefer_literal=True)
-def zeros(typingctx: Any, key: Any, what: Any) -> Any:
-    """Return empty sums: those of a block, or the float64 ones of a range."""
-    result = _sum_types(SPECS[key.literal_value])[what.literal_value == "range"]
+def zeros(typingctx: Any, key: Any, level: Any) -> Any:
+    """Return the sums of a "block" or of a "range", set to 0."""
+    result = _sum_types(SPECS[key.literal_value])[level.literal_value == "range"]
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return context.make_tuple(builder, result, [ir.Constant(result.dtype.llvm, None)] * result.count)
 
-    return result(key, what), codegen
+    return result(key, level), codegen
 
 
 @intrinsic(prefer_literal=True)
 def compute_step(
     typingctx: Any, key: Any, addresses: Any, inner_strides: Any, outer_strides: Any, inner_size: Any, start: Any, stop: Any,
-    numbers: Any, scale: Any, how: Any, sums: Any
+    numbers: Any, scale: Any, mode: Any, sums: Any
 ) -> Any:  # fmt: skip
-    """Work on one vector's width of elements from `start` on; see `emit_step`."""
+    """Compute one step, a vector's width of elements from `start` on; see `emit_step`."""
     spec = SPECS[key.literal_value]
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         addresses_, inner_, outer_, numbers_, sums_ = (cgutils.unpack_tuple(builder, args[k]) for k in (1, 2, 3, 7, 10))
-        inner_size_, start_, stop_, scale_, how_ = (args[k] for k in (4, 5, 6, 8, 9))
+        inner_size_, start_, stop_, scale_, mode_ = (args[k] for k in (4, 5, 6, 8, 9))
         named = dict(zip(spec.numbers, numbers_, strict=False))
-        one = StepEmitter(spec, builder, Walk(addresses_, inner_, outer_, inner_size_), start_, builder.sub(stop_, start_))
-        new_sums = emit_step(one, named, scale_, how_, [Vector(builder, v) for v in sums_])
+        one = StepEmitter(spec, builder, Row(addresses_, inner_, outer_, inner_size_), start_, builder.sub(stop_, start_))
+        new_sums = emit_step(one, named, scale_, mode_, [Vector(builder, v) for v in sums_])
         return context.make_tuple(builder, sums, [v.value for v in new_sums])
 
-    return sums(key, addresses, inner_strides, outer_strides, inner_size, start, stop, numbers, scale, how, sums), codegen
+    return sums(key, addresses, inner_strides, outer_strides, inner_size, start, stop, numbers, scale, mode, sums), codegen
 
 
 @intrinsic(prefer_literal=True)
 def fold(typingctx: Any, key: Any, totals: Any, sums: Any) -> Any:
-    """Add a block's sums to those of the range, in float64."""
+    """Add the sums of a block to the sums of the range, in float64."""
     spec = SPECS[key.literal_value]
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -417,7 +429,7 @@ def fold(typingctx: Any, key: Any, totals: Any, sums: Any) -> Any:
 
 @intrinsic
 def store_sums(typingctx: Any, pointer: Any, offset: Any, totals: Any) -> Any:
-    """Add the lanes of each of the range's sums, half to half, and write them to `pointer[offset:]`."""
+    """Add the lanes of each sum of the range, half to half, and write the results to `pointer[offset:]`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         first = builder.gep(args[0], [args[1]])
@@ -432,7 +444,7 @@ def store_sums(typingctx: Any, pointer: Any, offset: Any, totals: Any) -> Any:
 
 
 @intrinsic
-def doubles(typingctx: Any, pointer: Any, index: Any) -> Any:
+def float64_pointer(typingctx: Any, pointer: Any, index: Any) -> Any:
     """Return `pointer + index` as a pointer to float64."""
     result = types.CPointer(types.float64)
 
@@ -443,7 +455,7 @@ def doubles(typingctx: Any, pointer: Any, index: Any) -> Any:
 
 
 @intrinsic
-def doubles_at(typingctx: Any, address: Any) -> Any:
+def float64_pointer_at(typingctx: Any, address: Any) -> Any:
     """Return an address as a pointer to float64."""
     result = types.CPointer(types.float64)
 
@@ -456,31 +468,31 @@ def doubles_at(typingctx: Any, address: Any) -> Any:
 def build(key: str) -> Any:
     """Compile the loop for a spec.
 
-    Every thread that helps calls the same function with the same two arguments, the frame of the call and the layout of its
-    arrays; see `abi.py`. Ranges are handed out by an atomic counter; the counter of finished ranges is raised
-    by an atomic operation too, which also makes stores past the caches visible.
+    Each thread calls the function with the same two arguments, the frame of the call and the layout of its plan; see `abi.py`.
+    A thread takes its next range from an atomic counter. The number of finished ranges is an atomic counter as well, whose
+    increment makes non-temporal stores visible to other threads.
     """
     spec = SPECS[key]
     lanes, arrays, partial_count = lanes_of(spec), len(spec.arrays), count_partials(spec)
     block = BLOCK * lanes
     addresses_at, numbers_at, scale_at, partials_at = frame_of(spec)
-    numbers = max(1, scale_at - numbers_at)  # Numba has no empty tuples of one type; what is read instead is not used
+    numbers = max(1, scale_at - numbers_at)  # Numba has no empty homogeneous tuples; without numbers, one unused field is read
     inner_at, outer_at, starts_at, axes_at = (LAYOUT_COUNTERS + k * arrays for k in range(4))
 
     @cfunc(types.void(types.CPointer(types.int64), types.CPointer(types.int64)), error_model="numpy")
     def kernel(frame: Any, layout: Any) -> None:
-        _, _, how, scale_stride, scales = read(COUNTERS, frame, 0)
+        _, _, mode, scale_stride, scales = read(COUNTERS, frame, 0)
         ranges, per_group, range_size, group_size, row_size, inner_size, axes = read(LAYOUT_COUNTERS, layout, 0)
         inner_strides, outer_strides = read(arrays, layout, inner_at), read(arrays, layout, outer_at)
         base = advance(read(arrays, frame, addresses_at), read(arrays, layout, starts_at), 1)
-        options = read(numbers, doubles(frame, numbers_at), 0)
-        partials = doubles(frame, partials_at)
+        options = read(numbers, float64_pointer(frame, numbers_at), 0)
+        partials = float64_pointer(frame, partials_at)
         index = fetch_add(frame, 0)
         while index < ranges:
             group = index // per_group
             at = group * group_size + (index - group * per_group) * range_size
             stop = min(at + range_size, (group + 1) * group_size)
-            scale = doubles_at(scales)[group * scale_stride]
+            scale = float64_pointer_at(scales)[group * scale_stride]
             totals = zeros(key, "range")
             while at < stop:
                 row = at // row_size
@@ -497,7 +509,7 @@ def build(key: str) -> Any:
                     sums = zeros(key, "block")
                     last = min(first + block, column + count)
                     for start in range(first, last, lanes):
-                        sums = compute_step(key, here, inner_strides, outer_strides, inner_size, start, last, options, scale, how, sums)
+                        sums = compute_step(key, here, inner_strides, outer_strides, inner_size, start, last, options, scale, mode, sums)
                     totals = fold(key, totals, sums)
                 at += count
             store_sums(partials, partial_count * index, totals)

@@ -1,8 +1,8 @@
-"""A SIMD vector while LLVM code is being written: calling a formula with `Vector` arguments emits its instructions.
+"""`Vector`: a SIMD vector in LLVM code. Calling a formula with `Vector` arguments emits the formula's instructions.
 
-LLVM splits a vector into whatever registers the CPU has; nothing depends on the auto-vectoriser. No fast-math flag is set:
+LLVM splits a vector into the registers that the CPU has, so nothing depends on the auto-vectoriser. No fast-math flag is set:
 `nnan` and `ninf` would delete the handling of NaN and inf, and `contract` would let the same formula round differently in
-different kernels. `fma` is asked for by name where it pays.
+different kernels. Formulas call `fma` explicitly where it is faster or more accurate.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastloss.core.dtypes import BY_CODE
 from fastloss.kernel import elementary
 from fastloss.ops import Symbol, where
 
-# Numba compiles for the CPU it runs on, unless NUMBA_CPU_NAME and NUMBA_CPU_FEATURES say otherwise.
+# Numba compiles for the CPU that it runs on, unless NUMBA_CPU_NAME or NUMBA_CPU_FEATURES is set.
 _IS_HOST = config.CPU_NAME is None and config.CPU_FEATURES is None
 HAS_AVX512 = bool(llvm.get_host_cpu_features().get("avx512f")) if _IS_HOST else "+avx512f" in (config.CPU_FEATURES or "")
 
@@ -28,13 +28,13 @@ _SUFFIXES = {"half": "f16", "float": "f32", "double": "f64"}  # in the names of 
 
 
 def scalar_type(code: str) -> ir.Type:
-    """Return the LLVM type of one stored element, given the code of its element type, such as "f4" or "u1"."""
+    """Return the LLVM type of a stored element, given the code of its element type, such as "f4" or "u1"."""
     name = BY_CODE[code].llvm
     return _FLOATS.get(name) or ir.IntType(int(name[1:]))
 
 
 def mangle(vector: ir.VectorType) -> str:
-    """Return the suffix that LLVM gives intrinsics on a vector type: v16f32."""
+    """Return the suffix of the names of LLVM's intrinsics for a vector type, such as v16f32."""
     element = str(vector.element)
     return f"v{vector.count}{_SUFFIXES.get(element, element)}"
 
@@ -47,30 +47,30 @@ def call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> 
 
 
 def indices(first: int, count: int) -> ir.Constant:
-    """Return which lanes a shuffle takes: `count` of them, from `first` on."""
+    """Return the shuffle mask that selects `count` lanes from `first` on."""
     return ir.Constant(ir.VectorType(ir.IntType(32), count), list(range(first, first + count)))
 
 
 class Vector(Symbol):
-    """An LLVM vector value and the builder that its operations are appended to."""
+    """An LLVM vector value, and the builder to which its operations append instructions."""
 
-    scales_by_powers = HAS_AVX512  # whether there is an instruction for x 2**n
+    scales_by_powers = HAS_AVX512  # whether the CPU has an instruction for x 2**n
 
-    def __init__(self, builder: ir.IRBuilder, value: ir.Value, numbers: ir.VectorType | None = None) -> None:
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value, number_type: ir.VectorType | None = None) -> None:
         self.builder = builder
         self.value = value
-        self.numbers = numbers or value.type  # the type plain numbers take beside this vector: a comparison's operands'
-        self.bounds = (-inf, inf)  # no lane is known to lie outside; exp and log1p save instructions where that helps
-        self.log_term: tuple[Vector, Vector] | None = None  # (x, e) of x + log1p(e), for sums that collect the logarithms
+        self.number_type = number_type or value.type  # of plain numbers in operations with this vector; for a mask, its operands' type
+        self.bounds = (-inf, inf)  # of the lanes, as far as they are known; exp and log1p need fewer instructions for some bounds
+        self.log_term: tuple[Vector, Vector] | None = None  # (x, e) if this is x + log1p(e), for sums that accumulate products
 
     @property
     def type(self) -> ir.VectorType:
-        """The LLVM vector type."""
+        """LLVM's type of the vector."""
         return self.value.type
 
     @property
     def bits(self) -> int:
-        """The width of a lane."""
+        """Number of bits of a lane."""
         return {"float": 32, "double": 64}.get(str(self.type.element)) or self.type.element.width
 
     @property
@@ -79,54 +79,54 @@ class Vector(Symbol):
         return str(self.type.element) in ("float", "double")
 
     def like(self, value: ir.Value) -> Vector:
-        """Wrap another LLVM value for the same builder."""
+        """Make a vector of another LLVM value, with the same builder."""
         is_mask = value.type.element == ir.IntType(1)
-        return Vector(self.builder, value, self.numbers if is_mask else None)
+        return Vector(self.builder, value, self.number_type if is_mask else None)
 
     def within(self, low: float, high: float) -> Vector:
-        """Note the bounds of the lanes."""
+        """Set the known bounds of the lanes and return this vector."""
         self.bounds = low, high
         return self
 
     def splat(self, number: float) -> Vector:
-        """Return the same number in every lane."""
-        element = self.numbers.element
+        """Return a vector with the same number in every lane."""
+        element = self.number_type.element
         constant = ir.Constant(element, float(number) if str(element) in ("float", "double") else int(number))
-        return self.like(ir.Constant(self.numbers, [constant] * self.numbers.count))
+        return self.like(ir.Constant(self.number_type, [constant] * self.number_type.count))
 
     def intrinsic(self, name: str, *others: Any) -> Vector:
-        """Call `llvm.<name>` on vectors of this type."""
+        """Call the intrinsic `llvm.<name>` on this vector and others of its type."""
         args = [self.value, *(self.match(x).value for x in others)]
         return self.like(call(self.builder, f"llvm.{name}.{mangle(self.type)}", self.type, *args))
 
     def halves(self) -> tuple[Vector, Vector]:
-        """Return the lower and the upper half of the lanes."""
+        """Return the lower half and the upper half of the lanes."""
         half = self.type.count // 2
         low, high = (self.like(self.builder.shuffle_vector(self.value, self.value, indices(first, half))) for first in (0, half))
         return low, high
 
     def match(self, other: Any) -> Vector:
-        """Return the other operand as a vector of this type; numbers are spread over the lanes."""
+        """Return another operand as a vector; a number is put into every lane."""
         return other if isinstance(other, Vector) else self.splat(other)
 
     def bitcast(self, element: ir.Type) -> Vector:
-        """Return the same bits with lanes of another type of the same width."""
+        """Reinterpret the bits of the lanes as another type of the same width."""
         return self.like(self.builder.bitcast(self.value, ir.VectorType(element, self.type.count)))
 
     def as_int(self) -> Vector:
-        """Return the bits of the lanes as integers."""
+        """Reinterpret the bits of the lanes as integers."""
         return self.bitcast(ir.IntType(self.bits))
 
     def as_float(self) -> Vector:
-        """Return integer lanes' bits as floating-point numbers."""
+        """Reinterpret the bits of integer lanes as floating-point numbers."""
         return self.bitcast(scalar_type(f"f{self.bits // 8}"))
 
     def to_float(self) -> Vector:
-        """Return integer lanes converted to floating-point numbers of the same width."""
+        """Convert integer lanes to floating-point numbers of the same width."""
         return self.like(self.builder.sitofp(self.value, ir.VectorType(scalar_type(f"f{self.bits // 8}"), self.type.count)))
 
     def convert(self, code: str, to: str) -> Vector:
-        """Return lanes stored as type `code` as the type `to`, rounded once to nearest even."""
+        """Convert lanes stored with type code `code` to the type `to`, rounded once to nearest even."""
         if code == "B2":  # the upper half of a float32
             bits = self.cast("zext", "u4")
             return bits.apply("shl", bits, 16).as_float().convert("f4", to)
@@ -136,46 +136,46 @@ class Vector(Symbol):
             single = self.round_to_odd() if code == "f8" else self
             return single.cast("fptrunc", "f2") if to == "f2" else single.round_to_bfloat16()
         if code == "f2" and to == "f8":
-            return self.cast("fpext", "f4").cast("fpext", "f8")  # the conversion CPUs have
+            return self.cast("fpext", "f4").cast("fpext", "f8")  # CPUs only have the conversion to float32
         return self.cast({"i": "sitofp", "f": "fpext" if to > code else "fptrunc"}.get(code[0], "uitofp"), to)
 
     def cast(self, method: str, to: str) -> Vector:
-        """Convert lanes by one of the builder's methods."""
+        """Convert the lanes to the type `to` by a conversion method of the builder."""
         return self.like(getattr(self.builder, method)(self.value, ir.VectorType(scalar_type(to), self.type.count)))
 
     def round_to_bfloat16(self) -> Vector:
-        """Return the upper halves of float32 lanes, rounded to nearest even; of a NaN, the upper half with a bit that keeps it NaN."""
+        """Round float32 lanes to nearest even bfloat16, returned as bits. A NaN gets a bit set that keeps it NaN."""
         bits = self.as_int()
         odd = bits.apply("shr", bits, 16) & 1
         rounded = where(self != self, bits | (1 << 22), bits + odd + 0x7FFF)
         return rounded.apply("shr", rounded, 16).cast("trunc", "u2")
 
     def round_to_odd(self) -> Vector:
-        """Return float64 lanes as float32, and those between two float32 as the odd one of them.
+        """Convert float64 lanes to float32; a number between two float32 numbers becomes the one whose last bit is 1.
 
-        Rounded once more, to half precision, that is what rounding once would have given.
+        Rounding the result to 16 bits then gives the same number as rounding the float64 number once.
         """
         single = self.cast("fptrunc", "f4")
         error, bits = self - single.cast("fpext", "f8"), single.as_int()
         grows = where(bits < 0, error < 0.0, error > 0.0)
         odd = bits + where(grows, bits.splat(1), bits.splat(-1))
-        inexact = (error < 0.0) | (error > 0.0)  # not NaN: inf is exact
+        inexact = (error < 0.0) | (error > 0.0)  # inf is exact, although its error is NaN
         return where(inexact & ((bits & 1) == 0), odd, bits).as_float()
 
     def reciprocal_estimate(self) -> Vector:
-        """Return 1 / x for 1 <= x <= 2, right to 14 bits at least: a fifth of a division's time where the CPU has it."""
+        """Return 1 / x for 1 <= x <= 2, to at least 14 bits; AVX-512's instruction takes a fifth of the time of a division."""
         if self.bits == 64 or not HAS_AVX512:
             return self.splat(1.0) / self
         return self.by_register("llvm.x86.avx512.rcp14.ps.512", (self, self), ir.IntType(16)(0xFFFF))
 
     def times_power_of_two(self, n: Vector) -> Vector:
-        """Return x 2**n, rounded once, also where it is subnormal: an instruction of AVX-512."""
+        """Return x 2**n, rounded once also if the result is subnormal, by an instruction of AVX-512."""
         name = {32: "llvm.x86.avx512.mask.scalef.ps.512", 64: "llvm.x86.avx512.mask.scalef.pd.512"}[self.bits]
         all_lanes, current_rounding = ir.IntType(512 // self.bits)((1 << 512 // self.bits) - 1), ir.IntType(32)(4)
         return self.by_register(name, (self, n, self), all_lanes, current_rounding)
 
     def by_register(self, name: str, vectors: tuple[Vector, ...], *rest: ir.Value) -> Vector:
-        """Call an instruction of one AVX-512 register on each register's width of lanes."""
+        """Call an intrinsic for one AVX-512 register on each register of the vectors."""
         builder, width = self.builder, 512 // self.bits
         parts = []
         for first in range(0, self.type.count, width):
@@ -186,7 +186,7 @@ class Vector(Symbol):
         return self.like(parts[0])
 
     def apply(self, op: str, *args: Any) -> Vector:
-        """Emit the instructions for `op`."""
+        """Emit the instructions of `op` and return the result."""
         if op == "polynomial":
             return elementary.polynomial(*args)
         vector = next(a for a in args if isinstance(a, Vector))
@@ -194,7 +194,7 @@ class Vector(Symbol):
 
 
 def _binary(method: str) -> Callable[[Vector, Vector], Vector]:
-    """Make an operation out of the builder's method: the f-form for floats, the plain one for integers."""
+    """Make an operation from a method of the builder; for floats, from the method whose name starts with f."""
 
     def emit(x: Vector, y: Vector) -> Vector:
         name = "f" + method if x.is_float else {"div": "sdiv"}.get(method, method)
@@ -204,11 +204,13 @@ def _binary(method: str) -> Callable[[Vector, Vector], Vector]:
 
 
 def _compare(sign: str) -> Callable[[Vector, Vector], Vector]:
+    """Make a comparison, which is False for NaN, but True for != with NaN."""
+
     def emit(x: Vector, y: Vector) -> Vector:
         if not x.is_float:
             return x.like(x.builder.icmp_signed(sign, x.value, y.value))
-        ordered = x.builder.fcmp_unordered if sign == "!=" else x.builder.fcmp_ordered  # NaN differs from everything
-        return x.like(ordered(sign, x.value, y.value))
+        compare = x.builder.fcmp_unordered if sign == "!=" else x.builder.fcmp_ordered  # NaN differs from every number
+        return x.like(compare(sign, x.value, y.value))
 
     return emit
 
@@ -222,8 +224,10 @@ def _where(condition: Vector, x: Vector, y: Vector) -> Vector:
 
 
 def _extremum(sign: str) -> Callable[[Vector, Vector], Vector]:
+    """Make the minimum or the maximum from its comparison."""
+
     def emit(x: Vector, y: Vector) -> Vector:
-        # NumPy's minimum: NaN if either is. `x + y` is the NaN to return, and costs one add only where it is used.
+        # As in NumPy, the result is NaN if x or y is NaN; `x + y` is that NaN.
         chosen = _where(_compare(sign)(x, y), x, y)
         unordered = x.like(x.builder.fcmp_unordered("uno", x.value, y.value))
         return _where(unordered, x + y, chosen)
@@ -232,8 +236,9 @@ def _extremum(sign: str) -> Callable[[Vector, Vector], Vector]:
 
 
 def _add_log1p(x: Vector, e: Vector) -> Vector:
-    result = x + elementary.log1p(e.like(e.value).within(0.0, 1.0))  # a copy: elsewhere, e may be anything
-    result.log_term = (x, e)  # LLVM drops the logarithm where a sum reads the term instead
+    """Return x + log1p(e) and store x and e as its `log_term`."""
+    result = x + elementary.log1p(e.like(e.value).within(0.0, 1.0))  # a copy, because the bounds hold only here
+    result.log_term = (x, e)  # if a sum uses this term, LLVM eliminates the logarithm as dead code
     return result
 
 

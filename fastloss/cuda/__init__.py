@@ -1,9 +1,9 @@
-"""CUDA kernels through CuPy, of the same formulas as the CPU's."""
+"""GPUs: formulas become CUDA code, NVRTC compiles it, and CuPy launches the kernels."""
 
 try:
     import cupy as cupy
 except ImportError as error:
     raise ImportError(
-        "on a GPU, losses are computed through CuPy, which cannot be imported here; install fastloss[cuda12] or fastloss[cuda13], "
-        f"by the version of CUDA that the driver has ({error})"
+        "losses on a GPU need CuPy, which cannot be imported; install fastloss[cuda12] or fastloss[cuda13], whichever matches the CUDA "
+        f"version of the driver ({error})"
     ) from error

@@ -1,4 +1,4 @@
-"""`DeviceCall`: a call of CuPy's arrays. The host never waits: whatever depends on an element stays on the device."""
+"""`DeviceCall`: a call with CuPy arrays, computed on a GPU. All results stay on the device, so the host never waits for it."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from fastloss.cuda.launch import LAUNCHES, Launch, Outcome
 
 
 class DeviceCall(Call):
-    """One call's arrays and options on the current device, and the launches on its current stream that are made for it."""
+    """One call with CuPy arrays on the current device, and its launches on the current stream."""
 
     __slots__ = ()
-    value_dtype: Any = np.float64  # of reduced values
+    value_dtype: Any = np.float64  # dtype of reduced values
 
     @staticmethod
     def as_array(name: str, value: Any) -> Any:
-        """Return the caller's array; numbers and lists become one."""
+        """Return the caller's array without a copy; convert a number or a list to an array on the device."""
         if not isinstance(value, cupy.ndarray):
             if isinstance(value, (int, float, np.generic)) or (isinstance(value, np.ndarray) and not value.ndim):
                 number = np.asarray(value)
-                return cupy.full((), number[()], number.dtype)  # by a kernel, without a copy
+                return cupy.full((), number[()], number.dtype)  # filled by a kernel, without a copy from the host
             if not isinstance(value, (list, tuple)):
                 found = f"{type(value).__module__}.{type(value).__qualname__}"
-                raise TypeError(f"{name} is a {found}, and the input a cupy.ndarray; accepted: cupy.ndarray (cupy.asarray makes one)")
+                raise TypeError(f"{name} is a {found}, but the input is a cupy.ndarray; accepted: cupy.ndarray (use cupy.asarray)")
             return cupy.asarray(value)
         check_device(name, value)
         return value
 
     @staticmethod
     def is_number(value: Any) -> bool:
-        """Whether an option is a number of the host; one of the device is an array, which the host does not wait for."""
+        """Whether an option is a number on the host. A number on the device counts as an array, because reading it would wait."""
         return isinstance(value, (int, float)) or (not isinstance(value, cupy.ndarray) and np.ndim(value) == 0)
 
     @staticmethod
     def check_buffer(name: str, out: Any) -> None:
-        """Refuse what cannot be written to."""
+        """Raise TypeError or ValueError if a buffer is not a CuPy array on the current device."""
         if not isinstance(out, cupy.ndarray):
-            raise TypeError(f"{name} must be a cupy.ndarray, as the input is, not {type(out).__name__}")
+            raise TypeError(f"{name} must be a cupy.ndarray like the input, not {type(out).__name__}")
         check_device(name, out)
 
     @staticmethod
@@ -62,24 +62,24 @@ class DeviceCall(Call):
 
     @staticmethod
     def empty(shape: tuple[int, ...], dtype: Any) -> Any:
-        """Return an array for a value."""
+        """Allocate an array for the reduced value."""
         return cupy.ndarray(shape, dtype)
 
     @staticmethod
     def as_upstream(array: Any) -> Any:
-        """Return what gradients are multiplied by: kernels read any dtype."""
+        """Return the upstream gradient unchanged, because kernels read any dtype."""
         return array
 
     @staticmethod
     def warn_of_empty_mean(counted: Any) -> None:
-        """Warn where a mean is of no element, as far as the host knows."""
+        """Warn if a mean divides by 0. A count that only the device knows is not checked."""
         if not isinstance(counted, cupy.ndarray) and not np.all(counted):
             warn_of_empty_mean()
 
     def compute(self) -> tuple[Any, list[Any]]:
-        """Compute what the arguments ask for: the reduced value or None, and the arrays that are wanted."""
+        """Compute the requested quantities: return the reduced value or None, and the written arrays."""
         summed, wanted = self.arguments.summed, self.arguments.wanted
-        is_mean = self.must_count and not wanted  # gradients have to know the count beforehand
+        is_mean = self.must_count and not wanted  # a gradient is divided by the count, which must then be known before the pass
         counted = 1 if is_mean else self.count()
         outputs = self.make_outputs(wanted)
         value = self.empty(self.shape[: self.group_axes], self.value_dtype) if summed else None
@@ -91,7 +91,7 @@ class DeviceCall(Call):
     def run(
         self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Any], scale: Any = 1.0, validate: bool = False
     ) -> Any:  # fmt: skip
-        """Make one pass; return the sums, as arrays on the device."""
+        """Make one pass over memory and return the sums as an array on the device."""
         sums = cupy.ndarray((len(summed), *self.shape[: self.group_axes]), np.float64) if summed else None
         self.launch(summed, wanted, outputs, sums, 1, False, validate)
         return sums
@@ -100,7 +100,7 @@ class DeviceCall(Call):
         self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Any], results: Any, counted: Any, is_mean: bool,
         validate: bool
     ) -> None:  # fmt: skip
-        """Launch one pass, which divides sums and gradients by what is counted."""
+        """Launch one pass, which writes the outputs, and the sums divided by `counted` to `results`."""
         upstream: Any
         upstream, has_counts = self.upstream if wanted else 1.0, isinstance(counted, cupy.ndarray)
         if (
@@ -108,7 +108,7 @@ class DeviceCall(Call):
             and isinstance(upstream, cupy.ndarray)
             and any(share_memory(span_of(upstream, upstream.data.ptr), span_of(out, out.data.ptr)) for out in outputs)
         ):
-            upstream = upstream.copy()  # it is read while they are written
+            upstream = upstream.copy()  # the kernel reads it while it writes the outputs
         is_array = isinstance(upstream, cupy.ndarray)
         outcome = Outcome(code_of(results.dtype) if summed else "f8", is_mean, code_of(upstream.dtype) if is_array else "", has_counts)
         arrays = self.arrays + outputs
@@ -136,27 +136,27 @@ class DeviceCall(Call):
 
 @functools.lru_cache(maxsize=1024)
 def find_launch(outcome: Outcome, *request: Any) -> Launch:
-    """Return what runs a request, given by its fields."""
+    """Return the launch for an outcome and the fields of a `Request`."""
     return Launch(Request(*request), outcome)
 
 
 def check_device(name: str, array: Any) -> None:
-    """Refuse arrays on another device than the current one."""
-    here, there = workspace.current_device(), array.data.device_id
-    if here != there:
+    """Raise ValueError if an array is not on the current device."""
+    current, device = workspace.current_device(), array.data.device_id
+    if device != current:
         raise ValueError(
-            f"{name} is on CUDA device {there}, and the current device is {here}; accepted: arrays on the current device "
-            f"(with cupy.cuda.Device({there}): ...)"
+            f"{name} is on CUDA device {device}, but the current device is {current}; accepted: arrays on the current device "
+            f"(with cupy.cuda.Device({device}): ...)"
         )
 
 
 def raise_recorded() -> None:
-    """Raise the error of a bad element, if a launch that has ended found one."""
+    """Raise ValueError if a finished launch has recorded an element outside [0, 1]."""
     if (record := workspace.take_record()) is None:
         return
     launch = LAUNCHES.get(record.launch)
     if launch is None:
-        raise ValueError("an earlier call with validate has found an element outside [0, 1]")
+        raise ValueError("an earlier call with validate found an element outside [0, 1]")
     name, index = launch.bad_element(record.key)
     dtype = launch.request.layouts[launch.request.operands.index(name)][0]
     message = describe_bad_element(name, index, as_stored(record.found, dtype), "target_scale" in launch.request.numbers)
@@ -164,13 +164,13 @@ def raise_recorded() -> None:
 
 
 def as_stored(found: float, dtype: np.dtype[Any]) -> Any:
-    """Return a number as it is stored; integers beyond 2**53 were rounded on their way."""
+    """Convert a recorded number back to the array's dtype. Integers beyond 2**53 were rounded, and are clipped to the dtype's range."""
     if dtype.kind not in "iu":
         return dtype.type(found)
     return dtype.type(min(max(int(found), np.iinfo(dtype).min), np.iinfo(dtype).max))
 
 
 def raise_deferred() -> None:
-    """Wait for the current device, and raise the error of a bad element, if there was one."""
+    """Wait for the current device, and raise ValueError if a launch has recorded an element outside [0, 1]."""
     cupy.cuda.runtime.deviceSynchronize()
     raise_recorded()

@@ -1,7 +1,7 @@
-"""From a kernel's text to a function that launches it: compiled by NVRTC once, then kept on disk as machine code.
+"""Compile the text of a kernel with NVRTC once, and store its machine code on disk.
 
-Not by `cupy.RawModule`, which adds `-ftz=true` behind all options: subnormal numbers would be 0, and the tails of a
-cross-entropy with them.
+`cupy.RawModule` is not used for CUDA, because it appends `-ftz=true` to the options: subnormal numbers would become 0, and so would
+the tails of a cross-entropy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HIP_OPTIONS = ("--std=c++17", "-ffp-contract=off")
 
 @functools.cache
 def kernel(text: str, name: str, device: int) -> Any:
-    """Return what launches a kernel on the current device."""
+    """Return the function that launches a kernel on a device, which must be the current device."""
     if cupy.cuda.runtime.is_hip:
         return cupy.RawModule(code=text, options=HIP_OPTIONS).get_function(name)
     module = cupy.cuda.function.Module()
@@ -31,7 +31,7 @@ def kernel(text: str, name: str, device: int) -> Any:
 
 
 def architecture(capability: str) -> str:
-    """Return what to compile for: the device itself, or where NVRTC is older, the newest that it knows, for the driver to translate."""
+    """Return the architecture to compile for: the device's, or for an older NVRTC the newest virtual one, which the driver translates."""
     known = nvrtc().getSupportedArchs()
     if int(capability) in known:
         return f"sm_{capability}"
@@ -39,7 +39,7 @@ def architecture(capability: str) -> str:
 
 
 def machine_code(text: str, architecture: str) -> bytes:
-    """Return the machine code of a text, from the disk if it is there."""
+    """Return the machine code of a text from the disk, or compile it and store it there."""
     digest = hashlib.sha256(f"cuda {__version__} {nvrtc().getVersion()} {architecture} {OPTIONS} {text}".encode()).hexdigest()
     path = cache_folder() / digest
     if (code := read(path)) is None:
@@ -49,21 +49,21 @@ def machine_code(text: str, architecture: str) -> bytes:
 
 
 def compiled(text: str, architecture: str) -> bytes:
-    """Compile a text."""
+    """Compile a text to machine code, or to PTX for a virtual architecture."""
     compiler = nvrtc()
     program = compiler.createProgram(text, "fastloss.cu", (), ())
     try:
         compiler.compileProgram(program, (f"-arch={architecture}", *OPTIONS))
         if architecture.startswith("compute"):
             return bytes(compiler.getPTX(program))
-        return bytes(compiler.getCUBIN(program)) + b"\0"  # CuPy 14 leaves out the last byte
+        return bytes(compiler.getCUBIN(program)) + b"\0"  # CuPy 14 drops the last byte
     except compiler.NVRTCError:
-        raise RuntimeError(f"NVRTC does not compile this kernel:\n{compiler.getProgramLog(program)}") from None
+        raise RuntimeError(f"NVRTC cannot compile this kernel:\n{compiler.getProgramLog(program)}") from None
     finally:
         compiler.destroyProgram(program)
 
 
 @functools.cache
 def nvrtc() -> Any:
-    """Return CuPy's binding of NVRTC."""
+    """Return the module of CuPy that binds NVRTC."""
     return importlib.import_module("cupy_backends.cuda.libs.nvrtc")

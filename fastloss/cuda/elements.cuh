@@ -1,6 +1,6 @@
-// What a kernel's own lines are written with: bits, 16-bit numbers, arguments, packs.
+// Types and functions for the generated part of a kernel: bits of numbers, 16-bit numbers, arguments, loads and stores.
 //
-// NVRTC, nvcc, hipcc and, for the tests, a C++ compiler read it. No header is included: NVRTC has none.
+// NVRTC, nvcc and hipcc compile this file, and a C++ compiler does for the tests. It includes no header, because NVRTC has none.
 
 #define DEVICE static __device__ __forceinline__
 
@@ -21,7 +21,7 @@ DEVICE double as_float(const long long x) { return same_bits<double>(x); }
 DEVICE int shift_left(const int x, const int n) { return (int)((unsigned int)x << n); }
 DEVICE long long shift_left(const long long x, const long long n) { return (long long)((unsigned long long)x << n); }
 
-// 1 / x for 1 <= x <= 2, right to 14 bits at least: a division that is rounded takes ten instructions more.
+// Return 1 / x for 1 <= x <= 2, to at least 14 bits. A correctly rounded division takes ten instructions more.
 #if defined(__CUDA_ARCH__)
 DEVICE float reciprocal_estimate(const float x) {
     float y;
@@ -34,19 +34,19 @@ DEVICE float reciprocal_estimate(const float x) { return __builtin_amdgcn_rcpf(x
 DEVICE float reciprocal_estimate(const float x) { return 1.0f / x; }
 #endif
 
-// NumPy's: NaN if either is
+// As in NumPy, the minimum and the maximum are NaN if x or y is NaN.
 template <class T>
 DEVICE T minimum(const T x, const T y) { return x != x || y != y ? x + y : x < y ? x : y; }
 template <class T>
 DEVICE T maximum(const T x, const T y) { return x != x || y != y ? x + y : x > y ? x : y; }
 
-// float64 as float32, and what lies between two float32 as the odd one of them: rounded once more, to 16 bits, that is what
-// rounding once would have given.
-DEVICE float to_odd(const double x) {
+// Convert float64 to float32; a number between two float32 numbers becomes the one whose last bit is 1. Rounding the result to 16
+// bits then gives the same number as rounding the float64 number once.
+DEVICE float round_to_odd(const double x) {
     const float single = (float)x;
     const double error = x - (double)single;
     const int bits = as_int(single);
-    const bool grows = bits < 0 ? error < 0.0 : error > 0.0, is_inexact = error < 0.0 || error > 0.0;  // not NaN: inf is exact
+    const bool grows = bits < 0 ? error < 0.0 : error > 0.0, is_inexact = error < 0.0 || error > 0.0;  // the error of inf is NaN
     return as_float(is_inexact && (bits & 1) == 0 ? bits + (grows ? 1 : -1) : bits);
 }
 
@@ -65,72 +65,72 @@ DEVICE unsigned short to_half(const float x) {
 DEVICE float from_half(const unsigned short x) { return (float)same_bits<_Float16>(x); }
 DEVICE unsigned short to_half(const float x) { return same_bits<unsigned short>((_Float16)x); }
 #endif
-DEVICE unsigned short to_half(const double x) { return to_half(to_odd(x)); }
+DEVICE unsigned short to_half(const double x) { return to_half(round_to_odd(x)); }
 
 DEVICE float from_bfloat16(const unsigned short x) { return as_float((int)((unsigned int)x << 16)); }
 DEVICE unsigned short to_bfloat16(const float x) {
     const unsigned int bits = (unsigned int)as_int(x);
     return (unsigned short)((x != x ? bits | 1u << 22 : bits + (bits >> 16 & 1u) + 0x7FFFu) >> 16);
 }
-DEVICE unsigned short to_bfloat16(const double x) { return to_bfloat16(to_odd(x)); }
+DEVICE unsigned short to_bfloat16(const double x) { return to_bfloat16(round_to_odd(x)); }
 
-// --- what a kernel is given ------------------------------------------------------------------------------------------
+// --- arguments and sums ----------------------------------------------------------------------------------------------
 
 #define AT_LEAST_1(n) ((n) > 0 ? (n) : 1)  // C++ has no empty arrays
-#define TOTALS (SUMS + 2 * IS_CHECKED)  // a range leaves so many: its sums, and of the first bad element where it is and what
+#define TOTALS (SUMS + 2 * IS_CHECKED)  // partial sums of a range: its sums, and the key and the value of its first bad element
 
 struct Axis {
     long long length, strides[ARRAYS];
 };
 
-// Fields of 8 bytes each, written by launch.py: addresses, strides and lengths. Sizes are in elements, strides in bytes.
+// Fields of 8 bytes each, written by launch.py. Sizes are in elements, strides in bytes.
 struct Arguments {
-    long long addresses[ARRAYS];  // of each array's first element visited
-    long long upstream, upstream_step;  // numbers that gradients are multiplied by, from one group to the next
-    long long counts;  // numbers that sums and gradients are divided by, float64, one a group
-    long long results;  // where the reduced values go, group by group, and those of the next sum behind
-    long long partials;  // what ranges leave
-    long long finished;  // for each group how many ranges are, 0 before a launch and after it
-    long long is_recorded, record;  // whether a bad element was, and where on the host
-    double numerator, divisor;  // in place of `upstream` and `counts`
+    long long addresses[ARRAYS];  // of each array's first visited element
+    long long upstream, upstream_stride;  // address of the upstream gradient, and its stride from one group to the next
+    long long counts;  // address of the float64 divisor of each group's sums and gradients
+    long long results;  // address of the reduced values: of all groups for the first sum, then of all groups for the next sum
+    long long partials;  // address of the partial sums of the ranges
+    long long finished;  // address of each group's number of finished ranges, which is 0 before and after a launch
+    long long is_recorded, record;  // addresses of the flag that a bad element is recorded, and of the record on the host
+    double numerator, divisor;  // used instead of `upstream` and `counts` if these are numbers that the host knows
     double numbers[AT_LEAST_1(NUMBERS)];
-    long long launch;  // what the record names the launch by
-    long long groups, group_packs, group_segments;  // a group is cut into segments, a part of a row each,
-    long long segment_size, segment_packs, row_segments;  // and these into packs
-    long long group_ranges, range_packs;
-    long long inner_size;  // of a row's inner axis
-    long long inner_strides[ARRAYS], outer_strides[ARRAYS];  // along the two axes of a row
-    Axis axes[AT_LEAST_1(AXES)];  // outside the rows, innermost first
+    long long launch;  // the launch's number, for the record
+    long long groups, group_packs, group_segments;  // A group is cut into segments, each of which is a row or a part of one.
+    long long segment_size, segment_packs, row_segments;  // A segment is cut into packs.
+    long long group_ranges, range_packs;  // A range is a number of packs of one group.
+    long long inner_size;  // length of a row's inner axis
+    long long inner_strides[ARRAYS], outer_strides[ARRAYS];  // of each array along the inner and the outer axis of a row
+    Axis axes[AT_LEAST_1(AXES)];  // axes outside the rows, innermost first
 };
 
-struct Sums {  // of some elements, in the type of the arithmetic
+struct Sums {  // sums over a few elements, in the type of the arithmetic
     compute_t total[AT_LEAST_1(SUMS)], factor[AT_LEAST_1(FACTORS)];
-    double key, found;  // the first bad element: where it is, and what
+    double key, found;  // the first bad element: its position and operand (see Launch.bad_element), and its value
 };
 
-struct Totals {
+struct Totals {  // sums over a range, or over a group, in float64
     double x[AT_LEAST_1(TOTALS)];
 };
 
-#define NONE 1e300  // the key of no element
+#define NONE 1e300  // key if there is no bad element
 
-DEVICE void note(Sums& sums, const double key, const double found) {
+DEVICE void record_bad(Sums& sums, const double key, const double found) {
     if (key < sums.key) {
         sums.key = key;
         sums.found = found;
     }
 }
 
-// --- packs: neighbours in a row ----------------------------------------------------------------------------------------
+// --- packs: neighbouring elements of a row, which one thread loads together -----------------------------------------------
 
-struct Place {
-    index_t column, linear;  // of the pack's first element, in its row and in the walk
-    int count;  // of elements; PACK but at the end of a row
-    long long offsets[AXES ? ARRAYS : 1];  // from each array's first element to that of the row
+struct Position {
+    index_t column, linear;  // index of the pack's first element in its row, and in the order of visits
+    int count;  // number of elements: PACK, or fewer at the end of a row
+    long long offsets[AXES ? ARRAYS : 1];  // bytes from each array's first visited element to the first element of the row
 };
 
-DEVICE char* at(const Arguments& a, const Place& place, const int k) {
-    return (char*)(a.addresses[k] + (AXES ? place.offsets[k] : 0));
+DEVICE char* row_address(const Arguments& a, const Position& pos, const int k) {
+    return (char*)(a.addresses[k] + (AXES ? pos.offsets[k] : 0));
 }
 
 template <int WIDTH, class T>
@@ -139,12 +139,12 @@ struct alignas(WIDTH) Word {
     T x[SIZE];
 };
 
-// Each word as wide as the array's alignment allows; the end of a row one by one. Lanes past it are 0.
+// Load words as wide as the array's alignment allows. At the end of a row, load single elements, and set the others to 0.
 template <int WIDTH, class T>
-DEVICE void load_contiguous(T (&x)[PACK], const Arguments& a, const Place& place, const int k) {
-    const T* from = (const T*)(at(a, place, k) + (long long)place.column * (int)sizeof(T));
+DEVICE void load_contiguous(T (&x)[PACK], const Arguments& a, const Position& pos, const int k) {
+    const T* from = (const T*)(row_address(a, pos, k) + (long long)pos.column * (int)sizeof(T));
     typedef Word<WIDTH, T> Word;
-    if (!IS_RAGGED || place.count == PACK) {
+    if (!IS_RAGGED || pos.count == PACK) {
 #pragma unroll
         for (int first = 0; first < PACK; first += Word::SIZE) {
             const Word word = *(const Word*)(from + first);
@@ -153,15 +153,15 @@ DEVICE void load_contiguous(T (&x)[PACK], const Arguments& a, const Place& place
         }
     } else {
 #pragma unroll
-        for (int j = 0; j < PACK; ++j) x[j] = j < place.count ? from[j] : T(0);
+        for (int j = 0; j < PACK; ++j) x[j] = j < pos.count ? from[j] : T(0);
     }
 }
 
 template <int WIDTH, class T>
-DEVICE void store_contiguous(const T (&x)[PACK], const Arguments& a, const Place& place, const int k) {
-    T* to = (T*)(at(a, place, k) + (long long)place.column * (int)sizeof(T));
+DEVICE void store_contiguous(const T (&x)[PACK], const Arguments& a, const Position& pos, const int k) {
+    T* to = (T*)(row_address(a, pos, k) + (long long)pos.column * (int)sizeof(T));
     typedef Word<WIDTH, T> Word;
-    if (!IS_RAGGED || place.count == PACK) {
+    if (!IS_RAGGED || pos.count == PACK) {
 #pragma unroll
         for (int first = 0; first < PACK; first += Word::SIZE) {
             Word word;
@@ -172,36 +172,37 @@ DEVICE void store_contiguous(const T (&x)[PACK], const Arguments& a, const Place
     } else {
 #pragma unroll
         for (int j = 0; j < PACK; ++j)
-            if (j < place.count) to[j] = x[j];
+            if (j < pos.count) to[j] = x[j];
     }
 }
 
 template <class T>
-DEVICE void load_constant(T (&x)[1], const Arguments& a, const Place& place, const int k) {
-    x[0] = *(const T*)at(a, place, k);
+DEVICE void load_constant(T (&x)[1], const Arguments& a, const Position& pos, const int k) {
+    x[0] = *(const T*)row_address(a, pos, k);
 }
 
 template <class T>
-DEVICE void load_strided(T (&x)[PACK], const Arguments& a, const Place& place, const int k) {
+DEVICE void load_strided(T (&x)[PACK], const Arguments& a, const Position& pos, const int k) {
 #pragma unroll
     for (int j = 0; j < PACK; ++j)
-        x[j] = !IS_RAGGED || j < place.count ? *(const T*)(at(a, place, k) + (long long)(place.column + j) * a.inner_strides[k]) : T(0);
+        x[j] = !IS_RAGGED || j < pos.count ? *(const T*)(row_address(a, pos, k) + (long long)(pos.column + j) * a.inner_strides[k]) : T(0);
 }
 
 template <class T>
-DEVICE void store_strided(const T (&x)[PACK], const Arguments& a, const Place& place, const int k) {
+DEVICE void store_strided(const T (&x)[PACK], const Arguments& a, const Position& pos, const int k) {
 #pragma unroll
     for (int j = 0; j < PACK; ++j)
-        if (!IS_RAGGED || j < place.count) *(T*)(at(a, place, k) + (long long)(place.column + j) * a.inner_strides[k]) = x[j];
+        if (!IS_RAGGED || j < pos.count) *(T*)(row_address(a, pos, k) + (long long)(pos.column + j) * a.inner_strides[k]) = x[j];
 }
 
-// Rows with two axes: visit each element of a pack with its address, at the cost of one division for the pack.
+// Call `visit` with the address of each element of a pack, in a row with two axes. A pack takes a single division.
 template <class Visit>
-DEVICE void visit_nested(const Arguments& a, const Place& place, const int k, const Visit& visit) {
-    index_t outer = place.column / (index_t)a.inner_size, index = place.column - outer * (index_t)a.inner_size;
+DEVICE void visit_nested(const Arguments& a, const Position& pos, const int k, const Visit& visit) {
+    index_t outer = pos.column / (index_t)a.inner_size, index = pos.column - outer * (index_t)a.inner_size;
 #pragma unroll
     for (int j = 0; j < PACK; ++j) {
-        if (!IS_RAGGED || j < place.count) visit(j, at(a, place, k) + (long long)outer * a.outer_strides[k] + (long long)index * a.inner_strides[k]);
+        if (!IS_RAGGED || j < pos.count)
+            visit(j, row_address(a, pos, k) + (long long)outer * a.outer_strides[k] + (long long)index * a.inner_strides[k]);
         if (++index == (index_t)a.inner_size) {
             index = 0;
             ++outer;
@@ -210,15 +211,15 @@ DEVICE void visit_nested(const Arguments& a, const Place& place, const int k, co
 }
 
 template <class T>
-DEVICE void load_nested(T (&x)[PACK], const Arguments& a, const Place& place, const int k) {
+DEVICE void load_nested(T (&x)[PACK], const Arguments& a, const Position& pos, const int k) {
 #pragma unroll
     for (int j = 0; j < PACK; ++j) x[j] = T(0);
-    visit_nested(a, place, k, [&](const int j, const char* from) { x[j] = *(const T*)from; });
+    visit_nested(a, pos, k, [&](const int j, const char* from) { x[j] = *(const T*)from; });
 }
 
 template <class T>
-DEVICE void store_nested(const T (&x)[PACK], const Arguments& a, const Place& place, const int k) {
-    visit_nested(a, place, k, [&](const int j, char* to) { *(T*)to = x[j]; });
+DEVICE void store_nested(const T (&x)[PACK], const Arguments& a, const Position& pos, const int k) {
+    visit_nested(a, pos, k, [&](const int j, char* to) { *(T*)to = x[j]; });
 }
 
-// --- what the variant decides ------------------------------------------------------------------------------------------
+// --- generated by source.py for the variant ----------------------------------------------------------------------------

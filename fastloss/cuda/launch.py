@@ -1,4 +1,4 @@
-"""Run a plan on a device: cut it into ranges, choose the kernel, lay out its arguments, launch it."""
+"""Launch a plan on a GPU: cut it into ranges, choose the kernel, write the kernel's arguments, and launch it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fastloss.cuda import workspace
 from fastloss.cuda.compile import kernel
 from fastloss.cuda.source import THREADS, WORD, Variant, pack_of, source
 
-MOST_RANGES = workspace.GROUPS  # a group of several is more than such a part of everything: there are fewer of these
-BLOCKS = 8  # a processor: of 256 threads, no device has room for more
-INT32 = 2**31 - 2**20  # elements: the loop looks some steps ahead
-LAUNCHES: weakref.WeakValueDictionary[int, Launch] = weakref.WeakValueDictionary()  # by the number that a record has
+MAX_RANGES = workspace.GROUPS  # a group with several ranges has more than 1/MAX_RANGES of all packs, so fewer groups have several
+BLOCKS = 8  # launched for each multiprocessor, at most; no device has room for more blocks of 256 threads
+INT32 = 2**31 - 2**20  # elements that are indexed in 32 bits; the loop's indices go a little beyond the last element
+LAUNCHES: weakref.WeakValueDictionary[int, Launch] = weakref.WeakValueDictionary()  # by number, which a record of a bad element holds
 _numbers = itertools.count(1)
 
 
 class Outcome(NamedTuple):
-    """What becomes of the sums and gradients, as far as it decides the kernel: the last fields of a `Variant`."""
+    """How a kernel finishes sums and scales gradients: the last fields of a `Variant`."""
 
     result: str = "f8"
     is_mean: bool = False
@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """Groups, segments, packs and ranges; in the order of `Arguments` in elements.cuh, which says what they are."""
+    """The sizes of groups, segments, packs and ranges, in the order of the fields of `Arguments` in elements.cuh."""
 
     groups: int
     group_packs: int
@@ -46,11 +46,11 @@ class Cut(NamedTuple):
 
 
 def cut(plan: Plan) -> Cut:
-    """Cut a walk, by its sizes alone, so that sums depend neither on the device nor on addresses."""
+    """Cut a plan into ranges, by its sizes alone, so that sums depend neither on the device nor on addresses."""
     pack, size = pack_of(plan.spec), max(1, min(plan.row_size, plan.group_size))
     group_segments, segment_packs = plan.group_size // size, -(-size // pack)
     group_packs = group_segments * segment_packs
-    even = max(THREADS, -(-plan.groups * group_packs // MOST_RANGES))
+    even = max(THREADS, -(-plan.groups * group_packs // MAX_RANGES))
     range_packs = -(-even // THREADS) * THREADS
     return Cut(
         groups=plan.groups,
@@ -65,7 +65,7 @@ def cut(plan: Plan) -> Cut:
 
 
 class Launch:
-    """A plan with its kernels, and the part of their arguments that is the same in every call."""
+    """A plan with its kernels, and the part of the kernels' arguments that is the same in every call."""
 
     def __init__(self, request: Request, outcome: Outcome) -> None:
         self.request, self.plan, self.outcome = request, make_plan(request), outcome
@@ -79,72 +79,74 @@ class Launch:
         axes = [x for length, by in plan.axes for x in (length, *by)] or [0] * (1 + arrays)
         fields = [self.number, *self.cut, plan.inner_size, *plan.inner_strides, *plan.outer_strides, *axes]
         self.fixed = struct.pack(f"{len(fields)}q", *fields)
-        self.own = struct.Struct(f"{arrays + 8}q{2 + max(1, len(spec.numbers))}d")
+        self.varying = struct.Struct(f"{arrays + 8}q{2 + max(1, len(spec.numbers))}d")
         self.no_numbers = (0.0,) * (not spec.numbers)
-        self.frame = np.dtype((np.void, self.own.size + len(self.fixed)))
+        self.frame = np.dtype((np.void, self.varying.size + len(self.fixed)))
 
     def alignment(self, k: int) -> int:
-        """Return by how many bytes array k can be loaded along a row, if its first element allows it."""
+        """Return how many bytes of array k can be loaded at once along a row, if its address is as well aligned."""
         operand, plan, pack = self.plan.spec.arrays[k], self.plan, pack_of(self.plan.spec)
         size = operand.size
         if operand.access != "contiguous":
             return size
-        steps = [pack * size, *(by[k] for _, by in plan.axes)]
+        distances = [pack * size, *(by[k] for _, by in plan.axes)]
         if self.cut.row_segments > 1:
-            steps.append(self.cut.segment_size * size)
-        return gcd(WORD, *steps)
+            distances.append(self.cut.segment_size * size)
+        return gcd(WORD, *distances)
 
-    def kernel(self, here: int, addresses: Sequence[int]) -> Any:
-        """Return the kernel for arrays that begin at such addresses, on the current device."""
+    def kernel(self, device: int, addresses: Sequence[int]) -> Any:
+        """Return the kernel for the current device and for the alignment of the addresses of the arrays' first visited elements."""
         widths = tuple([gcd(width, address) for width, address in zip(self.alignments, addresses, strict=True)])
-        found = self.kernels.get((here, widths))
+        found = self.kernels.get((device, widths))
         if found is None:
             self.check_alignment(widths)
             variant = self.variant(widths)
-            found = self.kernels[here, widths] = kernel(source(variant), variant.name, here)
+            found = self.kernels[device, widths] = kernel(source(variant), variant.name, device)
         return found
 
     def check_alignment(self, widths: tuple[int, ...]) -> None:
-        """Refuse arrays whose elements lie where a device cannot load them."""
+        """Raise ValueError if the elements of an array are not aligned to their size, because a GPU cannot load such elements."""
         for k, operand in enumerate(self.plan.spec.arrays):
             size = operand.size
             if widths[k] < size or any(stride % size for stride in self.strides(k)):
                 name = "out" if operand in self.plan.spec.outputs else operand.name
-                raise ValueError(f"{name} is not aligned; accepted on a GPU: addresses and strides that are multiples of its {size} bytes")
+                accepted = f"addresses and strides that are multiples of the element size, {size} bytes"
+                raise ValueError(f"{name} is not aligned; accepted on a GPU: {accepted}")
 
     def strides(self, k: int) -> list[int]:
         """Return the strides of an array, in bytes."""
         return [self.plan.inner_strides[k], self.plan.outer_strides[k], *(by[k] for _, by in self.plan.axes)]
 
     def variant(self, widths: tuple[int, ...]) -> Variant:
-        """Return what decides the kernel's text."""
+        """Return the variant of the kernel whose loads and stores have these widths in bytes."""
         whole = self.cut.groups * self.cut.group_packs * pack_of(self.plan.spec)
         ragged = self.cut.segment_size % pack_of(self.plan.spec) != 0
         return Variant(self.plan.spec, len(self.plan.axes), whole > INT32, ragged, widths, *self.outcome)
 
     def run(
         self, addresses: Sequence[int], numbers: Iterable[float], results: int = 0, numerator: float = 1.0, divisor: float = 1.0,
-        upstream: tuple[int, int] = (0, 0), counts: int = 0, keep: Any = None
+        upstream: tuple[int, int] = (0, 0), counts: int = 0, references: Any = None
     ) -> None:  # fmt: skip
-        """Launch on the current stream of the current device; arrays, results and what gradients are scaled by are given by address.
+        """Launch on the current stream of the current device.
 
-        `keep` is memory that the caller does not hold: a captured launch runs again.
+        Arrays, results, counts and the upstream gradient (with its stride) are given by address. `references` keeps memory alive for
+        a launch that is captured into a graph, which may run again after the caller has freed it.
         """
         if not self.ranges:
             return
-        here, starts = workspace.current_device(), self.plan.starts
+        device, starts = workspace.current_device(), self.plan.starts
         firsts = [address + start for address, start in zip(addresses, starts, strict=True)]
-        space = workspace.find_workspace(here)
+        space = workspace.find_workspace(device)
         if space.is_captured:
-            space.kept = keep
+            space.references = references
         shared = space.partials.ptr, space.finished.ptr, space.is_recorded.ptr, space.slot.address
-        own = self.own.pack(*firsts, *upstream, counts, results, *shared, numerator, divisor, *numbers, *self.no_numbers)
-        frame = np.frombuffer(own + self.fixed, self.frame)
-        blocks = min(self.ranges, BLOCKS * workspace.processors(here))
-        self.kernel(here, firsts)((blocks,), (THREADS,), (frame,))
+        varying = self.varying.pack(*firsts, *upstream, counts, results, *shared, numerator, divisor, *numbers, *self.no_numbers)
+        frame = np.frombuffer(varying + self.fixed, self.frame)
+        blocks = min(self.ranges, BLOCKS * workspace.count_multiprocessors(device))
+        self.kernel(device, firsts)((blocks,), (THREADS,), (frame,))
 
     def bad_element(self, key: int) -> tuple[str, tuple[int, ...]]:
-        """Return the name of the operand in which an element is bad, and the element's index; of elements that are one, the first."""
+        """Return the operand and the index of a recorded bad element. If several indices share its memory, return the first."""
         checked, plan = self.request.checked, self.plan
         name, linear = checked[key % len(checked)], key // len(checked)
         k = self.request.operands.index(name)
@@ -158,12 +160,12 @@ class Launch:
 
 
 def index_at(offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the index of the element that lies so many bytes from an array's first."""
+    """Return the index of the element at an offset in bytes from an array's address."""
     index = [0] * len(shape)
     offset -= sum(stride * (length - 1) for length, stride in zip(shape, strides, strict=True) if stride < 0)
     for axis in sorted(range(len(shape)), key=lambda k: -abs(strides[k])):
         if strides[axis] and shape[axis] > 1:
-            steps = min(offset // abs(strides[axis]), shape[axis] - 1)
-            offset -= steps * abs(strides[axis])
-            index[axis] = steps if strides[axis] > 0 else shape[axis] - 1 - steps
+            count = min(offset // abs(strides[axis]), shape[axis] - 1)
+            offset -= count * abs(strides[axis])
+            index[axis] = count if strides[axis] > 0 else shape[axis] - 1 - count
     return tuple(index)

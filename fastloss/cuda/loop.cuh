@@ -1,14 +1,16 @@
 // --- the loop, which is the same for every loss --------------------------------------------------------------------------
 //
-// Design: a) A group is what has one reduced value; it is cut into ranges, by sizes alone, and blocks take ranges in turn. b)
-// The threads of a block lie beside each other, a pack each: they ask for several packs before they compute the first, since
-// what limits them is how much memory is on its way. c) A thread sums a few elements in the type of the arithmetic, its range
-// in float64, a block over its threads by halves. Whichever block finishes a group's last range adds up what the ranges left,
-// in their order, and divides: one launch, no atomic operation on a number, the same bits in every run and on every device. d)
-// No width of a warp is assumed, and nothing waits for the host.
+// Design: a) A group is the set of elements with one reduced value. It is cut into ranges, by sizes alone, and each block takes
+// ranges in turn. b) Neighbouring threads of a block work on neighbouring packs. A thread loads several packs before it computes
+// the first, because the number of loads in flight limits the speed. c) A thread sums a few elements in the type of the
+// arithmetic, and its part of a range in float64; a block sums over its threads by halves. The block that finishes the last range
+// of a group adds the partial sums of the ranges, in their order, and divides. So a pass takes one launch and no atomic operation
+// on floating-point numbers, and its results have the same bits every time and on every device. d) The loop assumes no width of a
+// warp, and does not wait for the host.
 
-DEVICE Place locate(const Arguments& a, const index_t group, index_t pack) {
-    Place place;
+// Return the position of a pack of a group.
+DEVICE Position locate(const Arguments& a, const index_t group, index_t pack) {
+    Position pos;
     index_t segment = group * (index_t)a.group_segments, first = 0;
 #if AXES
     const index_t inner = pack / (index_t)a.segment_packs;
@@ -17,59 +19,60 @@ DEVICE Place locate(const Arguments& a, const index_t group, index_t pack) {
     index_t row = segment / (index_t)a.row_segments;
     first = (segment - row * (index_t)a.row_segments) * (index_t)a.segment_size;
 #pragma unroll
-    for (int k = 0; k < ARRAYS; ++k) place.offsets[k] = 0;
+    for (int k = 0; k < ARRAYS; ++k) pos.offsets[k] = 0;
 #pragma unroll
     for (int axis = 0; axis < AXES; ++axis) {
         const index_t length = (index_t)a.axes[axis].length, outer = axis + 1 < AXES ? row / length : 0;
         const index_t index = row - outer * length;
         row = outer;
 #pragma unroll
-        for (int k = 0; k < ARRAYS; ++k) place.offsets[k] += (long long)index * a.axes[axis].strides[k];
+        for (int k = 0; k < ARRAYS; ++k) pos.offsets[k] += (long long)index * a.axes[axis].strides[k];
     }
 #else
-    first = segment * (index_t)a.segment_size;  // there is one row, and a group is a part of it
+    first = segment * (index_t)a.segment_size;  // there is one row, and each group is a part of it
 #endif
-    place.column = first + pack * PACK;
-    place.linear = segment * (index_t)a.segment_size + pack * PACK;
+    pos.column = first + pack * PACK;
+    pos.linear = segment * (index_t)a.segment_size + pack * PACK;
     const index_t left = (index_t)a.segment_size - pack * PACK;
-    place.count = IS_RAGGED && left < PACK ? (int)left : PACK;
-    return place;
+    pos.count = IS_RAGGED && left < PACK ? (int)left : PACK;
+    return pos;
 }
 
-// Some packs of a thread: all loads first, as many as are in flight together.
-DEVICE void work(const Arguments& a, const Numbers& number, const index_t group, const index_t first, const index_t stop, Sums& sums) {
+// Load, compute and store PACKS packs of a thread. All loads come first, so that they are in flight together.
+DEVICE void process(const Arguments& a, const Numbers& number, const index_t group, const index_t first, const index_t stop, Sums& sums) {
     Pack packs[PACKS];
-    Place places[PACKS];
+    Position pos[PACKS];
 #pragma unroll
     for (int p = 0; p < PACKS; ++p)
         if (first + p * THREADS < stop) {
-            places[p] = locate(a, group, first + p * THREADS);
-            load(packs[p], a, places[p]);
+            pos[p] = locate(a, group, first + p * THREADS);
+            load(packs[p], a, pos[p]);
         }
 #pragma unroll
     for (int p = 0; p < PACKS; ++p)
         if (first + p * THREADS < stop) {
 #pragma unroll
-            for (int j = 0; j < PACK; ++j) compute(packs[p], j, !IS_RAGGED || j < places[p].count, places[p].linear + j, number, sums);
-            store(packs[p], a, places[p]);
+            for (int j = 0; j < PACK; ++j) compute(packs[p], j, !IS_RAGGED || j < pos[p].count, pos[p].linear + j, number, sums);
+            store(packs[p], a, pos[p]);
         }
 }
 
-DEVICE Totals nothing() {
+// Return the totals of no elements.
+DEVICE Totals empty_totals() {
     Totals totals = {};
     if (IS_CHECKED) totals.x[SUMS] = NONE;
     return totals;
 }
 
-// A thread's part of a range.
+// Return the totals of a thread's part of a range.
 DEVICE Totals sum_thread(const Arguments& a, const Numbers& number, const index_t group, const index_t first, const index_t stop) {
-    Totals totals = nothing();
+    Totals totals = empty_totals();
     double key = NONE, found = 0.0;
-    for (index_t at = first + threadIdx.x; at < stop; at += THREADS * PACKS * STEPS) {
+    for (index_t at = first + threadIdx.x; at < stop; at += THREADS * PACKS * ROUNDS) {
         Sums sums = {};
         sums.key = key;
         sums.found = found;
-        for (int step = 0; step < STEPS; ++step) work(a, number, group, at + step * THREADS * PACKS, stop, sums);
+        for (int turn = 0; turn < ROUNDS; ++turn) process(a, number, group, at + turn * THREADS * PACKS, stop, sums);
         fold(totals, sums);
         key = sums.key;
         found = sums.found;
@@ -107,16 +110,17 @@ DEVICE void write_shared(const Totals& totals) {
     __syncthreads();
 }
 
-// The threads' totals, half to half; the first thread is given them all.
+// Add the totals of a block's threads by halves. The result is right in the first thread.
 DEVICE Totals sum_block(Totals totals) {
     write_shared(totals);
     for (int half = THREADS / 2; half > 0; half /= 2) {
         if (threadIdx.x < half) add(totals, read_shared(threadIdx.x + half));
-        write_shared(totals);  // what is read meanwhile, the upper half, is written as it was
+        write_shared(totals);  // the upper half, which other threads may still read, is written with the same values
     }
     return totals;
 }
 
+// Write the results of a group, and record its first bad element if no other is recorded.
 DEVICE void finish(const Arguments& a, const index_t group, const Totals& totals) {
 #if IS_MEAN
     write_result(a, group, totals.x[0] / totals.x[1]);
@@ -129,15 +133,15 @@ DEVICE void finish(const Arguments& a, const index_t group, const Totals& totals
         record[1] = totals.x[SUMS];
         record[2] = totals.x[TOTALS - 1];
         __threadfence_system();
-        *(volatile long long*)record = a.launch;  // last: the host looks at it
+        *(volatile long long*)record = a.launch;  // last, because the host reads the record when this is not 0
     }
 #endif
 }
 
-// What the ranges of a group left, by the block that finishes the last of them.
+// Add the partial sums of a group's ranges, in the block that finishes the last range.
 DEVICE Totals sum_ranges(const Arguments& a, const index_t group) {
     const volatile double* partials = (const volatile double*)a.partials + group * (index_t)a.group_ranges * TOTALS;
-    Totals totals = nothing();
+    Totals totals = empty_totals();
     for (index_t range = threadIdx.x; range < (index_t)a.group_ranges; range += THREADS) {
         Totals other;
 #pragma unroll
@@ -147,6 +151,7 @@ DEVICE Totals sum_ranges(const Arguments& a, const index_t group) {
     return sum_block(totals);
 }
 
+// Count a finished range of a group, and return whether it is the last.
 DEVICE bool is_last_range(const Arguments& a, const index_t group) {
     __shared__ bool is_last;
     if (threadIdx.x == 0) {
@@ -158,6 +163,7 @@ DEVICE bool is_last_range(const Arguments& a, const index_t group) {
     return is_last;
 }
 
+// Reduce a range's totals over the block; if it is the last range of its group, reduce the group and write its results.
 DEVICE void reduce(const Arguments& a, const index_t range, const index_t group, Totals totals) {
     totals = sum_block(totals);
     if (a.group_ranges > 1) {

@@ -1,7 +1,8 @@
-"""A scalar while CUDA text is being written: calling a formula with `Scalar` arguments appends its lines.
+"""`Scalar`: a variable in CUDA code. Calling a formula with `Scalar` arguments appends the formula's lines of code.
 
-Nothing in the text depends on the compiler's mood: `fma` is asked for by name, contraction is off, division and square root round
-as IEEE 754 says. Only where a sigmoid starts from the device's estimate of a reciprocal may devices differ, in the last bit.
+Rounding does not depend on the compiler: `fma` is called explicitly, contraction is off, and division and square root round as
+IEEE 754 prescribes. Results of different devices may differ only in the last bit, and only where a formula takes a sigmoid or a
+tanh, which start from the device's estimate of a reciprocal.
 """
 
 from __future__ import annotations
@@ -16,61 +17,61 @@ from fastloss.core.dtypes import BY_CODE
 from fastloss.kernel import elementary
 from fastloss.ops import Symbol
 
-TYPES = {code: t.cuda for code, t in BY_CODE.items()}  # functions of elements.cuh convert the 16-bit types
+TYPES = {code: t.cuda for code, t in BY_CODE.items()}  # elements.cuh has functions that convert the 16-bit types
 FLOATS, INTS = {"float": 32, "double": 64}, {"int": 32, "long long": 64}
 TYPE_CODES = {"float": "f4", "double": "f8"}
 CONVERSIONS = {"f2": "from_half", "B2": "from_bfloat16"}
 
 
 class Scalar(Symbol):
-    """A variable of the text, and the lines that lead to it."""
+    """A variable in CUDA code, and the list of lines to which its operations append code."""
 
     scales_by_powers = False  # no instruction multiplies by a power of two and rounds a subnormal result once
 
-    def __init__(self, lines: list[str], name: str, type: str, numbers: str | None = None) -> None:
+    def __init__(self, lines: list[str], name: str, type: str, number_type: str | None = None) -> None:
         self.lines, self.name, self.type = lines, name, type
-        self.numbers = numbers or type  # the type plain numbers take beside this variable: a comparison's operands'
-        self.bounds = (-inf, inf)
-        self.log_term: tuple[Scalar, Scalar] | None = None  # (x, e) of x + log1p(e), for sums that collect the logarithms
+        self.number_type = number_type or type  # of plain numbers in operations with this variable; for a bool, its operands' type
+        self.bounds = (-inf, inf)  # as far as they are known; exp and log1p need fewer operations for some bounds
+        self.log_term: tuple[Scalar, Scalar] | None = None  # (x, e) if this is x + log1p(e), for sums that accumulate products
 
     @property
     def bits(self) -> int:
-        """The width."""
+        """Number of bits of the type."""
         return (FLOATS | INTS)[self.type]
 
-    def write(self, type: str, expression: str, numbers: str | None = None) -> Scalar:
-        """Append a line that computes an expression."""
+    def write(self, type: str, expression: str, number_type: str | None = None) -> Scalar:
+        """Append a line that assigns an expression to a new variable, and return the variable."""
         name = f"x{len(self.lines)}"
         self.lines.append(f"const {type} {name} = {expression};")
-        return Scalar(self.lines, name, type, numbers)
+        return Scalar(self.lines, name, type, number_type)
 
     def within(self, low: float, high: float) -> Scalar:
-        """Note the bounds."""
+        """Set the known bounds and return this variable."""
         self.bounds = low, high
         return self
 
     def splat(self, number: float) -> Scalar:
-        """Return a number in the type that numbers take here."""
-        return Scalar(self.lines, literal(number, self.numbers), self.numbers)
+        """Return a literal of a number, in the type of plain numbers in operations with this variable."""
+        return Scalar(self.lines, literal(number, self.number_type), self.number_type)
 
     def match(self, other: Any) -> Scalar:
-        """Return the other operand as one of this kind."""
+        """Return another operand as a `Scalar`; a number becomes a literal."""
         return other if isinstance(other, Scalar) else self.splat(other)
 
     def as_int(self) -> Scalar:
-        """Return the bits as an integer."""
+        """Reinterpret the bits as an integer."""
         return self.write(of_width(INTS, self.bits), f"as_int({self.name})")
 
     def as_float(self) -> Scalar:
-        """Return an integer's bits as a floating-point number."""
+        """Reinterpret the bits of an integer as a floating-point number."""
         return self.write(of_width(FLOATS, self.bits), f"as_float({self.name})")
 
     def to_float(self) -> Scalar:
-        """Return an integer converted to a floating-point number of the same width."""
+        """Convert an integer to a floating-point number of the same width."""
         return self.write(type := of_width(FLOATS, self.bits), f"({type}){self.name}")
 
     def convert(self, code: str, to: str) -> Scalar:
-        """Return what is stored as NumPy type `code` as the type `to`, rounded once to nearest even."""
+        """Convert a number stored with type code `code` to the type `to`, rounded once to nearest even."""
         if code == to:
             return self
         if to in CONVERSIONS:
@@ -79,11 +80,11 @@ class Scalar(Symbol):
         return self.write(TYPES[to], f"({TYPES[to]})({converted.format(self.name)})")
 
     def reciprocal_estimate(self) -> Scalar:
-        """Return 1 / x for 1 <= x <= 2, right to 14 bits at least, in float32 by the device's own instruction."""
+        """Return 1 / x for 1 <= x <= 2, to at least 14 bits; in float32 by an instruction of the device."""
         return self.write("float", f"reciprocal_estimate({self.name})") if self.bits == 32 else self.splat(1.0) / self
 
     def apply(self, op: str, *args: Any) -> Scalar:
-        """Append the lines for `op`."""
+        """Append the lines of `op` and return the result."""
         if op == "polynomial":
             return elementary.polynomial(*args)
         first = next(a for a in args if isinstance(a, Scalar))
@@ -97,34 +98,34 @@ class Scalar(Symbol):
             return first.write("bool", expression, first.type)
         low, high = first.bounds
         bounds = {"abs": (0.0, inf), "neg": (-high, -low)}.get(op, (-inf, inf))
-        return first.write(first.type, expression, first.numbers).within(*bounds)
+        return first.write(first.type, expression, first.number_type).within(*bounds)
 
     def choose(self, x: Any, y: Any) -> Scalar:
-        """Return x where this condition holds, else y."""
+        """Return x if this condition is true, otherwise y."""
         kind = next((a for a in (x, y) if isinstance(a, Scalar)), self)
         x, y = kind.match(x), kind.match(y)
-        return self.write(x.type, f"{self.name} ? {x.name} : {y.name}", x.numbers)
+        return self.write(x.type, f"{self.name} ? {x.name} : {y.name}", x.number_type)
 
 
 def of_width(types: dict[str, int], bits: int) -> str:
-    """Return the type that has so many bits."""
+    """Return the type that has a number of bits."""
     return next(type for type, width in types.items() if width == bits)
 
 
 def literal(number: float, type: str) -> str:
-    """Return a number as it stands in the text, to the last bit."""
+    """Write a number as a literal that is exact to the last bit."""
     if type not in FLOATS:
         return f"({type}){int(number)}"
-    if isnan(number) or number in (inf, -inf):  # NVRTC has no names for them
+    if isnan(number) or number in (inf, -inf):  # without headers, CUDA has no names for them
         bits = np.array(number, TYPE_CODES[type]).view(f"u{FLOATS[type] // 8}")
         return f"as_float(({of_width(INTS, FLOATS[type])}){hex(int(bits))})"
     return f"({type}){float(number).hex()}"
 
 
 def add_log1p(x: Scalar, e: Scalar) -> Scalar:
-    """Return x + log1p(e), and remember both."""
-    result = x + elementary.log1p(Scalar(e.lines, e.name, e.type).within(0.0, 1.0))  # a copy: elsewhere, e may be anything
-    result.log_term = (x, e)  # the compiler drops the logarithm where a sum reads the term instead
+    """Return x + log1p(e) and store x and e as its `log_term`."""
+    result = x + elementary.log1p(Scalar(e.lines, e.name, e.type).within(0.0, 1.0))  # a copy, because the bounds hold only here
+    result.log_term = (x, e)  # if a sum uses this term, the compiler eliminates the logarithm as dead code
     return result
 
 

@@ -1,9 +1,9 @@
-"""From a `Variant` to the text of its kernel.
+"""Generate the text of the kernel of a `Variant`.
 
-Design: a) A `Variant` says everything that decides the text: a `Spec`, as on the CPU, and what only a GPU has to know. b) The
-text is `elements.cuh`, which has the types and the loads and stores, then what is written here, then `loop.cuh`, the loop.
-c) What is written here are straight lines for one element: the formula is called with `Scalar` arguments and writes its own
-(`text.py`), and `element.py`, which the CPU's kernels share, says what becomes of the results.
+Design: a) A `Variant` holds everything that decides the text: a `Spec`, as on the CPU, and fields that only a GPU needs. b) The text
+consists of constants, then `elements.cuh` with the types, loads and stores, then the functions generated here, then `loop.cuh`
+with the loop. c) The generated code for one element has no loops: the formula is called with `Scalar` arguments and
+appends its own lines (`scalar.py`), and `kernel/element.py`, which the CPU shares, computes results and sums from its quantities.
 """
 
 from __future__ import annotations
@@ -19,72 +19,72 @@ from fastloss.core.plan import Operand, Spec
 from fastloss.cuda.scalar import TYPES, Scalar
 from fastloss.kernel import element, elementary
 
-WORD = 16  # bytes of the widest load and store
-THREADS = 256  # of a block
-SUMMED = 64  # elements that a thread sums in the type of the arithmetic, and then in float64: see BLOCK of cpu/loop.py
+WORD = 16  # bytes of the widest load or store
+THREADS = 256  # in a block
+SUMMED = 64  # elements that a thread sums in the type of the arithmetic before it adds the sum in float64; see BLOCK in cpu/loop.py
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Everything that decides a kernel's text."""
+    """Everything that decides the text of a kernel."""
 
     spec: Spec
-    axes: int  # how many there are outside the rows
-    is_wide: bool  # whether elements have to be counted in 64 bits
-    is_ragged: bool  # whether some packs are not whole
-    widths: tuple[int, ...]  # bytes that each array is loaded and stored by along a row
-    result: str = "f8"  # type of the reduced value, by NumPy's code
-    is_mean: bool = False  # whether the result is the first sum over the second, the count
-    upstream: str = ""  # type of the array of what follows the loss; "" if that is a number
-    has_counts: bool = False  # whether the number that sums and gradients are divided by is in an array
+    axes: int  # number of axes outside the rows
+    is_wide: bool  # whether indices of elements need 64 bits
+    is_ragged: bool  # whether some packs have fewer elements than the others
+    widths: tuple[int, ...]  # bytes of each array that are loaded or stored at once along a row
+    result: str = "f8"  # type code of the reduced value
+    is_mean: bool = False  # whether the result is the first sum divided by the second, which is the count
+    upstream: str = ""  # type code of the upstream gradient if it is an array; "" if it is a number on the host
+    has_counts: bool = False  # whether the divisor of sums and gradients is in an array
 
     @property
     def pack(self) -> int:
-        """How many elements of a row a thread loads together."""
+        """Number of elements of a row that a thread loads together."""
         return pack_of(self.spec)
 
     @property
     def packs(self) -> int:
-        """How many packs a thread asks for before it computes."""
+        """Number of packs that a thread loads before it computes."""
         return 4 if self.pack <= 4 else 2
 
     @property
     def name(self) -> str:
-        """The kernel's name, as profilers show it."""
+        """Name of the kernel, which profilers show."""
         return "fastloss_" + re.sub(r"\W+", "_", self.spec.formula.function.__name__, flags=re.ASCII).strip("_")
 
 
 def pack_of(spec: Spec) -> int:
-    """Return how many elements of a row a thread loads together: a word of the input, or of what is written, if that is wider."""
+    """Return how many elements of a row a thread loads together: one word of the widest array among the input and the outputs."""
     sizes = [op.size for op in spec.arrays if op.name == "input" or op in spec.outputs]
     return WORD // max(sizes, default=2)
 
 
 @cache
 def part(name: str) -> str:
-    """Return a part of the text that is the same for all kernels."""
+    """Read a file whose text is part of every kernel."""
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 def source(variant: Variant) -> str:
-    """Return the text of a kernel."""
+    """Generate the text of a kernel."""
     own = [storage(variant.spec), element_function(variant.spec), folding(variant.spec), scaling(variant)]
     return "\n".join([constants(variant), part("elements.cuh"), *own, part("loop.cuh")])
 
 
 def constants(variant: Variant) -> str:
-    """Return the names under which the other parts know the variant."""
+    """Define the constants that elements.cuh and loop.cuh use for the variant."""
     spec = variant.spec
     named = {
         "KERNEL": variant.name,
         "compute_t": TYPES[spec.compute],
         "index_t": "unsigned long long" if variant.is_wide else "unsigned int",
         "THREADS": THREADS,
-        # two blocks on a processor: left to itself the compiler spills some of 8 bytes to have room for a third
+        # at least two blocks on a multiprocessor; without the 2, the compiler spills registers of some 8-byte kernels to fit three
         "BOUNDS": f"{THREADS}, 2" if any(op.size == 8 for op in spec.arrays) else THREADS,
         "PACK": variant.pack,
         "PACKS": variant.packs,
-        "STEPS": max(1, SUMMED // (variant.pack * variant.packs)),
+        "ROUNDS": max(1, SUMMED // (variant.pack * variant.packs)),
         "ARRAYS": len(spec.arrays),
         "AXES": variant.axes,
         "NUMBERS": len(spec.numbers),
@@ -99,49 +99,49 @@ def constants(variant: Variant) -> str:
 
 
 def function(head: str, lines: Iterable[str]) -> str:
-    """Return the text of a function."""
+    """Write a function from its head and its lines."""
     return f"DEVICE {head} {{\n" + "".join(f"    {line}\n" for line in lines) + "}\n"
 
 
 def storage(spec: Spec) -> str:
-    """Return the type of a pack, and how it is loaded and stored."""
+    """Write the type of a pack, and the functions that load and store a pack."""
     arrays = list(enumerate(spec.arrays))
     members = [f"    {TYPES[op.code]} x{k}[{1 if op.access == 'constant' else 'PACK'}];\n" for k, op in arrays]
     reads = len(spec.operands)
     return "\n".join(
         [
             f"struct Pack {{\n{''.join(members)}}};\n",
-            function("void load(Pack& pack, const Arguments& a, const Place& place)", (move("load", k, op) for k, op in arrays[:reads])),
+            function("void load(Pack& pack, const Arguments& a, const Position& pos)", (move("load", k, op) for k, op in arrays[:reads])),
             function(
-                "void store(const Pack& pack, const Arguments& a, const Place& place)", (move("store", k, op) for k, op in arrays[reads:])
+                "void store(const Pack& pack, const Arguments& a, const Position& pos)", (move("store", k, op) for k, op in arrays[reads:])
             ),
         ]
     )
 
 
 def move(verb: str, k: int, operand: Operand) -> str:
-    """Return the line that loads or stores a pack of an array."""
+    """Write the line that loads or stores a pack of array k."""
     width = f"<WIDTH_{k}>" if operand.access == "contiguous" else ""
-    return f"{verb}_{operand.access}{width}(pack.x{k}, a, place, {k});"
+    return f"{verb}_{operand.access}{width}(pack.x{k}, a, pos, {k});"
 
 
 def element_function(spec: Spec) -> str:
-    """Return what kernels know of the options that are numbers, and the function that computes an element and adds it to the sums."""
+    """Write the functions that read the options given as numbers, and that compute an element and add it to the sums."""
     compute, lines = TYPES[spec.compute], list[str]()
-    raw = {op.name: named(lines, op, k) for k, op in enumerate(spec.operands)}
+    raw = {op.name: declare(lines, op, k) for k, op in enumerate(spec.operands)}
     number = {name: Scalar(lines, f"number.n{k}", compute) for k, name in enumerate(spec.numbers)}
-    everywhere = Scalar(lines, "is_inside", "bool", compute)
+    is_inside = Scalar(lines, "is_inside", "bool", compute)
     codes = {op.name: op.code for op in spec.operands}
 
     def differs(stored: Scalar, widened: Scalar) -> Any:
-        if codes["target"][0] in "iub":  # integers as they are stored, floating-point numbers as they are widened
+        if codes["target"][0] in "iub":  # compare integers as stored, floating-point numbers as widened
             return stored != Scalar(lines, "number.ignored", stored.type)
         return widened != number["ignore_index"]
 
-    loaded, counted = element.load(spec, raw, number, everywhere, lambda x, code: x.convert(code, spec.compute), differs)
+    loaded, counted = element.load(spec, raw, number, is_inside, lambda x, code: x.convert(code, spec.compute), differs)
     found = element.quantities(spec, loaded, number)
     scale = Scalar(lines, "number.scale", compute)
-    for k, (output, result) in enumerate(element.stored(spec, found, loaded, scale, counted), len(spec.operands)):
+    for k, (output, result) in enumerate(element.results_to_store(spec, found, loaded, scale, counted), len(spec.operands)):
         lines.append(f"pack.x{k}[j] = {result.convert(spec.compute, output.code).name};")
     values, factors = element.summands(spec, found, loaded.get("weight"), counted)
     for sums, added, as_factors in (("total", values, False), ("factor", factors, True)):
@@ -150,22 +150,21 @@ def element_function(spec: Spec) -> str:
             lines.append(f"sums.{sums}[{k}] = {total.name};")
     for k, name in enumerate(spec.checked):
         bad = element.is_bad(loaded[name], counted)
-        lines.append(
-            f"if ({bad.name}) note(sums, {len(spec.checked)}.0 * (double)linear + {k}.0, {raw[name].convert(codes[name], 'f8').name});"
-        )
+        key, value = f"{len(spec.checked)}.0 * (double)linear + {k}.0", raw[name].convert(codes[name], "f8").name
+        lines.append(f"if ({bad.name}) record_bad(sums, {key}, {value});")
     head = "void compute(Pack& pack, const int j, const bool is_inside, const index_t linear, const Numbers& number, Sums& sums)"
     return "\n".join([numbers(spec, codes), function(head, lines)])
 
 
-def named(lines: list[str], operand: Operand, k: int) -> Scalar:
-    """Write down what is loaded of an operand; parameters may be called what they like, and so have numbers here."""
+def declare(lines: list[str], operand: Operand, k: int) -> Scalar:
+    """Write the line that declares an element of operand k. It is named by number, because parameters may have any name."""
     type, index = TYPES[operand.code], "0" if operand.access == "constant" else "j"
     lines.append(f"const {type} v{k} = pack.x{k}[{index}];  // {operand.name.encode('ascii', 'replace').decode()}")
     return Scalar(lines, f"v{k}", type)
 
 
 def numbers(spec: Spec, codes: dict[str, str]) -> str:
-    """Return the type of the options that are numbers, and the function that reads them."""
+    """Write the type that holds the options given as numbers, and the function that reads them."""
     compute = TYPES[spec.compute]
     members = {"scale": (compute, "scale"), **{f"n{k}": (compute, f"a.numbers[{k}]") for k in range(len(spec.numbers))}}
     if "ignore_index" in spec.numbers:
@@ -176,7 +175,7 @@ def numbers(spec: Spec, codes: dict[str, str]) -> str:
 
 
 def folding(spec: Spec) -> str:
-    """Return the function that adds a thread's sums to its totals in float64."""
+    """Write the function that adds a thread's sums to its float64 totals."""
     lines = [f"totals.x[{k}] += (double)sums.total[{k}];" for k in range(len(spec.summed))]
     for k, name in enumerate(spec.multiplied):
         logarithm = elementary.log1p_of_product(Scalar(lines, f"sums.factor[{k}]", TYPES[spec.compute]))
@@ -185,10 +184,11 @@ def folding(spec: Spec) -> str:
 
 
 def scaling(variant: Variant) -> str:
-    """Return the functions that say what sums and gradients are multiplied by and divided by, and how a result is written."""
+    """Write the functions that return the upstream gradient and the divisor of a group, and that write a result."""
     lines: list[str] = []
     type = TYPES[variant.upstream or "f8"]
-    read = Scalar(lines, f"*(const {type}*)(a.upstream + (long long)group * a.upstream_step)", type).convert(variant.upstream or "f8", "f8")
+    upstream = Scalar(lines, f"*(const {type}*)(a.upstream + (long long)group * a.upstream_stride)", type)
+    read = upstream.convert(variant.upstream or "f8", "f8")
     lines.append(f"return {read.name if variant.upstream else 'a.numerator'};")
     divisor = "((const double*)a.counts)[group]" if variant.has_counts else "a.divisor"
     rounded: list[str] = []

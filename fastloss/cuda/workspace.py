@@ -1,4 +1,4 @@
-"""What kernels need of a device beside the arrays: a workspace a stream, and a record of bad elements on the host."""
+"""The memory that kernels need besides the arrays: a workspace for each stream, and records of bad elements on the host."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import cupy
 
-STREAMS = 64  # whose workspaces are kept; freed memory goes to later work on its own stream, so one in use may be dropped
-GROUPS = 1024  # groups that can have several ranges, and so a counter each
-SUMS = 6  # that a range leaves at most: Dice's four, and a bad element's place and value
+STREAMS = 64  # number of workspaces stored; freed memory is reused on its own stream only, so a workspace in use may be dropped
+GROUPS = 1024  # largest number of groups with several ranges; each has a counter of finished ranges
+SUMS = 6  # largest number of partial sums of a range: Dice's four, and the key and the value of a bad element
 PARTIALS = 8 * SUMS * 2 * GROUPS  # bytes; see launch.py for the number of ranges
-SLOTS = 4096  # records a page: while a graph is captured there is perhaps no other to be had
-PER_THREAD = 2  # the address of the default stream where each thread has its own
+SLOTS = 4096  # records on a page; while a graph is captured, allocating another page may fail
+PER_THREAD = 2  # the handle of the default stream if each thread has a default stream of its own
 
 
 _slots = itertools.count()
@@ -24,20 +24,20 @@ _slots = itertools.count()
 
 @functools.cache
 def page(number: int) -> Any:
-    """Return memory of the host that a device can write to."""
+    """Allocate a page of host memory to which a device can write."""
     return cupy.cuda.alloc_pinned_memory(24 * SLOTS)
 
 
 class Record(NamedTuple):
-    """A bad element."""
+    """The record of an element outside [0, 1]."""
 
-    launch: int  # the launch's number
-    key: int  # where it is; see Launch.bad_element
-    found: float  # what it is
+    launch: int  # number of the launch that found it
+    key: int  # its operand and its position; see Launch.bad_element
+    found: float  # its value
 
 
 class Slot:
-    """Where a kernel writes a bad element: memory of the host, at which the host can look without waiting."""
+    """Host memory to which a kernel writes the record of a bad element, and which the host can read without waiting."""
 
     def __init__(self) -> None:
         number = next(_slots)
@@ -48,7 +48,7 @@ class Slot:
         self.launch.value = 0
 
     def take(self) -> Record | None:
-        """Return what was recorded, and forget it."""
+        """Return and clear the record; None if there is none."""
         if not self.launch.value:
             return None
         record = Record(self.launch.value, int(self.rest[0]), self.rest[1])
@@ -57,11 +57,11 @@ class Slot:
 
 
 class Workspace:
-    """Memory that the launches of a stream share, one after the other: counters that are 0 between them, and partial sums."""
+    """Device memory for the partial sums of a stream's launches, and for counters, which are 0 before and after each launch."""
 
     def __init__(self, device: int, stream: Any, is_captured: bool = False) -> None:
         self.device, self.stream, self.is_captured = device, stream, is_captured
-        self.kept: Any = None  # what a captured launch needs when it runs again, and the caller does not know of
+        self.references: Any = None  # keeps memory alive that a captured launch reads when its graph runs again
         self.slot = Slot()
         self.finished, self.is_recorded = cupy.cuda.alloc(4 * GROUPS), cupy.cuda.alloc(4)
         self.partials = cupy.cuda.alloc(PARTIALS)
@@ -69,7 +69,7 @@ class Workspace:
         self.is_recorded.memset_async(0, 4)
 
     def take_record(self) -> Record | None:
-        """Return a bad element, if one was recorded, and forget it."""
+        """Return and clear the record of a bad element; None if there is none."""
         if (record := self.slot.take()) is not None:
             with cupy.cuda.Device(self.device), self.stream:
                 self.is_recorded.memset_async(0, 4)
@@ -78,17 +78,17 @@ class Workspace:
 
 _lock = threading.Lock()
 _workspaces: OrderedDict[tuple[int, int, int], Workspace] = OrderedDict()
-_captured: list[Workspace] = []  # of graphs, which may be launched as long as the process lives, on any stream
-_dropped: list[Slot] = []  # of workspaces that are not kept
+_captured: list[Workspace] = []  # of graphs, which may run at any time until the process ends, on any stream
+_dropped: list[Slot] = []  # of workspaces that are no longer stored
 
 
 def is_capturing(stream: Any) -> bool:
-    """Whether launches on a stream are recorded into a graph."""
+    """Whether launches on a stream are captured into a graph."""
     return not cupy.cuda.runtime.is_hip and bool(stream.is_capturing())
 
 
 def find_workspace(device: int) -> Workspace:
-    """Return the workspace of the current stream; of a launch that is captured into a graph, one of its own."""
+    """Return the workspace of the current stream. A launch that is captured into a graph gets a new workspace."""
     stream = cupy.cuda.get_current_stream()
     if is_capturing(stream):
         _captured.append(Workspace(device, cupy.cuda.Stream.null, is_captured=True))
@@ -103,7 +103,7 @@ def find_workspace(device: int) -> Workspace:
 
 
 def take_record() -> Record | None:
-    """Return a bad element that a launch has recorded, if there is one."""
+    """Return and clear the record of a bad element in any workspace; None if there is none, or during a capture."""
     if is_capturing(cupy.cuda.get_current_stream()):
         return None
     with _lock:
@@ -113,13 +113,13 @@ def take_record() -> Record | None:
 
 
 @functools.cache
-def processors(device: int) -> int:
-    """Return how many processors a device has."""
+def count_multiprocessors(device: int) -> int:
+    """Return the number of multiprocessors of a device."""
     return int(cupy.cuda.runtime.deviceGetAttribute(cupy.cuda.runtime.cudaDevAttrMultiProcessorCount, device))
 
 
 def current_device() -> int:
-    """Return the current device, or raise the error that says what is missing."""
+    """Return the number of the current device; raise RuntimeError if there is none."""
     try:
         return int(cupy.cuda.runtime.getDevice())
     except cupy.cuda.runtime.CUDARuntimeError as error:

@@ -1,1 +1,1 @@
-"""Parts of a kernel that are the same on the CPU and the GPU: one element's arithmetic, and the cache of machine code."""
+"""The parts of kernels that the CPU and the GPU share: the arithmetic of one element, and the cache of machine code on disk."""

@@ -1,4 +1,4 @@
-"""The cache of machine code on disk: a file for each kernel, written whole or not at all."""
+"""The cache of machine code on disk. Each kernel is one file, which is written atomically."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 from fastloss.version import __version__
 
 PACKAGE = Path(__file__).parents[1]
-SHARED = ("ops.py", "formula.py", "core/*.py", "kernel/*.py")  # the sources that decide the machine code of every machine
+SHARED = ("ops.py", "formula.py", "core/*.py", "kernel/*.py")  # sources that decide the code of kernels on every machine
 
 
 @cache
 def cache_folder() -> Path:
-    """Locate the cache: FASTLOSS_CACHE_DIR, or `fastloss` in the user's cache folder."""
+    """Return the folder of the cache: FASTLOSS_CACHE_DIR, or `fastloss` in the user's cache folder."""
     if given := os.environ.get("FASTLOSS_CACHE_DIR"):
         return Path(given).expanduser()
     if given := os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"):
@@ -32,7 +32,7 @@ def cache_folder() -> Path:
 
 
 def fingerprint(machine: str, *parts: Any) -> str:
-    """Summarise the version of the package, its sources that decide a machine's code, and other parts of a kernel's key."""
+    """Hash the version of the package, the sources that decide the code for a machine, and `parts`."""
     digest = hashlib.sha256(repr((__version__, parts)).encode())
     for path in sources(machine):
         digest.update(path.name.encode() + path.read_bytes())
@@ -40,13 +40,13 @@ def fingerprint(machine: str, *parts: Any) -> str:
 
 
 def sources(machine: str) -> Iterator[Path]:
-    """List the files of the package that decide the machine code of "cpu" or "cuda"."""
+    """List the source files that decide the code for a machine, "cpu" or "cuda"."""
     for pattern in (*SHARED, f"{machine}/*.py", f"{machine}/*.cuh"):
         yield from sorted(PACKAGE.glob(pattern))
 
 
 def read(path: Path) -> bytes | None:
-    """Return the code in a file, or None if there is no file or it is not whole."""
+    """Return the code stored in a file, or None if the file is missing or damaged."""
     try:
         digest, code = (content := path.read_bytes())[:32], content[32:]
     except OSError:
@@ -55,10 +55,10 @@ def read(path: Path) -> bytes | None:
 
 
 def write(path: Path, code: bytes) -> None:
-    """Write code to a file. If the folder cannot be written, the next process compiles again."""
+    """Store code in a file. If the folder is not writable, nothing is stored and the next process compiles again."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             file = Path(folder) / path.name
             file.write_bytes(hashlib.sha256(code).digest() + code)
-            file.replace(path)  # in one step, also if several processes write
+            file.replace(path)  # atomic, so several processes may write the same file

@@ -1,7 +1,7 @@
 """The arithmetic of one element between its loads and its stores, written once for the CPU and the GPU.
 
-The functions take symbols, each an element or a vector of elements, and return symbols: the results to store, and the terms to
-add to the sums. Loads, stores and sums belong to each machine (`cpu/loop.py`, `cuda/source.py`).
+The functions take symbols, which stand for an element or a vector of elements, and return symbols: the results to store, and
+the terms to add to the sums. Loads, stores and sums are written by each machine (`cpu/loop.py`, `cuda/source.py`).
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from fastloss.ops import fma, where
 
 
 def load(
-    spec: Spec, raw: Mapping[str, Any], number: Mapping[str, Any], everywhere: Any, convert: Callable[[Any, str], Any],
+    spec: Spec, raw: Mapping[str, Any], number: Mapping[str, Any], in_row: Any, convert: Callable[[Any, str], Any],
     differs: Callable[[Any, Any], Any]
 ) -> tuple[dict[str, Any], Any]:  # fmt: skip
     """Convert the loaded operands to the type of the arithmetic, and return them with the condition that an element counts.
 
-    `convert(raw, code)` converts an element stored as a type code. `differs(raw, converted)` compares a target, stored and
-    converted, with `ignore_index`.
+    `in_row` is the condition that the element does not lie past the end of its row. `convert(raw, code)` converts an element that
+    is stored with a type code. `differs(raw, converted)` is the condition that a target, given as stored and as converted, is not
+    `ignore_index`.
     """
-    counted = everywhere
+    counted = in_row
     if "mask" in raw:
         counted = counted & (raw["mask"] != 0)
     loaded = {op.name: convert(raw[op.name], op.code) for op in spec.operands if op.name != "mask"}
@@ -34,15 +35,17 @@ def load(
 
 
 def quantities(spec: Spec, loaded: Mapping[str, Any], number: Mapping[str, Any]) -> dict[str, Any]:
-    """Evaluate the formula and return its quantities by name. "count" is what an element adds to the count."""
+    """Evaluate the formula and return its quantities by name, with "count", the term 1 of the number of elements."""
     if not spec.trace:
         return {"count": 1.0}
     parameters = {name: loaded[name] if name in loaded else number[name] for name in spec.parameters}
     return {"count": 1.0, **spec.formula.quantities(loaded["input"], loaded["target"], parameters)}
 
 
-def stored(spec: Spec, found: Mapping[str, Any], loaded: Mapping[str, Any], scale: Any, counted: Any) -> Iterator[tuple[Operand, Any]]:
-    """Yield each output with the result to store: derivatives with every factor of the chain rule, values with their weight."""
+def results_to_store(
+    spec: Spec, found: Mapping[str, Any], loaded: Mapping[str, Any], scale: Any, counted: Any
+) -> Iterator[tuple[Operand, Any]]:
+    """Yield each output with its result: a value times the weight, or a derivative times every factor of the chain rule."""
     if not spec.outputs:
         return
     weight = loaded.get("weight")
@@ -53,7 +56,7 @@ def stored(spec: Spec, found: Mapping[str, Any], loaded: Mapping[str, Any], scal
 
 
 def summands(spec: Spec, found: Mapping[str, Any], weight: Any, counted: Any) -> tuple[list[Any], list[Any]]:
-    """Return the term of each sum, and the factors 1 + e, given as e, of those sums whose logarithms are collected as products."""
+    """Return the term of each sum, and e for each factor 1 + e of the sums whose logarithms accumulate as products."""
     values, factors = [], []
     for name in spec.summed:
         value = counted.match(found[name])
@@ -70,10 +73,10 @@ def is_bad(x: Any, counted: Any) -> Any:
 
 
 def accumulate(x: Any, y: Any, as_factors: bool) -> Any:
-    """Return x + y, or as factors (1 + x) (1 + y) - 1, which stays accurate where x and y are tiny."""
+    """Return x + y, or for factors (1 + x) (1 + y) - 1, which is accurate for tiny x and y."""
     return x + fma(x, y, y) if as_factors else x + y
 
 
 def multiply(x: Any, y: Any) -> Any:
-    """Return x * y, with None standing for 1."""
+    """Return x * y, where None means 1."""
     return y if x is None else x if y is None else x * y

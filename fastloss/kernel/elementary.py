@@ -1,7 +1,7 @@
-"""exp, log and related functions, in operators that every machine's symbols have. `docs/minimax.py` computes the coefficients.
+"""exp, log and related functions, written in the operations that every machine's symbols provide.
 
 Errors: exp, log and pow below 1 ulp, expm1 and log1p below 1.5 ulp, subnormal results included (`tests/test_accuracy.py`).
-NaN stays NaN; at infinities and poles the functions have their limits.
+NaN gives NaN; at infinities and poles the functions return their limits. `docs/minimax.py` computes the coefficients.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class Format:
-    """What a floating-point format asks of the algorithms."""
+    """The constants that the algorithms use for one floating-point format."""
 
-    mantissa: int  # stored bits of the mantissa
+    mantissa: int  # number of stored bits of the mantissa
     bias: int  # of the exponent
-    ln2: tuple[float, float]  # log 2 in two parts, the first so short that a multiple of it is exact
-    exp_range: tuple[float, float]  # beyond, exp is 0 or inf
-    exp_terms: tuple[float, ...]  # of (exp(r) - 1 - r) / r**2
-    log_terms: tuple[float, ...]
+    ln2: tuple[float, float]  # log 2 as a sum; the first part has so few bits that integer multiples of it are exact
+    exp_range: tuple[float, float]  # outside, exp rounds to 0 or overflows to inf
+    exp_terms: tuple[float, ...]  # polynomial for (exp(r) - 1 - r) / r**2
+    log_terms: tuple[float, ...]  # polynomial for a function in FORMATS below
     tiny: float  # the smallest normal number
-    large: float  # from here on, 1 + x is x
+    large: float  # above this, 1 + x is x, and log1p scales x down
 
     @property
     def shifter(self) -> float:
-        """Adding it rounds to an integer, which then stands in the low bits."""
+        """Number that rounds x to an integer when it is added; the integer is then in the low bits of the sum."""
         return 1.5 * 2.0**self.mantissa
 
 
@@ -43,7 +43,7 @@ FORMATS = {
         ln2=(0.693145751953125, 1.4286068203094173e-06),
         exp_range=(-104.0, 89.0),
         exp_terms=(0.499999930506401433, 0.166665147921380389, 0.0416684568432674612, 0.00836941878129966977, 0.00138131405739139917),
-        # of (log(1 + f) - f + f**2 / 2) / f**3
+        # for (log(1 + f) - f + f**2 / 2) / f**3
         log_terms=(
             0.33333330665121394, -0.250008551723393629, 0.200013601832602556, -0.166221666612724464,
             0.141976047724205988, -0.131681940339433364, 0.127967344543299994, -0.0765776246545338396,
@@ -58,7 +58,7 @@ FORMATS = {
             0.50000000000000117, 0.166666666666663863, 0.0416666666665191571, 0.00833333333350765685, 0.00138888889469188972,
             0.000198412694861699913, 0.0000248014893533799021, 2.75575971796438486e-6, 2.76316869549207971e-7, 2.49989947595823107e-8,
         ),
-        # of (log((1 + s) / (1 - s)) / s - 2) / s**2 in s**2
+        # for (log((1 + s) / (1 - s)) / s - 2) / s**2, in powers of s**2
         log_terms=(
             0.66666666666667297, 0.399999999994312334, 0.285714287408362028, 0.222221985699758694,
             0.181835712501628886, 0.153137282468068074, 0.148004342241845612,
@@ -69,25 +69,25 @@ FORMATS = {
 
 
 def polynomial(x: Number, reach: float, *terms: float) -> Number:
-    """Return the polynomial without the terms that are too small to show at |x| <= reach."""
+    """Evaluate a polynomial for |x| <= reach, without the terms that are too small to change the result."""
     least = 2.0 ** -(FORMATS[x.bits].mantissa + 3) * abs(terms[0])
-    shown = max((k for k, term in enumerate(terms) if abs(term) * reach**k >= least), default=0)
-    return x.match(estrin(x, terms[: shown + 1]))
+    last = max((k for k, term in enumerate(terms) if abs(term) * reach**k >= least), default=0)
+    return x.match(estrin(x, terms[: last + 1]))
 
 
 def power_of_two(k: Number, fmt: Format) -> Number:
-    """Return 2**(k - bias) for integer lanes k that hold a biased exponent."""
+    """Return 2**(k - bias) for an integer symbol k, a biased exponent."""
     return k.apply("shl", k, fmt.mantissa).as_float()
 
 
 def two_sum(large: Number, small: Number) -> tuple[Number, Number]:
-    """Return the sum and what it was rounded by; |large| >= |small|, or large is 0."""
+    """Return the rounded sum and its rounding error, for |large| >= |small| or large = 0."""
     total = large + small
     return total, (large - total) + small
 
 
-def reduced(x: Number, low: Any, shift: int, fmt: Format) -> tuple[Number, Number, Number, Number]:
-    """Return n = round(x / log 2), again as integer lanes biased by `shift` too, and r = x + low - n log 2 in two parts."""
+def reduce_argument(x: Number, low: Any, shift: int, fmt: Format) -> tuple[Number, Number, Number, Number]:
+    """Return n = round(x / log 2), the integer whose low bits are n + bias + shift, and r = x + low - n log 2 in two parts."""
     shifter = fmt.shifter + fmt.bias + shift
     shifted = fma(x, LOG2_E, shifter)
     n = shifted - shifter
@@ -95,7 +95,7 @@ def reduced(x: Number, low: Any, shift: int, fmt: Format) -> tuple[Number, Numbe
 
 
 def exp_reduced(r: Number, r_low: Number, fmt: Format) -> tuple[Number, Number, Number]:
-    """Return e**(r + r_low) in two parts, and e**(r + r_low) - 1, for |r| <= log(2) / 2."""
+    """Return e**(r + r_low) as the sum of two parts, and e**(r + r_low) - 1, for |r| <= log(2) / 2."""
     r_sum = r + r_low
     start = r + 1.0
     rest = fma(r_sum * r_sum, estrin(r_sum, fmt.exp_terms), r_low)
@@ -103,13 +103,13 @@ def exp_reduced(r: Number, r_low: Number, fmt: Format) -> tuple[Number, Number, 
 
 
 def exp(x: Number, low: Any = 0.0) -> Number:
-    """Return e**(x + low) = 2**n e**r; without AVX-512 2**n is applied in two factors, so that subnormal results round once."""
+    """Return e**(x + low) = 2**n e**r. Without AVX-512, 2**n is applied as two factors, so that subnormal results are rounded once."""
     if x.bounds[1] <= 0.0:
         return exp_of_negative(x, low)[0]
     fmt = FORMATS[x.bits]
     least, most = fmt.exp_range
     x = where(x < least, least, where(x > most, most, x))
-    n, whole, r, r_low = reduced(x, low, 0, fmt)
+    n, whole, r, r_low = reduce_argument(x, low, 0, fmt)
     e_r, _, _ = exp_reduced(r, r_low, fmt)
     if x.scales_by_powers:
         return e_r.times_power_of_two(n).within(0.0, inf)
@@ -120,24 +120,24 @@ def exp(x: Number, low: Any = 0.0) -> Number:
 
 
 def exp_of_negative(x: Number, low: Any = 0.0) -> tuple[Number, Number, Number]:
-    """Return e**(x + low) for x <= 0, what it was rounded by relative to it, and e**(x + low) - 1 where x is above -0.34.
+    """Return e**(x + low) for x <= 0, its relative rounding error, and e**(x + low) - 1 for x above -0.34.
 
-    The second is relative to 2**n, and so up to 1.41 times too large or too small: enough to take back most of an error.
-
-    Functions that share an argument share these instructions: LLVM finds that they are the same.
+    The error is relative to 2**n, and so up to 1.41 times too large or too small, which suffices to correct most of it.
+    Functions that call this with the same argument share its instructions, because LLVM merges common subexpressions.
     """
     fmt = FORMATS[x.bits]
     half = (fmt.bias + 1) // 2
-    n, whole, r, r_low = reduced(where(x < fmt.exp_range[0], fmt.exp_range[0], x), low, half, fmt)
+    n, whole, r, r_low = reduce_argument(where(x < fmt.exp_range[0], fmt.exp_range[0], x), low, half, fmt)
     e_r, rest, minus_1 = exp_reduced(r, r_low, fmt)
     e = e_r.times_power_of_two(n) if x.scales_by_powers else e_r * power_of_two(whole, fmt) * 2.0**-half
     return e.within(0.0, 1.0), rest, minus_1
 
 
 def sigmoid(x: Number) -> Number:
-    """Return 1 / (1 + e**-x), which is s = e / (1 + e) with e = e**-|x|, or 1 - s.
+    """Return 1 / (1 + e**-x), computed as s = e / (1 + e) with e = e**-|x|, or as 1 - s.
 
-    From an estimate of 14 bits, one step of Newton's method makes 28, and takes back what e and the sum were rounded by.
+    One iteration of Newton's method turns a reciprocal estimate of 14 bits into 28 bits, and corrects the rounding errors of e
+    and of 1 + e.
     """
     never_positive = x.bounds[1] <= 0.0
     e, rest, _ = exp_of_negative(x if never_positive else -abs(x))
@@ -148,7 +148,7 @@ def sigmoid(x: Number) -> Number:
 
 
 def tanh(x: Number) -> Number:
-    """Return (1 - e) / (1 + e) with e = e**(-2|x|), and the sign of x; by a step of Newton's method as in `sigmoid`."""
+    """Return (1 - e) / (1 + e) with e = e**(-2|x|) and the sign of x, by one iteration of Newton's method as in `sigmoid`."""
     minus_2x = -abs(x + x)
     h = -expm1(minus_2x)
     r = (1.0 + exp_of_negative(minus_2x)[0]).reciprocal_estimate()
@@ -157,21 +157,21 @@ def tanh(x: Number) -> Number:
 
 
 def expm1(x: Number) -> Number:
-    """Return e**x - 1 = 2**n (e**r - 1) + (2**n - 1), which rounds nothing near 0, where n is 0."""
+    """Return e**x - 1 = 2**n (e**r - 1) + (2**n - 1). Near 0, n is 0, and the result is e**r - 1 without cancellation."""
     if x.bounds[1] <= 0.0:
         e, rest, minus_1 = exp_of_negative(x)
         return where(x > -0.34, minus_1, fma(rest, e, e - 1.0))
     fmt = FORMATS[x.bits]
-    least = -float(fmt.mantissa + 4)  # from here on down the result is -1
-    _, whole, r, r_low = reduced(where(x < least, least, x), 0.0, 0, fmt)
+    least = -float(fmt.mantissa + 4)  # below this, the result rounds to -1
+    _, whole, r, r_low = reduce_argument(where(x < least, least, x), 0.0, 0, fmt)
     r_sum = r + r_low
     small = r + fma(r_sum * r_sum, estrin(r_sum, fmt.exp_terms), r_low)
     scale = power_of_two(whole, fmt)
-    return where(x > 10.0, exp(x) - 1.0, fma(scale, small, scale - 1.0))  # there, 2**n may overflow before e**x
+    return where(x > 10.0, exp(x) - 1.0, fma(scale, small, scale - 1.0))  # for large x, 2**n may overflow where e**x does not
 
 
 def log1p_of_product(x: Number) -> Number:
-    """Return log1p for 0 <= x < 2**100, as exact for tiny x as for large: no special case, NaN goes through."""
+    """Return log1p for 0 <= x < 2**100, as accurate for tiny x as for large x, without special cases. NaN gives NaN."""
     fmt = FORMATS[x.bits]
     k = exponent(x + 1.0, fmt)
     scale = power_of_two(k.splat(fmt.bias) - k, fmt)
@@ -180,9 +180,9 @@ def log1p_of_product(x: Number) -> Number:
 
 
 def log1p_of_fraction(x: Number) -> Number:
-    """Return log1p for 0 <= x <= 1: as `log1p_of_product`, where the exponent of 1 + x is 0 or 1 and two masked additions do.
+    """Return log1p for 0 <= x <= 1, where the exponent of 1 + x is 0 or 1, so that masked additions replace products with the exponent.
 
-    A polynomial of nine terms on all of [0, 1] is shorter, but makes BCE's value 2.2 ulp off instead of 1.8.
+    A polynomial of nine terms on all of [0, 1] is shorter, but the error of BCE's value is then 2.2 ulp instead of 1.8.
     """
     high, low = FORMATS[x.bits].ln2
     beyond = x > 2.0**0.5 - 1.0
@@ -202,16 +202,16 @@ def log1p(x: Number) -> Number:
 
 
 def log(x: Number) -> Number:
-    """Return the natural logarithm: k log 2 + log m, with x = 2**k m and sqrt(1/2) <= m < sqrt(2)."""
+    """Return the natural logarithm as k log 2 + log m, with x = 2**k m and sqrt(1/2) <= m < sqrt(2)."""
     return at_poles(x, log_near_one(*split(x)))
 
 
 def pow(x: Number, y: Number) -> Number:
     """Return x**y = exp(y log x) for x >= 0.
 
-    An error of log x is multiplied by the size of y log x, up to a hundred, so both are held in two parts.
+    The relative error of log x is multiplied by |y log x|, up to a hundred, so both are sums of two parts.
     """
-    high, low = log_in_two(*split(x))
+    high, low = log_in_two_parts(*split(x))
     product = y * high
     rest = fma(y, low, fma(y, high, -product))
     least, most = FORMATS[x.bits].exp_range
@@ -233,7 +233,7 @@ def split(x: Number) -> tuple[Number, Number]:
 
 
 def exponent(u: Number, fmt: Format) -> Number:
-    """Return the integer k that brings u 2**-k closest to 1: into [sqrt(1/2), sqrt(2))."""
+    """Return the integer k with sqrt(1/2) <= u 2**-k < sqrt(2)."""
     bits = u.as_int()
     sqrt_half = u.splat(0.5**0.5).as_int()
     return bits.apply("shr", bits - sqrt_half, fmt.mantissa)
@@ -246,7 +246,7 @@ def log_near_one(f: Number, k: Number) -> Number:
 
 
 def log_with(f: Number, add_low: Callable[[Number], Number], add_high: Callable[[Number], Number]) -> Number:
-    """Return log(1 + f) with the two parts of a multiple of log 2 added, the small one to what is small."""
+    """Return log(1 + f) plus a multiple of log 2, whose low part is added to the small terms and whose high part is added last."""
     if f.bits == 32:
         return add_high(add_low(f * f * fma(f, estrin(f, FORMATS[32].log_terms), -0.5)) + f)
     half_square, rest = f * f * 0.5, log_rest(f)
@@ -258,14 +258,14 @@ def log_rest(f: Number) -> Number:
     fmt = FORMATS[f.bits]
     if f.bits == 32:
         return f * f * f * estrin(f, fmt.log_terms)
-    # a polynomial in f alone would need twice the terms: go through s = f / (2 + f), log(1 + f) = 2 atanh(s)
+    # a polynomial in f would need twice the terms of one in s**2, with s = f / (2 + f) and log(1 + f) = 2 atanh(s)
     s = f / (f + 2.0)
     z = s * s
     return s * fma(z, estrin(z, fmt.log_terms), f * f * 0.5)
 
 
-def log_in_two(f: Number, k: Number) -> tuple[Number, Number]:
-    """Return k log 2 + log(1 + f) as the sum of two numbers, some 5 digits more exact than one."""
+def log_in_two_parts(f: Number, k: Number) -> tuple[Number, Number]:
+    """Return k log 2 + log(1 + f) as the sum of two numbers, about 5 digits more accurate than a single number."""
     fmt = FORMATS[f.bits]
     square = f * f
     near = fma(square, -0.5, f)
@@ -276,6 +276,6 @@ def log_in_two(f: Number, k: Number) -> tuple[Number, Number]:
 
 
 def at_poles(x: Number, result: Number) -> Number:
-    """Put the values of log(x) in where x is inf, 0, negative or NaN."""
+    """Replace the result by the value of log(x) where x is inf, 0, negative or NaN."""
     finite = where(x == float("inf"), float("inf"), result)
     return where(x > 0.0, finite, where(x == 0.0, x.splat(float("-inf")), x.splat(float("nan"))))

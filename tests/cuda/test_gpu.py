@@ -123,7 +123,7 @@ def test_the_next_device_if_there_is_one(cp, batch):
     want = LOGISTIC(x, u).get()
     with cp.cuda.Device(1):
         assert float(LOGISTIC(cp.asarray(batch[0]), cp.asarray(batch[1])).get()) == float(want)
-        with pytest.raises(ValueError, match="input is on CUDA device 0, and the current device is 1"):
+        with pytest.raises(ValueError, match="input is on CUDA device 0, but the current device is 1"):
             LOGISTIC(x, u)
 
 
