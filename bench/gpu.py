@@ -187,8 +187,8 @@ class OnDevice:
             return []
         import jax
 
+        from bench.formulas import FORMULAS
         from bench.peers import with_jax
-        from bench.peers.formulas import FORMULAS
 
         if jax.devices()[0].platform != "gpu":
             raise RuntimeError("the installed JAX does not support GPUs")

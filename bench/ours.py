@@ -11,9 +11,9 @@ import numpy as np
 
 import fastloss as fl
 from bench import limit as limits
-from bench import naive
 from bench.batch import SCALE, Array, Batch
 from bench.cases import CURVE
+from bench.formulas import NAIVE
 from bench.row import Result, Row, as_tuple, split, weighted
 from fastloss import reference
 
@@ -83,7 +83,7 @@ def numpy_rows(batch: Batch) -> list[Row]:
     case = batch.case
     read = reader_of_pairs(batch)
     made = [Row("NumPy, stable", lambda: compute_reference(batch), read)]
-    if case.loss in naive.FORMULAS and not case.option:
+    if case.loss in NAIVE and not case.option:
         made.append(Row("NumPy, naive", lambda: compute_naive(batch), read))
     return made
 
@@ -115,7 +115,7 @@ def compute_naive(batch: Batch) -> Result:
     """Compute value, gradients or both, as the case says, with the textbook formula."""
     case = batch.case
     with np.errstate(all="ignore"):
-        value, *slopes = naive.FORMULAS[case.loss](*in_float(batch))
+        value, *slopes = NAIVE[case.loss](*in_float(batch))
         count = batch.divisor()
         return (
             None if case.part == "grad" else value().sum() / count,

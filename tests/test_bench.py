@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bench import cases, command, compare, goals, limit, measure, naive, ours, peers, pictures, report
+from bench import cases, command, compare, formulas, goals, limit, measure, ours, peers, pictures, report
 from bench.batch import Batch
 from bench.cases import BCE, Case
 from bench.page import marks
@@ -164,7 +164,7 @@ def test_the_limits_move_what_they_say(dtype, target, threads):
 
 
 def test_naive_formulas_are_there_for_every_loss_that_is_a_sum():
-    assert set(naive.FORMULAS) == {name for name in cases.SUBJECTS if "dice" not in name and "vae" not in name}
+    assert set(formulas.NAIVE) == {name for name in cases.SUBJECTS if "dice" not in name and "vae" not in name}
 
 
 # --- measuring

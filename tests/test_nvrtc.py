@@ -34,7 +34,7 @@ cuda.Device cuda.Device.compute_capability cuda.get_current_stream cuda.using_al
 cuda.function.Module.load cuda.function.Module.get_function cuda.memory.OutOfMemoryError cuda.runtime.getDevice
 cuda.runtime.getDeviceCount cuda.runtime.deviceGetAttribute cuda.runtime.cudaDevAttrMultiProcessorCount cuda.runtime.deviceSynchronize
 cuda.runtime.memcpy cuda.runtime.getDeviceProperties cuda.runtime.runtimeGetVersion cuda.runtime.driverGetVersion
-cuda.runtime.is_hip cuda.runtime.CUDARuntimeError get_default_memory_pool
+cuda.runtime.CUDARuntimeError get_default_memory_pool
 """
 
 

@@ -8,7 +8,7 @@ import numexpr
 import numpy as np
 
 from bench.batch import SCALE, Batch
-from bench.naive import TEXTS
+from bench.formulas import TEXTS
 from bench.row import Result, Row
 
 

@@ -15,13 +15,13 @@ import torch.nn.functional as F  # noqa: N812
 
 import fastloss as fl
 from bench.batch import SCALE, Array, Batch
-from bench.peers.formulas import FORMULAS, reduced
+from bench.formulas import FORMULAS, reduced
 from bench.row import Result, Row
 from fastloss.backends.torch.memory_views import to_array, to_tensor
 from fastloss.backends.torch.reuse import empty_cache
 
 XP = SimpleNamespace(
-    abs=torch.abs, exp=torch.exp, log=torch.log, log1p=torch.log1p, sigmoid=torch.sigmoid, softplus=F.softplus, where=torch.where,
+    abs=torch.abs, exp=torch.exp, log=torch.log, log1p=torch.log1p, sigmoid=torch.sigmoid, softplus=F.softplus, sqrt=torch.sqrt, where=torch.where,
     bce=functools.partial(F.binary_cross_entropy_with_logits, reduction="none"),
 )  # fmt: skip
 

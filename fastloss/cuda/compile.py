@@ -1,6 +1,6 @@
 """Compile the text of a kernel with NVRTC once, and store its machine code on disk.
 
-`cupy.RawModule` is not used for CUDA, because it appends `-ftz=true` to the options: subnormal numbers would become 0, and so would
+`cupy.RawModule` is not used, because it appends `-ftz=true` to the options: subnormal numbers would become 0, and so would
 the tails of a cross-entropy.
 """
 
@@ -17,14 +17,11 @@ from fastloss.kernel.cache import cache_folder, read, write
 from fastloss.version import __version__
 
 OPTIONS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
-HIP_OPTIONS = ("--std=c++17", "-ffp-contract=off")
 
 
 @functools.cache
 def kernel(text: str, name: str, device: int) -> Any:
     """Return the function that launches a kernel on a device, which must be the current device."""
-    if cupy.cuda.runtime.is_hip:
-        return cupy.RawModule(code=text, options=HIP_OPTIONS).get_function(name)
     module = cupy.cuda.function.Module()
     module.load(machine_code(text, architecture(cupy.cuda.Device(device).compute_capability)))
     return module.get_function(name)

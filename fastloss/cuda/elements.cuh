@@ -1,6 +1,6 @@
 // Types and functions for the generated part of a kernel: bits of numbers, 16-bit numbers, arguments, loads and stores.
 //
-// NVRTC, nvcc and hipcc compile this file, and a C++ compiler does for the tests. It includes no header, because NVRTC has none.
+// NVRTC compiles this file, and a C++ compiler does for the tests. It includes no header, because NVRTC has none.
 
 #define DEVICE static __device__ __forceinline__
 
@@ -28,8 +28,6 @@ DEVICE float reciprocal_estimate(const float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-#elif defined(__HIP_DEVICE_COMPILE__)
-DEVICE float reciprocal_estimate(const float x) { return __builtin_amdgcn_rcpf(x); }
 #else
 DEVICE float reciprocal_estimate(const float x) { return 1.0f / x; }
 #endif

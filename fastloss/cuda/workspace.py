@@ -84,7 +84,7 @@ _dropped: list[Slot] = []  # of workspaces that are no longer stored
 
 def is_capturing(stream: Any) -> bool:
     """Whether launches on a stream are captured into a graph."""
-    return not cupy.cuda.runtime.is_hip and bool(stream.is_capturing())
+    return bool(stream.is_capturing())
 
 
 def find_workspace(device: int) -> Workspace:

@@ -450,7 +450,7 @@ def memcpy(to: int, source: int, size: int, way: int) -> None:
 
 
 runtime = types.SimpleNamespace(
-    is_hip=False, getDevice=lambda: current.device, getDeviceCount=lambda: 2, deviceGetAttribute=lambda attribute, device: 3,
+    getDevice=lambda: current.device, getDeviceCount=lambda: 2, deviceGetAttribute=lambda attribute, device: 3,
     cudaDevAttrMultiProcessorCount=16, CUDARuntimeError=CUDARuntimeError, deviceSynchronize=wait, memcpy=memcpy,
     runtimeGetVersion=lambda: 13010, driverGetVersion=lambda: 13020,
     getDeviceProperties=lambda device: {"name": b"the stand-in", "multiProcessorCount": 3, "totalGlobalMem": 1 << 30},
