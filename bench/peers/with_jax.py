@@ -15,7 +15,8 @@ from bench.formulas import FORMULAS, reduced
 from bench.row import Result, Row, split
 
 XP = SimpleNamespace(
-    abs=jnp.abs, exp=jnp.exp, log=jnp.log, log1p=jnp.log1p, sigmoid=jax.nn.sigmoid, softplus=jax.nn.softplus, sqrt=jnp.sqrt, where=jnp.where,
+    abs=jnp.abs, exp=jnp.exp, log=jnp.log, log1p=jnp.log1p, sigmoid=jax.nn.sigmoid, softplus=jax.nn.softplus, sqrt=jnp.sqrt,
+    where=jnp.where,
     bce=lambda z, t: jnp.maximum(z, 0) - z * t + jnp.log1p(jnp.exp(-jnp.abs(z))),
 )  # fmt: skip
 

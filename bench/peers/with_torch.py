@@ -21,7 +21,8 @@ from fastloss.backends.torch.memory_views import to_array, to_tensor
 from fastloss.backends.torch.reuse import empty_cache
 
 XP = SimpleNamespace(
-    abs=torch.abs, exp=torch.exp, log=torch.log, log1p=torch.log1p, sigmoid=torch.sigmoid, softplus=F.softplus, sqrt=torch.sqrt, where=torch.where,
+    abs=torch.abs, exp=torch.exp, log=torch.log, log1p=torch.log1p, sigmoid=torch.sigmoid, softplus=F.softplus, sqrt=torch.sqrt,
+    where=torch.where,
     bce=functools.partial(F.binary_cross_entropy_with_logits, reduction="none"),
 )  # fmt: skip
 
