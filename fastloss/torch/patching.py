@@ -54,9 +54,9 @@ def patch() -> Patch:
         with fastloss.torch.patch(): ...      # only inside the block
 
     Calls that fastloss does not support still go to PyTorch's functions: other devices (also GPUs if CuPy is not installed), other
-    or mixed dtypes, operands of different shapes, subclasses of `torch.Tensor`, a weight that requires a gradient, transforms of
-    torch.func, and torch.jit.trace. torch.jit.script is not supported. Functions that were imported by name before the patch
-    (`from torch.nn.functional import mse_loss`) are not replaced.
+    or mixed dtypes, operands of different shapes, subclasses of `torch.Tensor` other than parameters, a weight that requires a
+    gradient, transforms of torch.func, and torch.jit.trace. torch.jit.script is not supported. Functions that were imported by name
+    before the patch (`from torch.nn.functional import mse_loss`) are not replaced.
     """
     return Patch()
 
