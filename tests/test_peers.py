@@ -16,6 +16,7 @@ import sklearn
 from sklearn._loss import loss as sklearn_losses
 
 import fastloss as fl
+from bench.formulas import FORMULAS
 from tests.table import LOSSES
 from tests.ulp import PEER, PEER_ULP, assert_close, assert_ulp
 
@@ -84,9 +85,20 @@ def vae(torch, reconstruction_logits, images, mu, logvar, reconstruction="bce", 
     return total / len(images)
 
 
+def formula_of_benchmarks(name):
+    """Return the formula that the benchmarks give PyTorch for a loss, with a reduction."""
+
+    def formula(torch, input, target, reduction="mean"):
+        from bench.peers.with_torch import XP
+
+        return reduced(FORMULAS[name](XP, input, target), reduction)
+
+    return formula
+
+
 @dataclass(frozen=True)
 class Pair:
-    """What torch has of a loss: the function of that name, or a formula out of its operations; with which options they are called."""
+    """PyTorch's version of a loss: its function of that name, or a formula of its operations; and the options of the calls."""
 
     formula: Callable[..., Any] | None = None
     options: tuple[dict[str, Any], ...] = ({},)
@@ -94,7 +106,7 @@ class Pair:
     reductions: tuple[dict[str, str], ...] = (MEAN, SUM, NONE)
 
 
-PAIRS = {
+PAIRS = {name: Pair(formula_of_benchmarks(name)) for name, row in LOSSES.items() if row.is_elementwise} | {
     "binary_cross_entropy_with_logits": Pair(
         options=({}, {"pos_weight": PER_CHANNEL}, {"weight": WEIGHT}, {"weight": PER_CHANNEL, "pos_weight": PER_CHANNEL[::-1]})
     ),
