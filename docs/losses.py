@@ -307,8 +307,10 @@ def mark_minimum(left: Axes, right: Axes) -> None:
 def plain(row: Row) -> Picture:
     """Draw a loss of one element at each of its settings."""
     label, x = {"logits": ("logit", LOGITS), "any": ("input - target", ERRORS)}[row.input]
-    named = [(", ".join(f"{name} = {number:g}" for name, number in given.items()) or "default", given) for given in row.settings]
-    return Picture(label, x, curves(row.name, x, *((text, 0.0, dict(given)) for text, given in named)))
+    defaults = {p.name: p.default for p in inspect.signature(row.loss).parameters.values() if isinstance(p.default, float)}
+    settings = [defaults | dict(given) for given in row.settings]
+    named = [(", ".join(f"{name} = {number:g}" for name, number in given.items()) or row.title, given) for given in settings]
+    return Picture(label, x, curves(row.name, x, *((text, 0.0, given) for text, given in named)))
 
 
 DRAWN: dict[str, Callable[[], Picture]] = {
