@@ -28,6 +28,11 @@ def log_cosh(xp: Any, z: Any, t: Any) -> Any:
     return d + xp.softplus(-2 * d) - log(2)
 
 
+def charbonnier(xp: Any, z: Any, t: Any) -> Any:
+    """Compute the Charbonnier loss with eps = 1e-3."""
+    return xp.sqrt((z - t) ** 2 + 1e-6)
+
+
 def focal(xp: Any, z: Any, t: Any) -> Any:
     """Compute the focal loss with alpha = 1/4 and gamma = 2."""
     p = xp.sigmoid(z)
@@ -60,6 +65,7 @@ FORMULAS: dict[str, Any] = {
     "smooth_l1_loss": huber,
     "huber_loss": huber,
     "log_cosh_loss": log_cosh,
+    "charbonnier_loss": charbonnier,
     "mse_with_logits_loss": lambda xp, z, t: (xp.sigmoid(z) - t) ** 2,
     "sigmoid_focal_loss": focal,
     "gaussian_kl_loss": gaussian_kl,
@@ -106,6 +112,12 @@ def _log_cosh(z: Any, t: Any) -> Calls:
     return lambda: np.log(np.cosh(d)), lambda: np.tanh(d)
 
 
+def _charbonnier(z: Any, t: Any) -> Calls:
+    d = z - t
+    value = np.sqrt(d * d + d.dtype.type(1e-6))
+    return lambda: value, lambda: d / value
+
+
 def _mse_with_logits(z: Any, t: Any) -> Calls:
     p = 1 / (1 + np.exp(-z))
     return lambda: (p - t) ** 2, lambda: 2 * (p - t) * p * (1 - p)
@@ -132,6 +144,7 @@ NAIVE: dict[str, Callable[..., Calls]] = {
     "smooth_l1_loss": _huber,  # equals the Huber loss, because beta and delta are 1
     "huber_loss": _huber,
     "log_cosh_loss": _log_cosh,
+    "charbonnier_loss": _charbonnier,
     "mse_with_logits_loss": _mse_with_logits,
     "sigmoid_focal_loss": _focal,
     "gaussian_kl_loss": _gaussian_kl,

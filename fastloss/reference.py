@@ -90,6 +90,13 @@ def log_cosh_loss(z: Array, t: Array) -> tuple[Array, Array]:
     return np.logaddexp(d, -d) - np.log(z.dtype.type(2)), np.tanh(d)
 
 
+def charbonnier_loss(z: Array, t: Array, eps: float = 1e-3) -> tuple[Array, Array]:
+    """Return the value and the slope of sqrt((z - t)**2 + eps**2) for every element."""
+    d = z - t
+    value = np.hypot(d, z.dtype.type(eps))
+    return value, d / value
+
+
 def binary_entropy(t: Array) -> Array:
     """Return the binary entropy of every target."""
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -129,6 +129,12 @@ def log_cosh_loss(z, t, m):
     return (value, value), (slope, slope), (curvature, curvature)
 
 
+def charbonnier_loss(z, t, m, eps=1e-3):
+    d, eps = z - t, m.number(eps)
+    value = m.power(d * d + eps * eps, m.number(0.5))
+    return (value, value), (d / value, d / value), (eps * eps / value**3, eps * eps / value**3)
+
+
 def mse_with_logits_loss(z, t, m):
     p, q, _, _ = _sides(z, t, m)
     d = (1 - t) * p - t * q

@@ -5,13 +5,13 @@ from __future__ import annotations
 from math import factorial, inf
 from typing import Any
 
-from fastloss.core.checks import SMALLEST
+from fastloss.core.checks import LARGEST, SMALLEST
 from fastloss.loss import elementwise_loss
 from fastloss.losses.logistic import variance
 from fastloss.losses.table import row
-from fastloss.ops import abs, add_log1p, exp, fma, polynomial, sigmoid, tanh, where
+from fastloss.ops import abs, add_log1p, exp, fma, polynomial, sigmoid, sqrt, tanh, where
 
-__all__ = ["huber_loss", "l1_loss", "log_cosh_loss", "mse_loss", "smooth_l1_loss"]
+__all__ = ["charbonnier_loss", "huber_loss", "l1_loss", "log_cosh_loss", "mse_loss", "smooth_l1_loss"]
 
 _LOG_2 = 0.6931471805599453
 # cosh d - 1 - d**2/2 = d**4 (1/4! + d**2/6! + ...), to the last digit of float64 for |d| <= 1
@@ -175,3 +175,42 @@ def log_cosh_loss(z: Any, t: Any) -> Any:
     # the curvature falls as exp(-2 |d|), so an error of d counts 2 |d| times; add the rounding error of the subtraction back
     curvature = 4.0 * variance(sigmoid(minus_2d))
     return _of_difference(value, slope, where(curvature == 0.0, 0.0, fma(-2.0 * slope * lost, curvature, curvature)))
+
+
+@row(
+    "Charbonnier", "like `l1_loss`, smooth at the target: image restoration and super-resolution", input="any",
+    ulp={"value": 2.5, "slope": 3.5, "curvature": 10}, settings=({}, {"eps": 0.375}), module="CharbonnierLoss",
+)  # fmt: skip
+@elementwise_loss(bounds={"eps": (SMALLEST, LARGEST)})
+def charbonnier_loss(z: Any, t: Any, eps: Any = 1e-3) -> Any:
+    """Absolute error that is rounded off near the target: the hypotenuse of the error and `eps`.
+
+    With d = input - target, per element:
+
+        value     = sqrt(d**2 + eps**2)
+        slope     = d / value
+        curvature = eps**2 / value**3
+
+    The value is at least `eps`, which is its minimum, at d = 0. It is computed from the ratio of |d| and `eps`, so no square
+    overflows or vanishes: errors up to the largest float32, and every `eps` above 0, keep their digits.
+
+    Args:
+        input: predictions.
+        target: what they should be.
+        eps: error at which the parabola around the target bends into straight lines, in the units of the input: a number above 0, or
+            an array that broadcasts.
+
+    Source: Charbonnier, Blanc-Féraud, Aubert and Barlaud, "Two deterministic half-quadratic regularization algorithms for computed
+    imaging", 1994; for images, Lai, Huang, Ahuja and Yang, "Deep Laplacian Pyramid Networks", 2017.
+    """
+    d = z - t
+    size = abs(d)
+    is_far = size > eps
+    larger, smaller = where(is_far, size, eps), where(is_far, eps, size)
+    ratio = smaller / larger
+    square = fma(ratio, ratio, 1.0)
+    root = sqrt(square)
+    value = larger * root
+    size_over_value, scaled_eps = where(is_far, 1.0, ratio) / root, where(is_far, ratio, 1.0)
+    slope = where(d < 0.0, -size_over_value, size_over_value)
+    return _of_difference(value, slope, scaled_eps * (scaled_eps / (square * value)))
