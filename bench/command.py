@@ -20,7 +20,9 @@ PICTURES = Path("bench-pictures")  # made if it is not there
 QUICK, FULL = 1.0, 6.0  # seconds a case, at least some rounds
 WIDTH = 140  # characters a line where the output is no terminal
 START = 5  # rounds of starting processes
-FEW = ("fastloss, out=", "limit: triad", "limit: dot product, then triad", "NumPy, stable", "torch eager", "JAX")  # in most quick cases
+FEW = (  # rows of most quick cases
+    "fastloss, out=", "fastloss on tensors", "limit: triad", "limit: dot product, then triad", "NumPy, stable", "torch eager", "JAX",
+)  # fmt: skip
 AXES = {
     "loss": tuple(cases.SUBJECTS),
     "part": cases.PASSES,

@@ -28,7 +28,7 @@ END = "<!-- end of speed -->"
 ABOUT = {
     "limit": "Bars: how many times as long as the memory's limit each library takes for BCE and MSE",
     "losses": "For every loss, the time of fastloss and of others over the limit",
-    "size": "Time per element over the size of the batch, from 1,000 elements on",
+    "size": "Time of each library over that of fastloss for BCE and MSE, by batch size from 1,000 elements on, on arrays and on tensors",
     "memory": "Bars: extra memory of each library for BCE, in multiples of the logits",
 }
 
