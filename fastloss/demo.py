@@ -195,12 +195,14 @@ def draw(trainings: list[Training], floor: float, images: Bytes, png: Path) -> N
     figure = plt.figure(figsize=(11, 9), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 0.8))
     left, right = top.subplots(1, 2)
-    left.plot(trainings[0].losses, color=colours[0], label="cross-entropy while it is trained")
+    left.plot(trainings[0].losses, color=colours[0], label="cross-entropy in training")
     left.axhline(floor, color="black", linestyle="--", label="its floor: the entropy of the images")
-    left.set(title="Cross-entropy ends near its floor, not at 0", xlabel="step", ylabel="nats a patch", ylim=(0, None))
+    left.set(title="Cross-entropy ends near its floor, not at 0", xlabel="step", ylabel="nats per patch", ylim=(0, None))
     for training, colour in zip(trainings, colours, strict=True):
         right.plot(np.sqrt(training.pixel_errors), color=colour, label=f"trained with {training.name}")
-    right.set(title="From a saturated start, squared error sleeps", xlabel="step", ylabel="pixel error, root mean square", ylim=(0, None))
+    right.set(
+        title="From a saturated start, squared error learns late", xlabel="step", ylabel="pixel error, root mean square", ylim=(0, None)
+    )
     for axes in (left, right):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)

@@ -20,12 +20,11 @@ def misplaced(figure):
     picture = figure.bbox.padded(SLACK)
     found = [f"{text.get_text()!r} is beyond the picture" for text, box in boxes.items() if not inside(box, picture)]
     for axes in figure.axes:
-        frame = axes.get_window_extent().padded(SLACK)
-        for text in (*axes.texts, axes.xaxis.label, axes.yaxis.label, axes.title):
-            if text in boxes and not fits(boxes[text], frame, text, axes):
-                found.append(f"{text.get_text()!r} is beyond its axes")
-    overlaps = (pair for pair in combinations(boxes.items(), 2) if pair[0][1].padded(-SLACK / 2).overlaps(pair[1][1].padded(-SLACK / 2)))
-    return found + [f"{a.get_text()!r} is over {b.get_text()!r}" for (a, _), (b, _) in overlaps]
+        described = [text for text in (*axes.texts, axes.xaxis.label, axes.yaxis.label, axes.title) if text in boxes]
+        found += [f"{text.get_text()!r} is beyond its axes" for text in described if not fits(boxes[text], text, axes)]
+    apart = {text: box.padded(-SLACK / 2) for text, box in boxes.items()}
+    overlapping = [(a, b) for a, b in combinations(apart, 2) if apart[a].overlaps(apart[b])]
+    return found + [f"{a.get_text()!r} is over {b.get_text()!r}" for a, b in overlapping]
 
 
 def ticks(axis):
@@ -43,8 +42,9 @@ def drawn(axis):
     return found
 
 
-def fits(box, frame, text, axes):
-    """Return whether a text is no longer than the side that it lies along; texts within the axes have to lie within both."""
+def fits(box, text, axes):
+    """Return whether a text is no longer than the side that it lies along; texts in the axes have to lie within both sides."""
+    frame = axes.get_window_extent().padded(SLACK)
     along_x = frame.x0 <= box.x0 and box.x1 <= frame.x1
     along_y = frame.y0 <= box.y0 and box.y1 <= frame.y1
     if text in axes.texts:

@@ -315,7 +315,7 @@ def test_the_fastest_at_each_size_is_marked():
 
 def test_sizes_of_the_table_are_drawn_where_the_curve_was_not_measured():
     cases = (Case(loss, size=size) for loss in (BCE, MSE) for size in ("large", "1Ki", "mnist"))
-    _, panels = over_sizes(*cases, **{"JAX": [3.0]})
+    _, panels = over_sizes(*cases, JAX=[3.0])
     assert [list(panel["fastloss"].get_xdata()) for panel in panels] == [[1024, 100352, 12582912]] * 2
     assert pictures.sizes(Results(content())) is None
 
