@@ -1,4 +1,4 @@
-"""Pictures of a results file: bars against the limit, time per element over size, memory, threads."""
+"""Pictures of a results file: bars over the limit, times by batch size, memory, and every loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-mpl.use("Agg")  # a file, and no screen
+mpl.use("Agg")  # draws into files, needs no screen
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -18,24 +18,24 @@ from bench.goals import TENSORS
 from bench.report import duration
 from bench.results import PEERS, Measured, Results
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; lines have markers of their own besides
+# Okabe and Ito's colours and some more, which colour-blind readers can tell apart; each line also has a marker of its own
 OURS, LIMIT, OTHERS = "#0072b2", "#000000", "#bbbbbb"
 COLOURS = ["#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6d00", "#999999", "#5d3a9b", "#117733"]
 MARKERS = "sD^vPX<>h"
 STYLES: dict[str, dict[str, Any]] = {"fastloss": {"color": OURS, "marker": "o", "linewidth": 2.5, "zorder": 3}} | {
     name: {"color": colour, "marker": marker, "linewidth": 1.2} for name, colour, marker in zip(PEERS, COLOURS, MARKERS, strict=True)
 }
-# the row of fastloss on arrays and on tensors, and the rows that each is compared with
+# the row of fastloss on arrays and that on tensors, and the rows compared with each
 SETTINGS = {
     "fastloss, out=": [name for name in PEERS if not name.startswith("torch")],
     TENSORS: [name for name in PEERS if name.startswith("torch")],
 }
 ROOM = 5  # the least ratio between batch sizes whose times are written beside each other
-LOG_ROOM = 2.2  # of a logarithmic axis, right of the longest bar, for its label
+LOG_ROOM = 2.2  # the end of a logarithmic axis over that of its longest bar, which leaves room for a label
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Write every picture that there are rows for; return their paths."""
+    """Draw each picture that the results have rows for; return the paths."""
     pictures = {"limit": bars, "size": sizes, "memory": memory, "losses": losses}
     made = []
     for name, picture in pictures.items():
@@ -48,18 +48,18 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 
 def shown(measured: Measured) -> list[str]:
-    """Return the rows of a case that a picture shows, the fastest first."""
+    """Return the names of the rows of a case that a picture shows, the fastest first."""
     hidden = {"fastloss, plain", "fastloss, fresh gradient", "fastloss, in place", "limit: triad, prefetched"}
     return sorted(measured.rows.keys() - hidden, key=lambda name: measured.rows[name].median)
 
 
 def colour(name: str) -> str:
-    """Return a bar's colour: ours, the memory's, or that of all others."""
+    """Return the colour of a bar: one for fastloss, one for the limits, one for all other libraries."""
     return OURS if name.startswith("fastloss") else LIMIT if name.startswith("limit") else OTHERS
 
 
 def bars(results: Results) -> Any:
-    """Draw how many times as long as the limit every row takes, for BCE and MSE."""
+    """Draw the time of each row over the limit, for BCE and MSE."""
     found = [results.measured[case] for loss in (BCE, MSE) if (case := results.headline(loss)) in results.measured]
     if not found:
         return None
@@ -111,12 +111,12 @@ def sizes(results: Results) -> Any:
     lines = {line.get_label(): line for axes in grid.flat for line in axes.lines}
     names = [name for name in STYLES if name in lines]
     figure.legend([lines[name] for name in names], names, loc="outside right center", frameon=False)
-    figure.suptitle(f"Value and gradient, float32, {where(results)}")
+    figure.suptitle(f"Value and gradient, float32, {processor(results)}")
     return figure
 
 
 def over_sizes(results: Results, loss: str) -> list[Measured]:
-    """Return a loss's cases on the curve in order of size, or those of the table's sizes where the curve was not measured."""
+    """Return the cases of a loss on the curve in order of size; where there are fewer than two, those of the sizes of the table."""
     for names in (CURVE, SIZES):
         cases = (Case(loss, size=name) for name in names)
         found = [results.measured[case] for case in cases if case in results.measured]
@@ -127,7 +127,7 @@ def over_sizes(results: Results, loss: str) -> list[Measured]:
 
 @dataclass(frozen=True)
 class Panel:
-    """Axes, the cases drawn in them in order of size, the row of fastloss, and the rows that it is compared with."""
+    """Axes, the cases drawn in them in order of size, the name of the row of fastloss, and those of the rows compared with it."""
 
     axes: Any
     points: Sequence[Measured]
@@ -145,7 +145,7 @@ class Panel:
         tidy(self.axes, "both")
 
     def write_times(self) -> None:
-        """Write the times of fastloss above the panel, where they have room beside each other."""
+        """Write the times of fastloss above the panel, for as many sizes as there is room for."""
         written: list[Measured] = []
         for measured in self.points:
             if not written or measured.case.elements > ROOM * written[-1].case.elements:
@@ -157,7 +157,7 @@ class Panel:
         above.spines["top"].set_visible(False)
 
     def mark_fastest(self) -> None:
-        """Draw, at the bottom, the marker of the fastest row at each size, where there is one to compare with."""
+        """Draw the marker of the fastest row at the bottom of each size that has several rows, and shade what is faster than fastloss."""
         for measured in self.points:
             names = [name for name in (self.ours, *self.others) if name in measured.rows]
             if len(names) > 1:
@@ -171,7 +171,7 @@ class Panel:
 
 
 def memory(results: Results) -> Any:
-    """Draw how much memory a call needs beside its arguments."""
+    """Draw the memory that a call allocates."""
     measured = results.measured.get(Case())
     if measured is None:
         return None
@@ -191,17 +191,18 @@ def memory(results: Results) -> Any:
 
 
 def losses(results: Results) -> Any:
-    """Draw every loss: ours, and the fastest other, over the limit."""
+    """Draw, for every loss, the times of fastloss and of other libraries over the limit."""
     found = [m for m in results.measured.values() if m.case == results.headline(m.case.loss)]
     if len(found) < 3 or not any(m.rows.keys() & {"torch.compile", "torch eager", "NumPy, stable"} for m in found):
         return None
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     y = np.arange(len(found))
     drawn = ("fastloss, out=", "torch.compile", "JAX", "torch eager", "NumPy, stable")
-    for name, shade, marker in zip(drawn, (OURS, *COLOURS[:3], OTHERS), "osD^v", strict=True):
+    for name in drawn:
         points = [(m.rows[name].median / m.limit.median, k) for k, m in enumerate(found) if name in m.rows]
         if points:
-            axes.plot(*zip(*points, strict=True), linestyle="", marker=marker, color=shade, label=name, markersize=8)
+            style = STYLES[name.removesuffix(", out=")] | {"linestyle": "", "markersize": 8}
+            axes.plot(*zip(*points, strict=True), label=name, **style)
     axes.axvline(1, color=LIMIT, linewidth=1, linestyle=":", label="limit")
     axes.set(xscale="log", xlabel="time over the limit (logarithmic)", yticks=y, yticklabels=[m.case.subject.short for m in found])
     axes.invert_yaxis()
@@ -213,17 +214,17 @@ def losses(results: Results) -> Any:
 
 
 def subtitle(results: Results, case: Case) -> str:
-    """Return what a picture's rows have in common."""
-    return f"{' x '.join(map(str, case.shape))}, {case.dtype}, {where(results)}"
+    """Return the shape, dtype and processor of a case."""
+    return f"{' x '.join(map(str, case.shape))}, {case.dtype}, {processor(results)}"
 
 
-def where(results: Results) -> str:
-    """Return the processor that was measured on, with its threads."""
+def processor(results: Results) -> str:
+    """Return the name of the GPU, or that of the CPU with the number of threads."""
     return str(results.machine["gpu"]) if results.is_gpu else f"{results.machine['threads']} threads, {results.machine['cpu']}"
 
 
 def tidy(axes: Any, logarithmic: str) -> None:
-    """Take away what a reader does not need, and write numbers as such."""
+    """Remove two sides of the frame, draw a grid, and write ticks of logarithmic axes as plain numbers."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     if logarithmic == "x" and axes.get_xscale() == "log":
