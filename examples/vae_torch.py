@@ -103,7 +103,7 @@ class TorchVAELoss(nn.Module):
 class Digits:
     """Scikit-learn's handwritten digits: 8 x 8 pixels, uint8 from 0 (paper) to 16 (ink)."""
 
-    colours, white = 1, 16
+    colours, largest = 1, 16
     batch, steps = 128, 3000
 
     def __init__(self, seed: int) -> None:
@@ -123,7 +123,7 @@ class Digits:
 class Photographs:
     """Random crops of scikit-learn's two sample photographs: uint8 from 0 to 255."""
 
-    colours, white = 3, 255
+    colours, largest = 3, 255
     batch, steps, size = 16, 1500, 64
 
     def __init__(self, size: int) -> None:
@@ -181,7 +181,7 @@ def train(model: VAE, data: Digits | Photographs, options: argparse.Namespace, r
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=options.steps + 1, pct_start=0.1, cycle_momentum=False)
     by_fastloss = options.by == "fastloss"
     if by_fastloss:  # takes the uint8 images as they are; the gradient replaces the logits
-        criterion = ft.VAELoss(options.loss, options.beta, target_scale=1 / data.white, inplace_grad=True)
+        criterion = ft.VAELoss(options.loss, options.beta, target_scale=1 / data.largest, inplace_grad=True)
     else:
         criterion = TorchVAELoss(options.loss, options.beta)
     history = History()
@@ -189,7 +189,7 @@ def train(model: VAE, data: Digits | Photographs, options: argparse.Namespace, r
         images = data.random_batch(options.batch, random)
         begin = time.perf_counter()
         optimiser.zero_grad()
-        x = images / data.white
+        x = images / data.largest
         logits, mu, logvar = model(x)
         time_loss(logits, history.loss_seconds)
         total, reconstruction, divergence = criterion(logits, images if by_fastloss else x, mu, logvar)
@@ -200,7 +200,7 @@ def train(model: VAE, data: Digits | Photographs, options: argparse.Namespace, r
         history.totals.append(total.item())
         history.reconstructions.append(reconstruction.item())
         history.divergences.append(divergence.item())
-        history.floors.append(floor(images, data.white, options.loss))
+        history.floors.append(floor(images, data.largest, options.loss))
         report(history.totals[-1])
     return history
 
@@ -211,9 +211,9 @@ def time_loss(logits: Tensor, seconds: list[float]) -> None:
     logits.register_hook(lambda _: seconds.append(time.perf_counter() - begin))
 
 
-def floor(images: Tensor, white: int, loss: str) -> float:
+def floor(images: Tensor, largest: int, loss: str) -> float:
     """Return the reconstruction loss of a perfect reconstruction: the entropy of the images for cross-entropy, 0 for squared error."""
-    return fl.binary_entropy(images, target_scale=1 / white, reduction="batchmean").item() if loss == "bce" else 0.0
+    return fl.binary_entropy(images, target_scale=1 / largest, reduction="batchmean").item() if loss == "bce" else 0.0
 
 
 def show(model: VAE, data: Digits | Photographs, seed: int) -> list[tuple[str, Tensor]]:
@@ -223,7 +223,7 @@ def show(model: VAE, data: Digits | Photographs, seed: int) -> list[tuple[str, T
     patches that do not fit together. The code of a digit is a single vector.
     """
     random = torch.Generator().manual_seed(seed)
-    images = data.shown(random) / data.white
+    images = data.shown(random) / data.largest
     model.eval()
     with torch.inference_mode():
         logits, mu, _ = model(images)

@@ -83,8 +83,8 @@ def test_samples_look_like_digits():
     with torch.inference_mode():
         samples = vae_torch.sample(model, (256, 32, 1, 1), torch.Generator().manual_seed(1))
     digits = load_digits()
-    distances = torch.cdist(samples.flatten(1), torch.from_numpy(digits.data / data.white).float())
-    apart = torch.cdist(data.held_out.flatten(1) / data.white, data.training.flatten(1) / data.white)
+    distances = torch.cdist(samples.flatten(1), torch.from_numpy(digits.data / data.largest).float())
+    apart = torch.cdist(data.held_out.flatten(1) / data.largest, data.training.flatten(1) / data.largest)
     assert distances.min(dim=1).values.mean() < 1.5 * apart.min(dim=1).values.mean()
     assert set(digits.target[distances.argmin(dim=1)]) == set(range(10))
 
