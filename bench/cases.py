@@ -24,7 +24,9 @@ SIZES = {
     "large": (64, 3, 256, 256),
     "huge": (256, 3, 256, 256),
 }
-CURVE = {f"10^{k}": (10**k,) for k in range(3, 10)}
+DECADES = {f"10^{k}": (10**k,) for k in range(3, 10)}
+# whole decades, and a size between those of small batches, where libraries overtake each other
+CURVE = dict(sorted((DECADES | {f"3x10^{k}": (3 * 10**k,) for k in range(3, 6)}).items(), key=lambda size: size[1]))
 LATENTS = 256  # numbers in the latent code of an image
 
 
@@ -104,7 +106,7 @@ HEADLINES = [*select(loss=(BCE, MSE)), *select(size=("1Ki", "mnist"))]
 
 def quick() -> list[Case]:
     """Return the cases of about a minute: the headlines, every loss, some sizes."""
-    return unique([*HEADLINES, *select(loss=tuple(SUBJECTS)), *select(size=tuple(CURVE)[:5])])
+    return unique([*HEADLINES, *select(loss=tuple(SUBJECTS)), *select(loss=(BCE, MSE), size=tuple(DECADES)[:5])])
 
 
 def table() -> list[Case]:
@@ -120,4 +122,4 @@ def table() -> list[Case]:
 
 def full() -> list[Case]:
     """Return the cases of record, and all sizes."""
-    return [*table(), *select(size=tuple(CURVE))]
+    return [*table(), *select(loss=(BCE, MSE), size=tuple(CURVE))]

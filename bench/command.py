@@ -20,7 +20,9 @@ PICTURES = Path("bench-pictures")  # created if it does not exist
 QUICK, FULL = 1.0, 6.0  # seconds for each case, at least `measure.LEAST` rounds
 WIDTH = 140  # characters in a line if the output is not a terminal
 START = 5  # rounds in which processes are started
-QUICK_ROWS = ("fastloss, out=", "limit: triad", "limit: dot product, then triad", "NumPy, stable", "torch eager", "JAX")
+QUICK_ROWS = (
+    "fastloss, out=", "fastloss on tensors", "limit: triad", "limit: dot product, then triad", "NumPy, stable", "torch eager", "JAX",
+)  # fmt: skip
 AXES = {
     "loss": tuple(cases.SUBJECTS),
     "part": cases.PASSES,

@@ -24,7 +24,7 @@ AUTHOR = "python -m bench --write"
 ALT_TEXTS = {
     "limit": "Bars: the time of each library over the memory limit, for BCE and MSE",
     "losses": "For every loss, the time of fastloss and of other libraries over the memory limit",
-    "size": "Time per element over the size of the batch, from 1,000 elements on",
+    "size": "Time of each library over that of fastloss for BCE and MSE, by batch size from 1,000 elements on, on arrays and on tensors",
     "memory": "Bars: extra memory of each library for BCE, in multiples of the logits",
 }
 # groups of cases, a table each

@@ -227,7 +227,7 @@ def draw(history: History, rows: dict[str, Tensor], options: argparse.Namespace)
     left, right = top.subplots(1, 2)
     steps = np.arange(1, len(history.losses) + 1)
     left.plot(steps, history.losses, color="#0072b2", linewidth=0.8)
-    left.set(title="Learning curve", xlabel="step", ylabel="Dice loss + cross-entropy (nats a pixel)", ylim=(0, None))
+    left.set(title="Learning curve", xlabel="step", ylabel="Dice loss + cross-entropy (nats per pixel)", ylim=(0, None))
     for name, colour, scores in zip(CLASSES, COLOURS, np.transpose(history.scores), strict=True):
         right.plot(history.scored, scores, color=colour, marker="o", markersize=3, label=name)
     right.set(title=f"{SCORED} held-out images", xlabel="step", ylabel="intersection over union", ylim=(0, 1))

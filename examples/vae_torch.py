@@ -1,7 +1,8 @@
-"""Train a convolutional variational autoencoder on crops of real photographs, in PyTorch; the part to copy is `train`.
+"""Train a variational autoencoder in PyTorch on handwritten digits or on crops of photographs; the part to copy is `train`.
 
-python examples/vae_torch.py                 (needs PyTorch, scikit-learn, matplotlib and rich; about a minute)
-python examples/vae_torch.py --by torch      the loss by PyTorch alone: the same learning curve, up to rounding
+python examples/vae_torch.py                      (needs PyTorch, scikit-learn, matplotlib and rich; less than a minute)
+python examples/vae_torch.py --data photographs   larger images in colour (about a minute)
+python examples/vae_torch.py --by torch           the loss by PyTorch alone: the same learning curve, up to rounding
 """
 
 from __future__ import annotations
@@ -19,28 +20,33 @@ import torch
 from matplotlib.axes import Axes
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from sklearn.datasets import load_sample_images
+from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
 from torch.nn import functional
 
 import fastloss as fl
 import fastloss.torch as ft
 
-mpl.use("Agg")  # a file, and no screen
+mpl.use("Agg")  # draws into files, needs no screen
 import matplotlib.pyplot as plt
 
-HELD_OUT = 256  # columns at the right of each photograph, which are shown and never trained on
-PATCH = 8  # pixels along a patch, whose colours become channels
-SHOWN = 8
+HELD_OUT_DIGITS = 297  # of 1,797
+HELD_OUT_COLUMNS = 256  # at the right of each photograph
+PATCH = 8  # pixels along a patch, whose pixels become the channels of the first layer
+SHOWN = 12
 RATE = 2e-3
-UNITS = {"bce": "nats an image", "mse": "squared error an image"}
-# Where squared error stands for Gaussian pixels, beta is twice their variance: here the standard deviation is 0.05. Near
-# p = 0.5 the cross-entropy rises twice as fast; its beta = 1 would take every pixel for a coin, and blur the pictures.
-BETA = {"bce": 0.01, "mse": 0.005}
+# Cross-entropy with beta = 1 takes each pixel for the toss of a coin, which blurs the pictures. Squared error with a weight beta
+# takes pixels for Gaussian variables of variance beta / 2.
+BETA = {
+    "digits": {"bce": 0.3, "mse": 0.05},
+    "photographs": {"bce": 0.01, "mse": 0.005},
+}
+UNITS = {"bce": "nats per image", "mse": "squared error per image"}
+OBJECTIVE, RECONSTRUCTION, DIVERGENCE, FLOOR = "#000000", "#0072b2", "#d55e00", "#cccccc"  # colours
 
 
 class Residual(nn.Module):
-    """Two convolutions beside a straight way; at the start they add nothing, which keeps the first steps tame."""
+    """Two convolutions beside a skip connection; the second starts at zero, so that the block starts as the identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -49,36 +55,36 @@ class Residual(nn.Module):
         nn.init.zeros_(self.second.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what was there and what is added."""
+        """Return the input plus the output of the convolutions."""
         return x + self.second(functional.silu(self.first(self.norm(x))))
 
 
 class VAE(nn.Module):
-    """Images in [0, 1], (N, 3, H, W), to the logits of their reconstruction, and the means and log-variances of their code.
+    """Map images in [0, 1], (N, colours, H, W), to the logits of their reconstruction and the means and log-variances of their code.
 
-    All layers are convolutions over patches: the code is (N, latents, H / 8, W / 8), for any multiples of 8.
+    All layers are convolutions over patches: the code is (N, latents, H / 8, W / 8), for any multiples of 8. A digit is a single
+    patch, and its code is a single vector.
     """
 
-    def __init__(self, latents: int = 32, width: int = 96) -> None:
+    def __init__(self, colours: int = 3, latents: int = 32, width: int = 96) -> None:
         super().__init__()
-        colours = 3 * PATCH**2
-        self.latents = latents
+        channels = colours * PATCH**2
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(PATCH), nn.Conv2d(colours, width, 3, padding=1), Residual(width), nn.Conv2d(width, 2 * latents, 1)
+            nn.PixelUnshuffle(PATCH), nn.Conv2d(channels, width, 3, padding=1), Residual(width), nn.Conv2d(width, 2 * latents, 1)
         )
         self.decoder = nn.Sequential(
-            nn.Conv2d(latents, width, 1), Residual(width), nn.Conv2d(width, colours, 3, padding=1), nn.PixelShuffle(PATCH)
+            nn.Conv2d(latents, width, 1), Residual(width), nn.Conv2d(width, channels, 3, padding=1), nn.PixelShuffle(PATCH)
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits, means and log-variances; the code is drawn at random in training, and is its mean otherwise."""
+        """Return logits, means and log-variances; the decoder is given a random code in training, and the mean in evaluation."""
         mu, logvar = self.encoder(x - 0.5).chunk(2, dim=1)
         code = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar) if self.training else mu
         return self.decoder(code), mu, logvar
 
 
 class TorchVAELoss(nn.Module):
-    """The objective and its two parts, as PyTorch alone computes them; images are floats in [0, 1]."""
+    """Compute the objective and its two parts by PyTorch alone; images are floats in [0, 1]."""
 
     def __init__(self, reconstruction: str, beta: float) -> None:
         super().__init__()
@@ -92,6 +98,47 @@ class TorchVAELoss(nn.Module):
             reconstruction = functional.mse_loss(torch.sigmoid(logits), images, reduction="sum") / len(images)
         divergence = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum() / len(images)
         return reconstruction + self.beta * divergence, reconstruction, divergence
+
+
+class Digits:
+    """Scikit-learn's handwritten digits: 8 x 8 pixels, uint8 from 0 (paper) to 16 (ink)."""
+
+    colours, largest = 1, 16
+    batch, steps = 128, 3000
+
+    def __init__(self, seed: int) -> None:
+        images = torch.from_numpy(load_digits().images.astype(np.uint8)).unsqueeze(1)
+        images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
+        self.held_out, self.training = images[:HELD_OUT_DIGITS], images[HELD_OUT_DIGITS:]
+
+    def random_batch(self, count: int, random: torch.Generator) -> Tensor:
+        """Return random digits to train on: (count, 1, 8, 8), uint8."""
+        return self.training[torch.randint(len(self.training), (count,), generator=random)]
+
+    def shown(self, _random: torch.Generator) -> Tensor:
+        """Return digits to show that the model was not trained on."""
+        return self.held_out[:SHOWN]
+
+
+class Photographs:
+    """Random crops of scikit-learn's two sample photographs: uint8 from 0 to 255."""
+
+    colours, largest = 3, 255
+    batch, steps, size = 16, 1500, 64
+
+    def __init__(self, size: int) -> None:
+        photographs = load_photographs()
+        self.size = size
+        self.training = [photograph[:, :, :-HELD_OUT_COLUMNS] for photograph in photographs]
+        self.held_out = [photograph[:, :, -HELD_OUT_COLUMNS:] for photograph in photographs]
+
+    def random_batch(self, count: int, random: torch.Generator) -> Tensor:
+        """Return random crops to train on: (count, 3, size, size), uint8."""
+        return cut(self.training, count, self.size, random)
+
+    def shown(self, random: torch.Generator) -> Tensor:
+        """Return crops to show that the model was not trained on: of many, those with more contrast than most."""
+        return torch.cat([by_contrast(cut([photograph], 64, self.size, random)) for photograph in self.held_out])
 
 
 def load_photographs() -> list[Tensor]:
@@ -109,34 +156,40 @@ def cut(photographs: Sequence[Tensor], count: int, size: int, random: torch.Gene
     return torch.stack(squares)
 
 
+def by_contrast(images: Tensor) -> Tensor:
+    """Return half as many images as are shown, from those with more contrast than most."""
+    order = images.float().std(dim=(1, 2, 3)).argsort()
+    return images[order[(torch.linspace(0.7, 1, SHOWN // 2) * (len(images) - 1)).long()]]
+
+
 @dataclass
 class History:
-    """What was measured in each step."""
+    """The measurements of each step."""
 
     totals: list[float] = field(default_factory=list)
     reconstructions: list[float] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
-    floors: list[float] = field(default_factory=list)  # the least that the reconstruction can be, of the same images
+    floors: list[float] = field(default_factory=list)  # the least possible reconstruction loss of the same images
     step_seconds: list[float] = field(default_factory=list)
     loss_seconds: list[float] = field(default_factory=list)
 
 
-def train(model: VAE, photographs: Sequence[Tensor], options: argparse.Namespace, report: Callable[[float], None]) -> History:
+def train(model: VAE, data: Digits | Photographs, options: argparse.Namespace, report: Callable[[float], None]) -> History:
     """Train the model, and report the loss of every step."""
     random = torch.Generator().manual_seed(options.seed)
     optimiser = torch.optim.Adam(model.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=options.steps + 1, pct_start=0.1, cycle_momentum=False)
     by_fastloss = options.by == "fastloss"
-    if by_fastloss:  # uint8 images as they are; the gradient replaces the logits
-        criterion = ft.VAELoss(options.loss, options.beta, target_scale=1 / 255, inplace_grad=True)
+    if by_fastloss:  # takes the uint8 images as they are; the gradient replaces the logits
+        criterion = ft.VAELoss(options.loss, options.beta, target_scale=1 / data.largest, inplace_grad=True)
     else:
         criterion = TorchVAELoss(options.loss, options.beta)
     history = History()
     for _ in range(options.steps):
-        images = cut(photographs, options.batch, options.size, random)
+        images = data.random_batch(options.batch, random)
         begin = time.perf_counter()
         optimiser.zero_grad()
-        x = images / 255
+        x = images / data.largest
         logits, mu, logvar = model(x)
         time_loss(logits, history.loss_seconds)
         total, reconstruction, divergence = criterion(logits, images if by_fastloss else x, mu, logvar)
@@ -147,76 +200,106 @@ def train(model: VAE, photographs: Sequence[Tensor], options: argparse.Namespace
         history.totals.append(total.item())
         history.reconstructions.append(reconstruction.item())
         history.divergences.append(divergence.item())
-        history.floors.append(floor(images, options.loss))
+        history.floors.append(floor(images, data.largest, options.loss))
         report(history.totals[-1])
     return history
 
 
 def time_loss(logits: Tensor, seconds: list[float]) -> None:
-    """Note how long it takes from here until the logits have their gradient: the loss, forwards and backwards."""
+    """Record the time from here until the logits have their gradient: the loss, forward and backward."""
     begin = time.perf_counter()
     logits.register_hook(lambda _: seconds.append(time.perf_counter() - begin))
 
 
-def floor(images: Tensor, loss: str) -> float:
-    """Return the least that the reconstruction of these images can cost: cross-entropy does not end at 0."""
-    return fl.binary_entropy(images, target_scale=1 / 255, reduction="batchmean").item() if loss == "bce" else 0.0
+def floor(images: Tensor, largest: int, loss: str) -> float:
+    """Return the reconstruction loss of a perfect reconstruction: the entropy of the images for cross-entropy, 0 for squared error."""
+    return fl.binary_entropy(images, target_scale=1 / largest, reduction="batchmean").item() if loss == "bce" else 0.0
 
 
-def show(model: VAE, photographs: Sequence[Tensor], options: argparse.Namespace) -> dict[str, Tensor]:
-    """Return rows of pictures in [0, 1]: images that were not trained on, what is made of them, and of noise."""
-    random = torch.Generator().manual_seed(options.seed)
-    images = torch.cat([varied(cut([photograph], 64, options.size, random) / 255) for photograph in photographs])
+def show(model: VAE, data: Digits | Photographs, seed: int) -> list[tuple[str, Tensor]]:
+    """Return labels and rows of pictures in [0, 1]: images that the model was not trained on, their reconstructions, and samples.
+
+    Photographs have no samples: their code is a map of vectors, which are independent under the prior, so that the decoder makes
+    patches that do not fit together. The code of a digit is a single vector.
+    """
+    random = torch.Generator().manual_seed(seed)
+    images = data.shown(random) / data.largest
     model.eval()
     with torch.inference_mode():
         logits, mu, _ = model(images)
-        sampled = model.decoder(torch.randn(mu.shape, generator=random))
-    return {"held out": images, "reconstructed": torch.sigmoid(logits), "sampled": torch.sigmoid(sampled)}
+        rows = [("held out", images), ("reconstructed", torch.sigmoid(logits))]
+        if mu.shape[2:] == (1, 1):  # (N, latents, 1, 1)
+            rows += [("sampled", sample(model, mu.shape, random)), ("", sample(model, mu.shape, random))]
+    return rows
 
 
-def varied(images: Tensor) -> Tensor:
-    """Return half as many images as are shown: of those with more contrast than most."""
-    by_contrast = images.std(dim=(1, 2, 3)).argsort()
-    return images[by_contrast[(torch.linspace(0.7, 1, SHOWN // 2) * (len(images) - 1)).long()]]
+def sample(model: VAE, shape: Sequence[int], random: torch.Generator) -> Tensor:
+    """Return the images that the decoder makes of codes drawn from the prior."""
+    return torch.sigmoid(model.decoder(torch.randn(shape, generator=random)))
 
 
-def draw(history: History, pictures: dict[str, Tensor], options: argparse.Namespace) -> None:
+def draw(history: History, rows: Sequence[tuple[str, Tensor]], options: argparse.Namespace) -> None:
     """Draw the learning curve and its parts above the pictures."""
-    figure = plt.figure(figsize=(11, 9), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1))
+    figure = plt.figure(figsize=(11, 5 + len(rows)), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(5, len(rows)))
     left, right = top.subplots(1, 2)
-    floors, unit = np.array(history.floors), UNITS[options.loss]
-    plot(left, history.totals, "#0072b2", "objective")
-    if options.loss == "bce":
-        plot(left, floors, "black", "its floor: the entropy of the images")
-    left.set(title="Learning curve", xlabel="step", ylabel=unit, ylim=(0, None))
-    above = np.array(history.reconstructions) - floors
-    plot(right, above, "#0072b2", "reconstruction" + (" above the floor" if options.loss == "bce" else ""))
-    plot(right, options.beta * np.array(history.divergences), "#d55e00", f"{options.beta:g} x divergence of the code")
-    right.set(title="What it is made of", xlabel="step", ylabel=f"{unit}, logarithmic", yscale="log")
+    draw_curves(left, history, options)
+    draw_parts(right, history, options)
     for axes in (left, right):
-        axes.legend(frameon=False)
+        axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
-    for row, (label, images) in zip(bottom.subplots(len(pictures), SHOWN), pictures.items(), strict=True):
+    for row, (label, images) in zip(bottom.subplots(len(rows), SHOWN), rows, strict=True):
         for axes, image in zip(row, images, strict=True):
-            axes.imshow(image.permute(1, 2, 0).numpy())
+            axes.imshow(image.permute(1, 2, 0).numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="bicubic")  # smooths 8 x 8 pixels
             axes.set(xticks=[], yticks=[])
         row[0].set_ylabel(label, rotation=0, ha="right", va="center")
     figure.savefig(options.out, dpi=110)
     plt.close(figure)
 
 
+def draw_curves(axes: Axes, history: History, options: argparse.Namespace) -> None:
+    """Draw the objective and its parts on a logarithmic axis, less the floor that they share."""
+    floors = np.array(history.floors)
+    plot(axes, np.array(history.totals) - floors, OBJECTIVE, "objective")
+    plot(axes, np.array(history.reconstructions) - floors, RECONSTRUCTION, "reconstruction")
+    plot(axes, options.beta * np.array(history.divergences), DIVERGENCE, f"{options.beta:g} x divergence of the code")
+    title = "Learning curve, above the entropy of the images" if options.loss == "bce" else "Learning curve"
+    axes.legend(frameon=False, loc="upper right")
+    axes.set(title=title, ylabel=f"{UNITS[options.loss]}, logarithmic", yscale="log")
+
+
 def plot(axes: Axes, values: npt.ArrayLike, colour: str, label: str) -> None:
-    """Draw what was measured in each step, pale, and the mean of the last 20 steps over it."""
-    sums = np.cumsum(np.pad(values, (20, 0)))
-    means = (sums[20:] - sums[:-20]) / np.minimum(np.arange(1, len(sums) - 19), 20)
+    """Draw the value of each step, pale, and the mean of the last 20 steps over it."""
+    means = running_mean(values)
     steps = np.arange(1, len(means) + 1)
     axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
     axes.plot(steps, means, color=colour, label=label)
 
 
+def running_mean(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Return the mean of the last 20 steps, or of as many as there are."""
+    sums = np.cumsum(np.pad(values, (20, 0)))
+    return (sums[20:] - sums[:-20]) / np.minimum(np.arange(1, len(sums) - 19), 20)
+
+
+def draw_parts(axes: Axes, history: History, options: argparse.Namespace) -> None:
+    """Draw what the objective consists of as bands on top of each other: first the floor, which no training removes."""
+    floors = np.array(history.floors)
+    bands = [
+        (floors, FLOOR, "floor: the entropy of the images"),
+        (np.array(history.reconstructions) - floors, RECONSTRUCTION, "reconstruction above its floor"),
+        (options.beta * np.array(history.divergences), DIVERGENCE, f"{options.beta:g} x divergence of the code"),
+    ]
+    if options.loss == "mse":  # its floor is 0
+        bands = [(values, colour, label.removesuffix(" above its floor")) for values, colour, label in bands[1:]]
+    values, colours, labels = zip(*bands, strict=True)
+    axes.stackplot(np.arange(1, len(floors) + 1), *map(running_mean, values), colors=colours, labels=labels)
+    axes.legend(frameon=False, loc="upper right", reverse=True)
+    axes.set(title="Parts of the objective", ylabel=UNITS[options.loss], ylim=(0, None))
+
+
 def summary(history: History, options: argparse.Namespace) -> str:
-    """Return what is printed at the end."""
+    """Return the measurements as text."""
     last = slice(-20, None)
     total, reconstruction, divergence, floor = (
         np.mean(x[last]) for x in (history.totals, history.reconstructions, history.divergences, history.floors)
@@ -224,7 +307,7 @@ def summary(history: History, options: argparse.Namespace) -> str:
     step, loss = np.median(history.step_seconds), np.median(history.loss_seconds)
     above = f", {reconstruction - floor:.1f} above the entropy of the images" if options.loss == "bce" else ""
     return (
-        f"mean of the last steps, {UNITS[options.loss]}: {total:.1f}\n"
+        f"mean of the last 20 steps, {UNITS[options.loss]}: {total:.1f}\n"
         f"  = {reconstruction:.1f} of reconstruction{above}\n"
         f"  + {options.beta:g} x {divergence:.1f} nats of divergence\n"
         f"training: {sum(history.step_seconds):.1f} s; median step: {1e3 * step:.1f} ms\n"
@@ -240,9 +323,9 @@ def count(text: str) -> int:
 
 
 def side(text: str) -> int:
-    """Return a size that patches fill and photographs have."""
-    if not text.isdecimal() or int(text) % PATCH or not 2 * PATCH <= int(text) <= HELD_OUT:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of {PATCH} from {2 * PATCH} to {HELD_OUT}")
+    """Return a size that is a whole number of patches and no larger than the held-out part of a photograph."""
+    if not text.isdecimal() or int(text) % PATCH or not 2 * PATCH <= int(text) <= HELD_OUT_COLUMNS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of {PATCH} from {2 * PATCH} to {HELD_OUT_COLUMNS}")
     return int(text)
 
 
@@ -266,41 +349,43 @@ def picture(text: str) -> Path:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="Train a variational autoencoder on crops of photographs.")
-    parser.add_argument("--size", type=side, default=64, help="pixels along a crop (default: %(default)s)")
-    parser.add_argument("--batch", type=count, default=16, help="crops a step (default: %(default)s)")
-    parser.add_argument("--steps", type=count, default=1500, help="default: %(default)s")
-    parser.add_argument("--loss", choices=UNITS, default="bce", help="what measures the reconstruction (default: %(default)s)")
-    parser.add_argument("--beta", type=weight, help=f"weight of the divergence (default: {BETA['bce']} with bce, {BETA['mse']} with mse)")
+    """Read the command line; the defaults of some options depend on the data."""
+    parser = argparse.ArgumentParser(description="Train a variational autoencoder on digits or on crops of photographs.")
+    parser.add_argument("--data", choices=BETA, default="digits", help="default: %(default)s")
+    parser.add_argument("--size", type=side, help=f"pixels along a crop of a photograph (default: {Photographs.size})")
+    parser.add_argument("--batch", type=count, help=f"images per step (default: {Digits.batch} digits or {Photographs.batch} crops)")
+    parser.add_argument("--steps", type=count, help=f"default: {Digits.steps} with digits, {Photographs.steps} with crops")
+    parser.add_argument("--loss", choices=UNITS, default="bce", help="the loss of the reconstruction (default: %(default)s)")
+    parser.add_argument("--beta", type=weight, help="weight of the divergence (default: depends on the data and the loss)")
     parser.add_argument("--by", choices=("fastloss", "torch"), default="fastloss", help="what computes the loss (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of model, crops and noise (default: %(default)s)")
-    parser.add_argument("--threads", type=count, help="of PyTorch and of fastloss (default: what each takes)")
-    parser.add_argument("--out", type=picture, default=Path("vae.png"), help="where the picture goes (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of model, data and noise (default: %(default)s)")
+    parser.add_argument("--threads", type=count, help="of PyTorch and of fastloss (default: the default of each)")
+    parser.add_argument("--out", type=picture, default=Path("vae.png"), help="file for the picture (default: %(default)s)")
     options = parser.parse_args(arguments)
-    options.beta = BETA[options.loss] if options.beta is None else options.beta
+    if options.size and options.data == "digits":
+        parser.error("--size is for photographs: digits have 8 x 8 pixels")
+    usual = Digits if options.data == "digits" else Photographs
+    options.batch = options.batch or usual.batch
+    options.steps = options.steps or usual.steps
+    options.beta = BETA[options.data][options.loss] if options.beta is None else options.beta
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> History:
-    """Train, print what was measured, write the picture; return what was measured."""
+    """Train, print the measurements, write the picture; return the measurements."""
     options, console = parse(arguments), Console()
     if options.threads:
         torch.set_num_threads(options.threads)
         fl.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    model, photographs = VAE(), load_photographs()
+    data = Digits(options.seed) if options.data == "digits" else Photographs(options.size or Photographs.size)
+    model = VAE(data.colours)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=options.steps, note="")
-        history = train(
-            model,
-            [photograph[:, :, :-HELD_OUT] for photograph in photographs],
-            options,
-            lambda loss: progress.update(task, advance=1, note=f"{loss:.1f} {UNITS[options.loss]}"),
-        )
+        history = train(model, data, options, lambda loss: progress.update(task, advance=1, note=f"{loss:.1f} {UNITS[options.loss]}"))
     console.print(summary(history, options), highlight=False)
-    draw(history, show(model, [photograph[:, :, -HELD_OUT:] for photograph in photographs], options), options)
+    draw(history, show(model, data, options.seed), options)
     console.print(f"picture: {options.out}", highlight=False)
     return history
 

@@ -7,22 +7,27 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from bench import cases, command, compare, formulas, goals, limit, measure, ours, peers, pictures, report
 from bench.batch import Batch
-from bench.cases import BCE, Case
+from bench.cases import BCE, MSE, Case
+from bench.goals import TENSORS
 from bench.page import marks
 from bench.record import FORMAT, Record
 from bench.results import Results, load
 from bench.row import Row, WrongError, expected
 from bench.suite import Suite
+from tests.labels import misplaced
 from tests.ulp import ROW, SUM, assert_close
 
 SMALL = Case(size="1Ki")
+RECORD = Path(__file__).parents[1] / "bench" / "results" / "epyc-zen4-2-cores.json"
 MACHINE = {
     "cpu": "a CPU", "architecture": "x", "cache_mib": 32, "simd": "avx2", "cores": 2, "memory_gib": 8, "system": "Linux", "threads": 2,
     "versions": {"python": "3", "fastloss": "0"},
@@ -313,12 +318,69 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
     assert all(path.stat().st_size > 10_000 for path in drawn)
 
 
-def test_the_curve_is_of_one_kind_of_case():
-    others = [Case(part="value", size="10^5"), Case(dtype="float64", size="10^6")]
-    found = [content(case)["cases"][0] for case in (*others, Case(size="10^7"), Case(size="10^4"))]
-    (axes,) = pictures.curve(Results(content() | {"cases": found})).axes
-    assert {line.get_label() for line in axes.lines} == {"fastloss, out=", "limit: triad", "torch eager"}
-    assert all(list(line.get_xdata()) == [10**4, 10**7] for line in axes.lines)
+def over_sizes(*cases, **seconds):
+    """The picture over batch sizes, and the lines of its panels: a row per loss, arrays and then tensors."""
+    found = [content(case, **seconds)["cases"][0] for case in cases]
+    figure = pictures.sizes(Results(content() | {"cases": found}))
+    return figure, [{line.get_label(): line for line in axes.lines if line.get_label() != "_fastest"} for axes in figure.axes]
+
+
+def test_times_over_sizes_are_those_of_one_kind_of_case():
+    others = [Case(part="value", size="10^5"), Case(dtype="float64", size="10^6"), Case(size="mnist"), Case(MSE, size="10^5")]
+    figure, (arrays, tensors) = over_sizes(*others, Case(size="10^7"), Case(size="10^4"), **{"NumPy, stable": [4.2], TENSORS: [10.0]})
+    assert {name: list(line.get_ydata()) for name, line in arrays.items()} == {"fastloss": [1, 1], "NumPy, stable": [2, 2]}
+    assert {name: list(line.get_ydata()) for name, line in tensors.items()} == {"fastloss": [1, 1], "torch eager": [4, 4]}
+    assert all(list(line.get_xdata()) == [10**4, 10**7] for line in (*arrays.values(), *tensors.values()))
+    assert misplaced(figure) == []
+
+
+def test_the_fastest_at_each_size_is_marked():
+    found = [content(Case(size=size), **{TENSORS: [ours]})["cases"][0] for size, ours in (("10^4", 50.0), ("10^5", 30.0))]
+    figure = pictures.sizes(Results(content() | {"cases": found}))
+    arrays, tensors = ([line for line in axes.lines if line.get_label() == "_fastest"] for axes in figure.axes)
+    assert arrays == []  # there is nothing to compare with
+    assert [(*line.get_xdata(), line.get_marker()) for line in tensors] == [
+        (10**size, pictures.STYLES[name]["marker"]) for size, name in ((4, "torch eager"), (5, "fastloss"))
+    ]
+
+
+def test_sizes_of_the_table_are_drawn_where_the_curve_was_not_measured():
+    cases = (Case(loss, size=size) for loss in (BCE, MSE) for size in ("large", "1Ki", "mnist"))
+    _, panels = over_sizes(*cases, JAX=[3.0])
+    assert [list(panel["fastloss"].get_xdata()) for panel in panels] == [[1024, 100352, 12582912]] * 2
+    assert pictures.sizes(Results(content())) is None
+
+
+def test_sizes_on_a_gpu_are_drawn_without_a_row_on_tensors(monkeypatch):
+    monkeypatch.setitem(MACHINE, "gpu", "a GPU")
+    figure, (arrays,) = over_sizes(Case(size="large"), Case(size="huge"), **{"CuPy, naive": [8.0]})
+    assert {name: list(line.get_ydata()) for name, line in arrays.items()} == {"fastloss": [1, 1], "CuPy, naive": [8 / 2.1] * 2}
+    assert figure.axes[0].get_title() == "CuPy arrays"
+    assert misplaced(figure) == []
+
+
+def test_no_label_of_the_pictures_is_beyond_its_axes(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    assert len(pictures.draw(load(RECORD), tmp_path)) == 4
+    assert [label for figure in figures for label in misplaced(figure)] == []
+
+
+def test_misplaced_labels_are_found():
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.set(xlabel="elements", ylabel="a label that is longer than its axes are high")
+    left.text(0.9, 0.5, "beside")
+    right.set(title="a title that is longer than the axes below it")
+    right.set_xticks([0.4, 0.5], ["first label", "second label"])
+    assert set(misplaced(figure)) == {
+        "'a label that is longer than its axes are high' is beyond its axes",
+        "'a label that is longer than its axes are high' is beyond the picture",
+        "'a title that is longer than the axes below it' is beyond its axes",
+        "'a title that is longer than the axes below it' is beyond the picture",
+        "'beside' is beyond its axes",
+        "'first label' is over 'second label'",
+    }
 
 
 # --- the command

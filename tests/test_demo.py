@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fastloss import demo
+from tests.labels import misplaced
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "autoencoder_numpy.py"  # for those in PyTorch see test_examples.py
 
 
@@ -29,6 +32,13 @@ def test_demo_learns_and_draws(tmp_path):
     assert awake > 100 * asleep
     sharp, dark = map(float, rows["pixel error at the end, rms"])
     assert sharp < 0.6 * dark
+
+
+def test_no_label_of_the_demos_picture_is_beyond_its_axes(tmp_path, monkeypatch, capsys):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    assert demo.run(20, tmp_path / "picture.png") == 0
+    assert [misplaced(figure) for figure in figures] == [[]]
 
 
 def test_demo_says_what_is_wrong(tmp_path):
