@@ -105,7 +105,7 @@ def sizes(results: Results) -> Any:
         kind = "PyTorch tensors, through autograd" if ours == TENSORS else "CuPy arrays" if results.is_gpu else "NumPy arrays"
         axes.set_title(kind, pad=24)
     for axes, points in zip(grid[:, 0], found, strict=True):
-        axes.set_ylabel(f"{points[0].case.subject.short}: time / time of fastloss")
+        axes.set_ylabel(f"{points[0].case.subject.title}: time / time of fastloss")
     for axes in grid[-1]:
         axes.set_xlabel("elements of the batch (above: time of fastloss)")
     lines = {line.get_label(): line for axes in grid.flat for line in axes.lines}
