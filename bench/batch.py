@@ -35,7 +35,7 @@ class Batch:
 
     def buffers(self) -> tuple[Array, ...]:
         """Return new arrays for the gradients, of the same layout; what is checked first brings their pages."""
-        return tuple(np.empty_like(self.arrays[k]) for k in self.case.subject.slopes)
+        return tuple(np.empty_like(self.arrays[k]) for k in self.case.subject.gradients)
 
     def divisor(self) -> Any:
         """Return by what the reduction divides the sum."""

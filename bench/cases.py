@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
+from fastloss.losses.table import LOSSES, Row
+
 PASSES = ("value", "grad", "value_and_grad")
 DTYPES = ("float32", "float64", "float16", "bfloat16", "uint8 targets")
 LAYOUTS = ("contiguous", "channels-last", "every second")
@@ -26,32 +28,7 @@ CURVE = {f"10^{k}": (10**k,) for k in range(3, 10)}
 LATENTS = 256  # numbers in the latent code of an image
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A loss, and what it is given."""
-
-    short: str
-    arrays: tuple[str, ...] = ("logits", "targets")  # of a batch, by name
-    slopes: tuple[int, ...] = (0,)  # which arguments have gradients
-    reduction: str | None = None  # where it is not a choice
-    axes: int = 1  # that its arrays need at least
-
-
-SUBJECTS = {
-    "binary_cross_entropy_with_logits": Subject("BCE"),
-    "mse_loss": Subject("MSE"),
-    "l1_loss": Subject("L1"),
-    "smooth_l1_loss": Subject("smooth L1"),
-    "huber_loss": Subject("Huber"),
-    "log_cosh_loss": Subject("log-cosh"),
-    "mse_with_logits_loss": Subject("sigmoid + MSE"),
-    "binary_cross_entropy": Subject("BCE on probabilities", ("probabilities", "targets")),
-    "sigmoid_focal_loss": Subject("focal"),
-    "gaussian_kl_loss": Subject("Gaussian KL", ("mu", "logvar"), (0, 1)),
-    "dice_with_logits_loss": Subject("Dice", axes=2, reduction="mean"),
-    "dice_bce_with_logits_loss": Subject("Dice + BCE", axes=2, reduction="mean"),
-    "vae_loss": Subject("VAE", ("logits", "targets", "latent_mu", "latent_logvar"), (0, 2, 3), reduction="batchmean"),
-}
+SUBJECTS = {name: row for name, row in LOSSES.items() if row.gradients}
 BCE, MSE = "binary_cross_entropy_with_logits", "mse_loss"
 
 
@@ -67,8 +44,8 @@ class Case:
     option: str = ""
 
     @property
-    def subject(self) -> Subject:
-        """What is known of the loss."""
+    def subject(self) -> Row:
+        """The loss's row of the table of losses."""
         return SUBJECTS[self.loss]
 
     @property

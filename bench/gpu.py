@@ -71,7 +71,7 @@ class OnDevice:
         """Return fastloss with `out`, with a fresh gradient, and replayed from a CUDA graph."""
         if self.case.part == "value":
             return [Row("fastloss", self.call(), self.read), *self.replayed(self.call())]
-        buffers = tuple(self.cp.empty_like(self.arrays[k]) for k in self.case.subject.slopes)
+        buffers = tuple(self.cp.empty_like(self.arrays[k]) for k in self.case.subject.gradients)
         with_out = self.call(out=buffers if len(buffers) > 1 else buffers[0])
         return [
             Row("fastloss, out=", with_out, self.read),
@@ -110,7 +110,7 @@ class OnDevice:
     def limits(self) -> list[Row]:
         """Return what moves as many bytes as the case does, and the launch of a kernel that does nothing."""
         read = sum(x.nbytes for x in (*self.arrays, *(x for x in self.options.values() if isinstance(x, self.cp.ndarray))))
-        written = sum(self.arrays[k].nbytes for k in self.case.subject.slopes)
+        written = sum(self.arrays[k].nbytes for k in self.case.subject.gradients)
         empty = self.cp.RawKernel('extern "C" __global__ void empty() {}', "empty")
         launch = Row("an empty kernel", lambda: empty((1,), (1,), ()))
         if self.case.part == "value":
@@ -165,7 +165,7 @@ class OnDevice:
     def torch_row(self, torch: Any, name: str, loss: Any, tensors: list[Any]) -> Row:
         """Return the row of one way to run the loss."""
         tensors = [x.detach() for x in tensors]
-        leaves = [tensors[k].requires_grad_() for k in self.case.subject.slopes]
+        leaves = [tensors[k].requires_grad_() for k in self.case.subject.gradients]
 
         def value() -> Any:
             with torch.no_grad():

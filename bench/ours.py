@@ -65,7 +65,7 @@ def read_result(part: str, result: Any) -> Result:
 
 def in_place(batch: Batch) -> Row:
     """Return the row whose gradients overwrite what they are gradients of: at the second call, gradients."""
-    slopes, overwritten = batch.case.subject.slopes, batch.buffers()
+    slopes, overwritten = batch.case.subject.gradients, batch.buffers()
     arrays = list(batch.arrays)
     for k, buffer in zip(slopes, overwritten, strict=True):
         arrays[k] = buffer

@@ -62,7 +62,7 @@ def bars(results: Results) -> Any:
             axes.text(high * 1.1, y, f"{ratio:.3g} x", va="center")
         axes.set(xscale="log", xlim=(0.5, max(ratios) * LOG_ROOM), xlabel="time over the limit (logarithmic; whiskers: quartiles)")
         axes.axvline(1, color=LIMIT, linewidth=1, linestyle=":")
-        axes.set_title(f"{measured.case.subject.short}: value and gradient")
+        axes.set_title(f"{measured.case.subject.title}: value and gradient")
         tidy(axes, "x")
     figure.suptitle(subtitle(results, results.headline()))
     return figure
@@ -128,7 +128,7 @@ def losses(results: Results) -> Any:
         if points:
             axes.plot(*zip(*points, strict=True), linestyle="", marker=marker, color=shade, label=name, markersize=8)
     axes.axvline(1, color=LIMIT, linewidth=1, linestyle=":", label="limit")
-    axes.set(xscale="log", xlabel="time over the limit (logarithmic)", yticks=y, yticklabels=[m.case.subject.short for m in found])
+    axes.set(xscale="log", xlabel="time over the limit (logarithmic)", yticks=y, yticklabels=[m.case.subject.title for m in found])
     axes.invert_yaxis()
     axes.set_title(f"Value and gradient\n{subtitle(results, results.headline())}")
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -127,7 +127,7 @@ def title(case: Case, with_part: bool = True) -> str:
     plain = Case()
     others = [x for x, usual in ((case.dtype, plain.dtype), (case.layout, plain.layout), (case.option, "")) if x != usual]
     shape = "x".join(map(str, case.shape))
-    name = f"{case.subject.short} {PARTS[case.part]}" if with_part else case.subject.short
+    name = f"{case.subject.title} {PARTS[case.part]}" if with_part else case.subject.title
     return ", ".join([name, *others, *([shape] if case.size != plain.size else [])])
 
 
@@ -199,7 +199,7 @@ def threads(results: Results) -> Table:
     table = Table("Threads", ["", "threads", "time", "speed-up over 1 thread"])
     first: dict[str, float] = {}
     for case, count, row in results.threads:
-        name = f"{case.subject.short}: {row.name}"
+        name = f"{case.subject.title}: {row.name}"
         alone = first.setdefault(name, row.median)
         table.rows.append([name, str(count), duration(row.median), f"{alone / row.median:.2f}"])
     return table

@@ -56,7 +56,7 @@ class Row:
 
 def expected(batch: Batch) -> Result:
     """Return a case's value and gradients by `fastloss.reference`, in float64; of large gradients the entries that are looked at."""
-    if len(batch.case.subject.slopes) == 3 or "dice" in batch.case.loss:  # these are not sums over elements
+    if len(batch.case.subject.gradients) == 3 or "dice" in batch.case.loss:  # these are not sums over elements
         value, grads = getattr(reference, batch.case.loss)(*widened(batch, slice(None)))
         return value, as_tuple(grads)
     return of_parts(batch)
@@ -66,7 +66,7 @@ def of_parts(batch: Batch) -> Result:
     """Return value and gradients, computed a part of the batch at a time."""
     length, size = len(batch.arrays[0]), batch.arrays[0].size
     value: Any = 0.0
-    kept: list[list[Array]] = [[] for _ in batch.case.subject.slopes]
+    kept: list[list[Array]] = [[] for _ in batch.case.subject.gradients]
     step = max(1, AT_ONCE * length // size)
     for first in range(0, length, step):
         added, grads = of_part(batch, slice(first, first + step))

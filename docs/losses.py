@@ -9,6 +9,7 @@ import argparse
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +23,12 @@ from tabulate import tabulate
 import fastloss as fl
 from bench.page import replace_block
 from fastloss.formula import OPTIONS
-from tests.table import LOSSES, OTHERS, Case
+from fastloss.losses.table import LOSSES, Row
 from tests.ulp import QUANTITIES, ULP
 
 Array = npt.NDArray[np.float64]
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "docs" / "losses"
-CASES = {**LOSSES, **OTHERS}
 
 
 def main() -> None:
@@ -65,18 +65,18 @@ def table_of(rows: Iterable[list[str]], header: list[str]) -> str:
 
 def loss_table() -> str:
     """Return the table of every loss with its input and its parameters."""
-    rows = ([f"`{call(case)}`", case.input, parameters(case)] for case in CASES.values())
+    rows = ([f"`{call(row)}`", row.input, parameters(row)] for row in LOSSES.values())
     return table_of(rows, ["loss", "input", "parameters"])
 
 
 def overview_list() -> str:
     """Return the list of when to choose which loss; a list, because a table with these names is too wide for a phone."""
-    return "\n".join(f"- [`{name}`](#{name}): {case.about}" for name, case in CASES.items())
+    return "\n".join(f"- [`{name}`](#{name}): {row.purpose}" for name, row in LOSSES.items())
 
 
 def accuracy_table() -> str:
     """Return the table of the largest errors, a row for each loss and each way to call it."""
-    names = dict.fromkeys(name for name, _ in ULP if name.split(",")[0] in CASES)
+    names = dict.fromkeys(name for name, _ in ULP if name.split(",")[0] in LOSSES)
     rows = ([code(name), *(largest_error(name, quantity) for quantity in QUANTITIES)] for name in names)
     return table_of(rows, ["loss", "value", "gradient", "second derivative"])
 
@@ -99,15 +99,15 @@ def ulps(limits: Any) -> str:
     return ", soft ".join(dict.fromkeys(texts))
 
 
-def call(case: Case) -> str:
+def call(row: Row) -> str:
     """Return a loss's name, with its arguments where they are not an input and a target."""
-    arguments = [p.name for p in inspect.signature(case.loss).parameters.values() if p.default is p.empty and p.kind != p.VAR_KEYWORD]
-    return case.name if arguments == ["input", "target"] else f"{case.name}({', '.join(arguments)})"
+    arguments = [p.name for p in inspect.signature(row.loss).parameters.values() if p.default is p.empty and p.kind != p.VAR_KEYWORD]
+    return row.name if arguments == ["input", "target"] else f"{row.name}({', '.join(arguments)})"
 
 
-def parameters(case: Case) -> str:
+def parameters(row: Row) -> str:
     """Return the parameters that only this loss has, with their defaults."""
-    found = inspect.signature(case.loss).parameters.values()
+    found = inspect.signature(row.loss).parameters.values()
     own = [p for p in found if p.default is not p.empty and p.name not in ("weight", "reduction", *OPTIONS)]
     # a default reduction that differs from that of most losses
     own += [p for p in found if p.name == "reduction" and p.default != "mean"]
@@ -304,7 +304,15 @@ def mark_minimum(left: Axes, right: Axes) -> None:
     right.text(logit - 0.3, 0.04, "p = t", fontsize=9, ha="right", color=GREY)
 
 
+def plain(row: Row) -> Picture:
+    """Draw a loss of one element at each of its settings."""
+    label, x = {"logits": ("logit", LOGITS), "any": ("input - target", ERRORS)}[row.input]
+    named = [(", ".join(f"{name} = {number:g}" for name, number in given.items()) or "default", given) for given in row.settings]
+    return Picture(label, x, curves(row.name, x, *((text, 0.0, dict(given)) for text, given in named)))
+
+
 DRAWN: dict[str, Callable[[], Picture]] = {
+    **{name: partial(plain, row) for name, row in LOSSES.items() if row.is_elementwise and row.input in ("logits", "any")},
     "binary_cross_entropy_with_logits": lambda: Picture("logit", LOGITS, targets("binary_cross_entropy_with_logits", LOGITS)),
     "binary_cross_entropy": lambda: Picture(
         "probability", PROBABILITIES, targets("binary_cross_entropy", PROBABILITIES), ((-0.2, 5), (-12, 12))

@@ -55,8 +55,7 @@ class Loss(AbstractLoss):
 
     def complete_doc(self, options: Iterable[str], example: str) -> str:
         """Return the formula's docstring with the options, errors and an example call, in which {} stands for the loss."""
-        is_own = self.__module__.partition(".")[0] == "fastloss"
-        name = f"fastloss.{self.__name__}" if is_own else self.__name__
+        name = f"fastloss.{self.__name__}" if self.is_own else self.__name__
         doc = self.definition.formula.function.__doc__
         return complete(doc, options, example.format(name), self.definition.probabilities)
 

@@ -47,4 +47,4 @@ def compiled(batch: Batch, formula: Callable[..., Any]) -> tuple[Callable[..., A
         return reduced(case, formula(*given))
 
     transform: Any = {"value": lambda f, _: f, "grad": jax.grad, "value_and_grad": jax.value_and_grad}[case.part]
-    return jax.jit(transform(loss, case.subject.slopes)), [jnp.asarray(x) for x in batch.arrays]
+    return jax.jit(transform(loss, case.subject.gradients)), [jnp.asarray(x) for x in batch.arrays]

@@ -39,7 +39,7 @@ def rows(batch: Batch, threads: int) -> list[Row]:
 def our_rows(batch: Batch) -> list[Row]:
     """Return fastloss on tensors, and with the gradient in the place of the logits."""
     made = [replace(row(batch, "fastloss on tensors", our_function(batch)), release=empty_cache)]
-    return [*made, in_place(batch)] if len(batch.case.subject.slopes) == 1 else made
+    return [*made, in_place(batch)] if len(batch.case.subject.gradients) == 1 else made
 
 
 def our_function(batch: Batch, **options: Any) -> Callable[..., Any]:
@@ -73,7 +73,7 @@ class Output(torch.autograd.Function):
 
 def in_place(batch: Batch) -> Row:
     """Return the row whose gradient overwrites the logits: at the second call, a gradient."""
-    (slot,), function = batch.case.subject.slopes, our_function(batch, inplace_grad=True)
+    (slot,), function = batch.case.subject.gradients, our_function(batch, inplace_grad=True)
     memory = batch.arrays[slot].copy(order="K")
 
     def loss(*tensors: Any) -> Any:
@@ -105,7 +105,7 @@ def row(batch: Batch, name: str, loss: Callable[..., Any]) -> Row:
     tensors = [to_tensor(x) for x in batch.arrays]
     if case.part == "value":
         return Row(name, functools.partial(without_grad, loss, tensors), lambda result: (result.item(), ()))
-    leaves = [tensors[k].requires_grad_() for k in case.subject.slopes]
+    leaves = [tensors[k].requires_grad_() for k in case.subject.gradients]
 
     def run() -> tuple[Any, list[Any]]:
         value = loss(*tensors)

@@ -32,6 +32,11 @@ class AbstractLoss:
     def __reduce__(self) -> str:
         return self.__qualname__
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the loss is part of the package. Code that exec runs may define one without a module."""
+        return (self.__module__ or "").partition(".")[0] == "fastloss"
+
     def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
         """Compute what the arguments ask for with a class of calls: the reduced value or None, and the arrays."""
         raise NotImplementedError
@@ -39,11 +44,9 @@ class AbstractLoss:
     def register(self, *definitions: Definition) -> None:
         """Enter the loss into the register. Two losses that share a name but compute different things get different keys."""
         self.options = definitions[0].options
-        module = getattr(self, "__module__", None) or ""
-        is_own = module.partition(".")[0] == "fastloss"
         text = repr([(d.formula.text, d.bounds, d.probabilities) for d in definitions])
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.key = self.__qualname__ if is_own else f"{module}.{self.__qualname__} {digest}"
+        self.key = self.__qualname__ if self.is_own else f"{self.__module__ or ''}.{self.__qualname__} {digest}"
         LOSSES[self.key] = self
 
     def writes_value(self, reduction: str) -> bool:

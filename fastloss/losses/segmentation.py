@@ -326,6 +326,6 @@ dice_with_logits_loss = row(
     is_elementwise=False, module="DiceWithLogitsLoss",
 )(DiceLoss("dice_with_logits_loss", _DICE, with_entropy=False))  # fmt: skip
 dice_bce_with_logits_loss = row(
-    "Dice + BCE", "segmentation as a first choice: Dice, with a gradient that does not vanish in saturated outputs", input="logits, (N, C, ...)", axes=2,
-    reduction="mean", is_elementwise=False, module="DiceBCEWithLogitsLoss",
+    "Dice + BCE", "segmentation as a first choice: Dice, with a gradient that does not vanish in saturated outputs",
+    input="logits, (N, C, ...)", axes=2, reduction="mean", is_elementwise=False, module="DiceBCEWithLogitsLoss",
 )(DiceLoss("dice_bce_with_logits_loss", _DICE_BCE, with_entropy=True))  # fmt: skip
