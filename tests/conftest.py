@@ -91,15 +91,17 @@ def pytest_sessionfinish(session):
         reports = reporter.stats.get("skipped", [])
         for reason, remedy in REMEDIES.items():
             if found := [report for report in reports if reason in str(report.longrepr)]:
-                reporter.write_line(f"{counted(found)} skipped because {remedy}")
+                reporter.write_line(f"{counted(found)} skipped: {remedy}")
     return result
 
 
 def counted(reports):
     """Return how many tests, and how many whole files, are in reports."""
-    files = {report.nodeid for report in reports if isinstance(report, pytest.CollectReport)}
-    tests = sum(isinstance(report, pytest.TestReport) for report in reports)
-    return " and ".join([f"{tests:,} tests"] * (tests > 0) + [f"{len(files)} files of tests"] * (len(files) > 0)) + " were"
+    numbers = {
+        "test": sum(isinstance(report, pytest.TestReport) for report in reports),
+        "test file": len({report.nodeid for report in reports if isinstance(report, pytest.CollectReport)}),
+    }
+    return " and ".join(f"{number:,} {what}{'s' * (number > 1)}" for what, number in numbers.items() if number)
 
 
 @pytest.fixture(params=["cpu", "stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
