@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 
 # before PyTorch comes: OpenMP's threads wait spinning, and with two workers of pytest on two cores take them from each other
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -12,16 +11,15 @@ import numpy as np
 import pytest
 
 from tests import devices
-from tests.cuda import on_cpu, proxy
+from tests.cuda import proxy
 from tests.table import LOSSES
 
 SHAPE = (4, 3, 17, 13)
 HANGING = 300  # seconds, after which a test is a failure with a name
 ON_DEVICES = 'usefixtures("device")'  # stands in every file whose tests run on the CPU and on devices
-NO_COMPILER = f"the stand-in for a GPU needs a C++ compiler, and there is no {on_cpu.COMPILER}"
 REMEDIES = {  # by the reason that pytest gives of a skipped test
     "could not import 'torch'": "PyTorch is not installed; to run them: pip install -e '.[test-torch]'",
-    NO_COMPILER: f"{NO_COMPILER}; to run them, install it, or name another compiler in the environment variable CXX",
+    devices.NO_COMPILER: f"{devices.NO_COMPILER}, which the stand-in for a GPU needs; to run them: install one, and name it in CXX",
 }
 
 
@@ -48,16 +46,15 @@ def pytest_generate_tests(metafunc):
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marks, of which some are set here
 def pytest_collection_modifyitems(config, items):
     """Leave out the tests that have no meaning on their device, and those of a GPU unless `-m` names it."""
-    has_gpu, has_compiler = "gpu" in config.getoption("markexpr"), shutil.which(on_cpu.COMPILER) is not None
-    kept, left_out = [], []
+    has_gpu, kept, left_out = "gpu" in config.getoption("markexpr"), [], []
     for item in items:
         device = device_of(item)
         has_meaning = all(device in mark.args for mark in item.iter_markers("only_on"))
         (kept if has_meaning and (has_gpu or device != "gpu") else left_out).append(item)
         if is_slow(item, device):
             item.add_marker(pytest.mark.slow)
-        if device == "stand-in" and not has_compiler:
-            item.add_marker(pytest.mark.skip(reason=NO_COMPILER))
+        if device == "stand-in":
+            item.add_marker(devices.needs_compiler)
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(HANGING))
     items[:] = kept
@@ -91,15 +88,17 @@ def pytest_sessionfinish(session):
         reports = reporter.stats.get("skipped", [])
         for reason, remedy in REMEDIES.items():
             if found := [report for report in reports if reason in str(report.longrepr)]:
-                reporter.write_line(f"{counted(found)} skipped because {remedy}")
+                reporter.write_line(f"{counted(found)} skipped: {remedy}")
     return result
 
 
 def counted(reports):
     """Return how many tests, and how many whole files, are in reports."""
-    files = {report.nodeid for report in reports if isinstance(report, pytest.CollectReport)}
-    tests = sum(isinstance(report, pytest.TestReport) for report in reports)
-    return " and ".join([f"{tests:,} tests"] * (tests > 0) + [f"{len(files)} files of tests"] * (len(files) > 0)) + " were"
+    numbers = {
+        "test": sum(isinstance(report, pytest.TestReport) for report in reports),
+        "test file": len({report.nodeid for report in reports if isinstance(report, pytest.CollectReport)}),
+    }
+    return " and ".join(f"{number:,} {what}{'s' * (number > 1)}" for what, number in numbers.items() if number)
 
 
 @pytest.fixture(params=["cpu", "stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])

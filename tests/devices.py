@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import pytest
 
 from tests.cuda import on_cpu
 
+NO_COMPILER = f"there is no C++ compiler {on_cpu.COMPILER}"
+
+needs_compiler = pytest.mark.skipif(shutil.which(on_cpu.COMPILER) is None, reason=NO_COMPILER)
 only_on = pytest.mark.only_on
 computes_nothing = only_on("cpu", reason="looks at the object itself, or is refused before anything is computed")
 has_the_hosts_arrays = only_on("cpu", reason="its arrays are masked, read-only, memory-mapped or of a type that only NumPy takes")

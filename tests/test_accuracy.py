@@ -11,6 +11,7 @@ import pytest
 import fastloss as fl
 from fastloss import ops
 from tests import oracle
+from tests.devices import computes_nothing
 from tests.table import LOSSES
 from tests.ulp import DIFFERENCE, QUANTITIES, ULP, assert_close, assert_ulp, compute, flat
 
@@ -93,6 +94,12 @@ def within_reach(name, quantity, z, dtype):
     """Return where the promise holds: where p (1 - p) is subnormal, the focal loss multiplies what it has lost by |z|."""
     focal_curvature = name == "sigmoid_focal_loss" and quantity == "curvature"
     return np.abs(z) < (-np.log(np.finfo(dtype).tiny) if focal_curvature else np.inf)
+
+
+@computes_nothing
+@pytest.mark.rows("sums_elements")
+def test_ulp_table_has_every_loss(row):
+    assert all((row.name, quantity) in ULP for quantity in QUANTITIES)
 
 
 @pytest.mark.rows("is_elementwise")

@@ -161,6 +161,7 @@ def test_arrays_of_other_libraries_are_refused_until_they_are_served():
         LOSS(tensor, T)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.alike
 @pytest.mark.rows("has_one_gradient")
 def test_overlapping_out(row):

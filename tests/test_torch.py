@@ -13,6 +13,7 @@ import pytest
 
 import fastloss as fl
 from fastloss.ops import sqrt
+from tests.devices import needs_compiler
 from tests.table import LOSSES
 from tests.ulp import DIFFERENCE, PEER, assert_close
 
@@ -606,6 +607,7 @@ def test_compiled(name, reduction):
         assert_close(got, want, PEER[np.dtype(np.float32)])
 
 
+@needs_compiler
 def test_compiled_by_inductor():
     z, t = operands("")
     module = ft.BCEWithLogitsLoss(pos_weight=torch.tensor([0.5, 2.0, 3.0]).reshape(3, 1, 1), label_smoothing=0.1)
