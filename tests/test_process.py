@@ -25,6 +25,15 @@ from fastloss.cpu.compile import statistics
 print(statistics["compiled"], statistics["loaded"], "numba" in sys.modules, value.hex(), grad[3].hex())"""
 
 
+def test_a_tensor_call_imports_neither_modules_nor_functions_of_pytorch():
+    pytest.importorskip("torch")
+    code = """
+import sys, torch, fastloss
+fastloss.mse_loss(torch.ones(3, requires_grad=True), torch.zeros(3)).backward()
+print(*(name for name in sys.modules if name.startswith("fastloss.torch")), "done")"""
+    assert run_python(code) == "done"
+
+
 def test_import_brings_no_compiler_and_no_framework():
     loaded = run_python("import sys, fastloss; print(*sorted({name.partition('.')[0] for name in sys.modules}))").split()
     assert "numpy" in loaded
