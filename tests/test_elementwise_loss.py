@@ -362,7 +362,7 @@ OPERANDS = {"gaussian_kl_loss": ["mu", "logvar"], "vae_loss": ["reconstruction_l
 
 
 @computes_nothing
-def test_the_librarys_losses_are_objects_like_functions(row):
+def test_losses_of_the_library_are_objects_like_functions(row):
     loss, operands = row.loss, OPERANDS.get(row.name, ["input", "target"])
     assert getattr(fl, loss.__name__) is loss
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):

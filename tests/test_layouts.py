@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
+pytest.importorskip("hypothesis")  # which a machine with a GPU may lack
+
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
