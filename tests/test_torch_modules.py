@@ -21,6 +21,7 @@ import torch.nn.functional as F  # noqa: E402, N812
 from torch.nn.functional import mse_loss as imported_before  # noqa: E402
 
 import fastloss.torch as ft  # noqa: E402
+from fastloss.losses.table import LOSSES  # noqa: E402
 
 SHAPE = (4, 3, 5)
 PER_CHANNEL, EACH = torch.tensor([0.25, 1.0, 3.5]).reshape(3, 1), torch.linspace(0, 3, math.prod(SHAPE)).reshape(SHAPE)
@@ -36,7 +37,7 @@ TORCH = {  # what PyTorch has too: its function, and how modules are made
     "SmoothL1Loss": ("smooth_l1_loss", [{}, {"beta": 0.375}, {"beta": 0.0}]),
     "HuberLoss": ("huber_loss", [{}, {"delta": 0.5}]),
 }
-OWN = {  # what it does not have: our function, and options
+OWN = {row.module: (row.name, {}) for row in LOSSES.values() if row.module} | {  # losses PyTorch does not have, and options
     "LogCoshLoss": ("log_cosh_loss", {"ignore_index": 0.0}),
     "MSEWithLogitsLoss": ("mse_with_logits_loss", {"weight": PER_CHANNEL}),
     "SigmoidFocalLoss": ("sigmoid_focal_loss", {"alpha": 0.75, "gamma": 1.5}),

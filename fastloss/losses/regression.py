@@ -9,7 +9,7 @@ from fastloss.core.checks import LARGEST, SMALLEST
 from fastloss.loss import elementwise_loss
 from fastloss.losses.logistic import variance
 from fastloss.losses.table import row
-from fastloss.ops import abs, add_log1p, exp, fma, polynomial, sigmoid, sqrt, tanh, where
+from fastloss.ops import abs, add_log1p, copysign, exp, fma, polynomial, sigmoid, sqrt, tanh, where
 
 __all__ = ["charbonnier_loss", "huber_loss", "l1_loss", "log_cosh_loss", "mse_loss", "smooth_l1_loss"]
 
@@ -212,5 +212,4 @@ def charbonnier_loss(z: Any, t: Any, eps: Any = 1e-3) -> Any:
     root = sqrt(square)
     value = larger * root
     size_over_value, scaled_eps = where(is_far, 1.0, ratio) / root, where(is_far, ratio, 1.0)
-    slope = where(d < 0.0, -size_over_value, size_over_value)
-    return _of_difference(value, slope, scaled_eps * (scaled_eps / (square * value)))
+    return _of_difference(value, copysign(size_over_value, d), scaled_eps * (scaled_eps / (square * value)))
