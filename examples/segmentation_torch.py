@@ -4,7 +4,7 @@ python examples/segmentation_torch.py                 (needs PyTorch, scikit-lea
 python examples/segmentation_torch.py --by torch      the loss by PyTorch alone: the same learning curve, up to rounding
 
 Ellipses and rectangles are cut out of one photograph and pasted into crops of the other, the rectangles half transparent. Their
-borders, where colours are mixed, and a strip of every image that nobody has looked at are labelled 255: the loss leaves them out.
+borders, where colours are mixed, and an unlabelled strip of every image have the label 255, which the loss ignores.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import matplotlib.pyplot as plt
 
 CLASSES = ("ellipses", "rectangles")
 COLOURS = ("#e69f00", "#56b4e9")  # told apart by colour-blind readers too
-IGNORED = 255  # the label of what is left out
+IGNORED = 255  # label of the pixels that the loss ignores
 BORDER = 1.5  # pixels on either side of a shape's edge, where its colour is mixed
 HELD_OUT = 256  # columns at the right of each photograph: for the score and the picture, never for training
 SHAPES = 2  # at most, in an image
@@ -74,7 +74,7 @@ def convolutions(channels: int, outputs: int) -> nn.Module:
 
 
 def convolution(channels: int, outputs: int) -> tuple[nn.Module, ...]:
-    """Return a convolution, which needs no bias before a normalisation, and what follows it."""
+    """Make a convolution with normalisation and activation. It needs no bias before the normalisation."""
     return nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
 
 
@@ -135,7 +135,7 @@ def unseen_strip(count: int, size: int, random: torch.Generator) -> Tensor:
 
 
 def torch_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Return Dice plus cross-entropy of what is labelled, as PyTorch alone computes them."""
+    """Compute Dice plus cross-entropy over the labelled pixels with PyTorch alone."""
     labelled = masks != IGNORED
     t = torch.where(labelled, masks, 0).float()
     p = torch.sigmoid(logits) * labelled
@@ -153,11 +153,11 @@ class History:
     step_seconds: list[float] = field(default_factory=list)
     loss_seconds: list[float] = field(default_factory=list)
     scored: list[int] = field(default_factory=list)  # after so many steps
-    scores: list[list[float]] = field(default_factory=list)  # one a class
+    scores: list[list[float]] = field(default_factory=list)  # one list for each class
 
 
 def train(model: UNet, photographs: Sequence[Tensor], options: argparse.Namespace, report: Callable[[float], None]) -> History:
-    """Train the model, report the loss of every step, and score what it makes of held-out images now and then."""
+    """Train the model, report the loss of every step, and score held-out images at intervals."""
     random = torch.Generator().manual_seed(options.seed)
     held_out = make_batch([photograph[:, :, -HELD_OUT:] for photograph in photographs], SCORED, options.size, random)
     photographs = [photograph[:, :, :-HELD_OUT] for photograph in photographs]
@@ -209,7 +209,7 @@ def score(probabilities: Tensor, masks: Tensor) -> list[float]:
 
 
 def paint(images: Tensor, amounts: Tensor, ignored: Tensor | None = None) -> Tensor:
-    """Return grey images under the classes' colours, as much of each as there is; what is ignored is hatched."""
+    """Blend the colours of the classes into grey images, by their probability, and hatch ignored pixels."""
     grey = images.float().mean(dim=1, keepdim=True).div(255).mul(0.6).expand(-1, 3, -1, -1)
     for amount, colour in zip(amounts.unbind(dim=1), COLOURS, strict=True):
         grey = torch.lerp(grey, torch.tensor(to_rgb(colour)).reshape(3, 1, 1), 0.85 * amount.unsqueeze(1))
@@ -256,7 +256,7 @@ def show(model: UNet, photographs: Sequence[Tensor], options: argparse.Namespace
 
 
 def summary(history: History, options: argparse.Namespace) -> str:
-    """Return what is printed at the end."""
+    """Format the summary that is printed at the end."""
     step, loss = np.median(history.step_seconds), np.median(history.loss_seconds)
     scores = ", ".join(f"{name} {x:.3f}" for name, x in zip(CLASSES, history.scores[-1], strict=True))
     return (
@@ -303,7 +303,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> History:
-    """Train, print what was measured, write the picture; return what was measured."""
+    """Train, print the summary, write the picture, and return the history."""
     options, console = parse(arguments), Console()
     if options.threads:
         torch.set_num_threads(options.threads)

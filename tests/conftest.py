@@ -1,4 +1,4 @@
-"""Fixtures that several test files use, the devices that tests run on, and what is left out where something is missing."""
+"""Shared fixtures, the devices that tests run on, and the selection of tests where a package or a compiler is missing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_generate_tests(metafunc):
-    """Run a test that takes a `row` over the losses that have what its marks `rows` ask for."""
+    """Parametrize a test that takes a `row` with the losses that have every quality named by its marks `rows`."""
     if "row" in metafunc.fixturenames:
         needed = [quality for mark in metafunc.definition.iter_markers("rows") for quality in mark.args]
         rows = [case for case in LOSSES.values() if all(getattr(case, quality) for quality in needed)]
@@ -46,18 +46,18 @@ def pytest_generate_tests(metafunc):
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marks, of which some are set here
 def pytest_collection_modifyitems(config, items):
     """Leave out the tests that have no meaning on their device, and those of a GPU unless `-m` names it."""
-    has_gpu, kept, left_out = "gpu" in config.getoption("markexpr"), [], []
+    has_gpu, selected, left_out = "gpu" in config.getoption("markexpr"), [], []
     for item in items:
         device = device_of(item)
         has_meaning = all(device in mark.args for mark in item.iter_markers("only_on"))
-        (kept if has_meaning and (has_gpu or device != "gpu") else left_out).append(item)
+        (selected if has_meaning and (has_gpu or device != "gpu") else left_out).append(item)
         if is_slow(item, device):
             item.add_marker(pytest.mark.slow)
         if device == "stand-in":
             item.add_marker(devices.needs_compiler)
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(HANGING))
-    items[:] = kept
+    items[:] = selected
     config.hook.pytest_deselected(items=left_out)
 
 

@@ -1,4 +1,4 @@
-"""The losses that the tests run over: the library's table, and what the tests need to know beside it."""
+"""The losses that the tests run over: the rows of the library's table, with properties that only the tests need."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS = {  # what an operand holds: how it is drawn
 
 @dataclass(frozen=True)
 class Case:
-    """A loss with gradients: its row in the library's table, and what its relations are."""
+    """A loss with gradients: its row in the library's table, and the relations that hold for it."""
 
     row: table.Row
     reductions: tuple[str, ...] = REDUCTIONS  # that it takes; none where the reduction is not a choice
@@ -95,7 +95,7 @@ class Case:
         return {"reduction": reduction if reduction in self.reductions else self.reductions[0]} if self.reductions else {}
 
     def out(self, buffers: list[Any]) -> Any:
-        """Return buffers, one a gradient, as the option `out` takes them."""
+        """Return buffers, one for each gradient, in the form that the option `out` takes."""
         return buffers[0] if self.has_one_gradient else tuple(buffers)
 
 

@@ -91,7 +91,7 @@ def limits(name, quantity, t):
 
 
 def within_reach(name, quantity, z, dtype):
-    """Return where the promise holds: where p (1 - p) is subnormal, the focal loss multiplies what it has lost by |z|."""
+    """Mark where the bound holds. The focal loss multiplies the lost digits of a subnormal p (1 - p) by |z|, and is exempt there."""
     focal_curvature = name == "sigmoid_focal_loss" and quantity == "curvature"
     return np.abs(z) < (-np.log(np.finfo(dtype).tiny) if focal_curvature else np.inf)
 

@@ -1,4 +1,4 @@
-"""The benchmarks' machinery: what is timed is checked, rounds are interleaved, and what is printed follows from the rounds."""
+"""The benchmark suite: rows are checked before they are timed, rounds are interleaved, and tables follow from the rounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad input: the right error, a message that says what was found and what is accepted, and nothing written."""
+"""Bad input raises the right error, with a message that names the found and the accepted values, and writes nothing."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_the_value_has_no_grad_output_and_mostly_no_out():
         LOSS(Z, T, out=np.zeros_like(Z))
 
 
-def test_arrays_of_other_libraries_are_refused_until_they_are_served():
+def test_arrays_of_unsupported_libraries_are_refused():
     tensor = type("Tensor", (), {"__module__": "torch"})()
     with pytest.raises(TypeError, match=r"input is a torch\.Tensor; accepted: numpy\.ndarray"):
         LOSS(tensor, T)

@@ -1,4 +1,4 @@
-"""The examples in PyTorch run, learn, draw what they say, and are the same training with PyTorch's losses."""
+"""The PyTorch examples run, learn, draw their pictures, and follow the same curve with PyTorch's losses."""
 
 from __future__ import annotations
 

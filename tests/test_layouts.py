@@ -1,4 +1,4 @@
-"""Any shape and any strides give the answers of a contiguous copy, and the memory of nobody else is touched."""
+"""Arrays of any shape and strides give the results of a contiguous copy, and no memory outside them is touched."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_more_elements_than_32_bits_can_count():
     assert fl.mse_loss(z, t) == 4.0
 
 
-SHORT_RUNS = {  # input's shape, and what is broadcast along rows of a few elements
+SHORT_ROWS = {  # shape of the input, and of the array that broadcasts along rows of a few elements
     "per channel, channels last": ((50, 40, 3), (3,)),
     "per sample of a few": ((4000, 10), (4000, 1)),
     "per pixel of a tiny image": ((300, 5, 4), (5, 1)),
@@ -230,10 +230,10 @@ SHORT_RUNS = {  # input's shape, and what is broadcast along rows of a few eleme
 
 
 @pytest.mark.alike("stand-in")
-@pytest.mark.parametrize("case", SHORT_RUNS)
+@pytest.mark.parametrize("case", SHORT_ROWS)
 @pytest.mark.parametrize("reduction", ["sum", "sample_sum"])
 def test_short_runs_are_joined(case, reduction, dtype, rng):
-    shape, small = SHORT_RUNS[case]
+    shape, small = SHORT_ROWS[case]
     z, t = rng.normal(0, 3, shape).astype(dtype), rng.random(shape).astype(dtype)
     weight, mask, c = rng.random(small).astype(dtype), rng.random(small) < 0.7, rng.uniform(0.5, 2, small)
     value, grad = LOSS.value_and_grad(z, t, weight, reduction, mask=mask, pos_weight=c)

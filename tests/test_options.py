@@ -406,10 +406,10 @@ def test_options_do_not_interact(batch, rng):
         value, grad = fl.binary_cross_entropy_with_logits.value_and_grad(
             z, t8, weight, mask=mask, ignore_index=ignored, target_scale=1 / 255, label_smoothing=smoothing, pos_weight=2.0, grad_output=3.0
         )
-        kept = np.broadcast_to(True if mask is None else mask, z.shape) & (t8 != 255 if ignored else True)
+        counted = np.broadcast_to(True if mask is None else mask, z.shape) & (t8 != 255 if ignored else True)
         v, g = LOSSES["binary_cross_entropy_with_logits"].reference(
             z.astype(np.float64), t8 / 255, pos_weight=2.0, label_smoothing=smoothing or 0
         )
-        w = np.broadcast_to(1 if weight is None else weight, z.shape) * kept
-        assert_close(value, (v * w).sum() / kept.sum(), SUM[z.dtype])
-        assert_close(grad, 3 * g * w / kept.sum(), 2 * SUM[z.dtype])
+        w = np.broadcast_to(1 if weight is None else weight, z.shape) * counted
+        assert_close(value, (v * w).sum() / counted.sum(), SUM[z.dtype])
+        assert_close(grad, 3 * g * w / counted.sum(), 2 * SUM[z.dtype])

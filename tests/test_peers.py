@@ -1,4 +1,4 @@
-"""Value and gradient against the peers, PyTorch (by its autograd) and scikit-learn; and where a peer loses, and we do not."""
+"""Compare value and gradient with PyTorch (through its autograd) and scikit-learn, also where these lose digits."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def ours(name, operands, dtype, options):
 
 
 def theirs(torch, name, operands, dtype, options, compute=None):
-    """Return the same by torch: of what `dtype` holds of the operands, computed in another dtype if one is given."""
+    """Return PyTorch's value and gradients for operands rounded to `dtype`, computed in `compute` if it is given."""
 
     def tensor(x, differentiated=False):
         return torch.tensor(cast(cast(x, dtype), compute or dtype), requires_grad=differentiated) if isinstance(x, np.ndarray) else x
@@ -236,12 +236,12 @@ def s(z):
 
 
 def only(version, has):
-    """Skip what is known of one version of a peer, where another is installed."""
+    """Skip a test of one version of a peer if another version is installed."""
     if has.partition("+")[0] != version:
         pytest.skip(f"measured on {version}, not {has}")
 
 
-LOST = [  # where torch has in float32 a wrong value (0) or slope (1), what it has, and what is true
+LOST = [  # inputs at which torch's float32 value (0) or slope (1) is wrong, with its result and the true one
     ("binary_cross_entropy_with_logits", -16, 0, {}, 0, 0.0, math.log1p(math.exp(-16))),
     ("binary_cross_entropy_with_logits", -90, 0, {}, 0, 0.0, math.exp(-90)),
     ("binary_cross_entropy_with_logits", 16, 1, {}, 1, -(2.0**-23), -s(16)),

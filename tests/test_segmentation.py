@@ -273,7 +273,7 @@ def test_a_part_of_weight_0_does_not_count():
     assert grad.tolist() == [[[0.0, 0.0]]]
 
 
-# --- what is spoilt, and what is empty -------------------------------------------------------------------------------
+# --- NaN, infinity, and empty regions --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", [DICE, BOTH])

@@ -1,4 +1,4 @@
-"""Results do not depend on threads: how many there are, who else calls, or what forks."""
+"""Results do not depend on the number of threads, on concurrent callers, or on forks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def large(rng):
 
 
 def in_a_thread(work):
-    """Return what a function returns on a thread of its own, whose CPUs are nobody else's."""
+    """Call a function on a thread of its own, whose CPU affinity no other thread shares."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(work).result()
 

@@ -356,9 +356,9 @@ def test_a_leaf_takes_the_gradient_that_was_computed():
 def test_a_factor_is_multiplied_in_place_where_the_graph_is_not_kept():
     z, t = operands("", shape=(1 << 18,))
     value = BCE(z, t)
-    kept = value.grad_fn.saved_tensors[0].data_ptr()
-    assert torch.autograd.grad(2 * value, z, retain_graph=True)[0].data_ptr() != kept
-    assert torch.autograd.grad(2 * value, z)[0].data_ptr() == kept
+    saved = value.grad_fn.saved_tensors[0].data_ptr()
+    assert torch.autograd.grad(2 * value, z, retain_graph=True)[0].data_ptr() != saved
+    assert torch.autograd.grad(2 * value, z)[0].data_ptr() == saved
 
 
 def test_out_is_written_and_returned():
@@ -418,7 +418,7 @@ def test_the_gradient_overwrites_the_input_of_any_loss(name, dtype):
         assert torch.equal(torch.autograd.grad(value.sum() * 3, z)[0], want)
 
 
-def test_whoever_still_needs_the_input_is_told():
+def test_backward_functions_that_need_the_overwritten_input_raise():
     z, t = operands("")
     logits = z.exp()  # keeps its result for the backward pass
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -430,7 +430,7 @@ def test_whoever_still_needs_the_input_is_told():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_whoever_writes_to_an_overwritten_input_is_told(dtype):
+def test_writing_to_an_overwritten_input_raises(dtype):
     z, t = operands("", dtype)
     logits = z * 1
     value = BCE(logits, t, inplace_grad=True)
@@ -712,7 +712,7 @@ def test_tensors_without_memory():
         assert BCE(torch.empty(SHAPE), torch.empty(SHAPE)).shape == ()
 
 
-# what is refused
+# refused calls
 
 
 def test_other_derivatives_are_refused():
@@ -781,7 +781,7 @@ def test_bad_arguments():
             BCE(*arguments, **options)
 
 
-def test_a_device_that_is_not_served(monkeypatch):
+def test_unsupported_device_is_refused(monkeypatch):
     class Elsewhere(torch.Tensor):
         is_cpu = False
         device = torch.device("xpu:0")
@@ -827,11 +827,11 @@ def test_a_graph_is_freed():
         tracemalloc.start()
         for _ in range(20):
             BCE(z, t)
-        kept, _ = tracemalloc.get_traced_memory()
+        held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
         gc.enable()
-    assert kept < z.nbytes
+    assert held < z.nbytes
 
 
 def test_numerical_derivative_of_the_slope_by_the_target(name, loss):

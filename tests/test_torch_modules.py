@@ -1,4 +1,4 @@
-"""Modules against those of `torch.nn`, ours against our functions, and what `patch` leaves as it was."""
+"""Modules agree with those of `torch.nn` and with our functions, and `patch` can be undone."""
 
 from __future__ import annotations
 
@@ -273,7 +273,7 @@ class Marked(torch.Tensor):
 
 @pytest.fixture(autouse=True)
 def untouched():
-    """Hold every test to what it found in `torch.nn.functional`."""
+    """Check that a test leaves `torch.nn.functional` as it found it."""
     before = {name: getattr(F, name) for name in FUNCTIONS}
     yield
     after = {name: getattr(F, name) for name in FUNCTIONS}

@@ -76,12 +76,12 @@ def test_samples(database, way, name, dtype):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_samples_are_of_dtypes_that_are_served_or_listed(database, name):
+def test_samples_are_of_supported_or_listed_dtypes(database, name):
     assert database[name].dtypes == {*DTYPES, *COMPLEX.get(name, ())}
 
 
 @pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name, dtypes in COMPLEX.items() for dtype in dtypes], ids=str)
-def test_samples_that_are_not_served(database, name, dtype):
+def test_unsupported_samples(database, name, dtype):
     for sample in samples(database[name], dtype):
         with pytest.raises(TypeError, match=f"has dtype {str(dtype)[6:]}"):
             compute(getattr(ft, name), sample, BOTH)

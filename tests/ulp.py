@@ -40,7 +40,7 @@ HALF = {"sigmoid_focal_loss": 6}
 PRODUCT = {"scale": 1.5, "weight and scale": 2.5, "weight": 0.5}
 # Sums: float32 in blocks of 16 a lane, then float64. Relative to the sum of the magnitudes.
 SUM = {np.dtype(np.float32): 3e-7, np.dtype(np.float64): 4e-15}
-# Of what is computed from a sigmoid of logits up to 15, which has lost that much of 1 - p.
+# For results computed from a sigmoid of logits up to 15, which has lost as much of 1 - p.
 PROBABILITY = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-10}
 DIFFERENCE = 1e-6  # of a numerical derivative in float64, relative to the largest
 NUMPY = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-15}  # of the reference, relative to the largest

@@ -283,7 +283,7 @@ class Module:
     """CUDA text, compiled by the C++ compiler."""
 
     def load(self, code: bytes) -> None:
-        """Take what NVRTC has handed on."""
+        """Load the code that NVRTC returned."""
         self.code = code.decode().rstrip("\0")
 
     def get_function(self, name: str) -> Any:
@@ -369,7 +369,7 @@ class Stream:
         self.captures = True
 
     def end_capture(self) -> Any:
-        """Return a graph of what was recorded."""
+        """Return a graph of the captured launches."""
         self.captures, recorded, self.recorded = False, self.recorded, []
 
         def launch(stream: Any = None) -> None:

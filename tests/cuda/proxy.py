@@ -47,7 +47,7 @@ class Carrier:
 
 
 def methods() -> Iterator[tuple[type, str]]:
-    """Yield what is called with arrays: the methods of every class of losses, by name."""
+    """Yield every method that takes arrays, as a class of losses and a name."""
     classes: list[type] = [AbstractLoss, TargetLoss, VAELoss]
     for kind in classes:
         classes += kind.__subclasses__()

@@ -28,7 +28,7 @@ def batch(cp, rng, shape, dtype=np.float32, target_dtype=np.float32):
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """Forget the launches, so that what is patched decides them."""
+    """Clear the remembered launches, so that patched values take effect."""
     from fastloss.cuda import call
 
     call.find_launch.cache_clear()

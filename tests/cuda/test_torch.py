@@ -24,7 +24,7 @@ ASK_WHERE_TENSORS_ARE = [
 BCE = fl.binary_cross_entropy_with_logits
 NAMES = [name for name, case in LOSSES.items() if case.has_reductions]
 STREAM, CPU = 77, torch.device("cpu")
-BLOCKS: list[np.ndarray] = []  # what was allocated: workspaces outlive a test
+BLOCKS: list[np.ndarray] = []  # allocated memory; workspaces outlive a test
 
 
 @pytest.fixture
