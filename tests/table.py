@@ -59,6 +59,10 @@ class Case:
         return self.row.gradients
 
     @property
+    def half_ulp(self) -> float:
+        return self.row.half_ulp
+
+    @property
     def is_elementwise(self) -> bool:
         return self.row.is_elementwise
 

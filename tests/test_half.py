@@ -11,7 +11,7 @@ import pytest
 import fastloss as fl
 from tests import oracle
 from tests.devices import is_long_on_the_stand_in, some, sums_in_another_order
-from tests.ulp import HALF, QUANTITIES, assert_same, compute, flat, half_error
+from tests.ulp import QUANTITIES, assert_same, compute, flat, half_error
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -52,7 +52,7 @@ def test_every_input_in_extended_precision(row, half, target):
             assert got.dtype == half
             error = half_error(got, true, magnitude)
             worst = np.argmax(error)
-            assert error[worst] <= HALF.get(row.name, 1), f"{quantity}: {error[worst]:.2f} float32 ulp too many at {z[worst]}, {parameters}"
+            assert error[worst] <= row.half_ulp, f"{quantity}: {error[worst]:.2f} float32 ulp too many at {z[worst]}, {parameters}"
 
 
 @pytest.mark.alike
@@ -66,9 +66,13 @@ def test_as_float32_and_rounded_once(row, half, rng):
         value, grads = loss.value_and_grad(*given, weight=weight, mask=mask, **row.reduced(reduction))
         want, want_grads = loss.value_and_grad(*wide, weight=weight.astype(np.float32), mask=mask, **row.reduced(reduction))
         assert_same(flat(value), flat(want))
-        assert_same(flat(grads), [x.astype(half) for x in flat(want_grads)])
+        with np.errstate(over="ignore"):  # slopes at probabilities close to 0 or 1
+            rounded = [x.astype(half) for x in flat(want_grads)]
+        assert_same(flat(grads), rounded)
     if row.sums_elements:
-        assert_same(compute(loss, *given), [x.astype(half) for x in compute(loss, *wide)])
+        with np.errstate(over="ignore"):
+            rounded = [x.astype(half) for x in compute(loss, *wide)]
+        assert_same(compute(loss, *given), rounded)
 
 
 @sums_in_another_order

@@ -34,8 +34,6 @@ ULP = {
     ("pow", "value"): 1,
     ("tanh", "value"): 2.5,
 }
-# What a 16-bit result may be off beside its own half unit, in units of float32: the product of powers of the focal loss has more.
-HALF = {"sigmoid_focal_loss": 6}
 # A product of factors, each rounded: half an ulp for the last rounding, up to one for those before it.
 PRODUCT = {"scale": 1.5, "weight and scale": 2.5, "weight": 0.5}
 # Sums: float32 in blocks of 16 a lane, then float64. Relative to the sum of the magnitudes.
