@@ -1,1 +1,1 @@
-"""What the documentation is made with."""
+"""Scripts that write the tables and draw the pictures of the documentation."""

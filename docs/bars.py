@@ -1,6 +1,6 @@
 """Write the README's bars of time from the benchmarks of record: `python -m docs.bars`.
 
-They are text, because a package index shows no picture by its path in the repository.
+The bars are text, because a package index cannot show a picture from a path in the repository.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 SOURCE = "bench/results/epyc-zen4-2-cores.json"
 LONGEST = 36  # characters of the longest bar
-ROWS = {  # of the case that every reader looks at first: names of the results, and of the README
+ROWS = {  # the rows of the headline case: their names in the results, and in the README
     "limit: triad": "memory limit",
     "fastloss, out=": "fastloss",
     "fastloss on tensors": "fastloss, tensors",

@@ -1,4 +1,4 @@
-"""Settings of the documentation's build: `python -m sphinx -W docs docs/_build`. Neither the build nor the pages need a network."""
+"""Configure the documentation's build, `python -m sphinx -W docs docs/_build`. Neither the build nor the pages need a network."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ version = release = fastloss.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 default_role = "py:obj"  # docstrings put names and formulas between single backticks; names of the package become links
-nitpicky = True  # a reference that leads nowhere is an error,
-nitpick_ignore_regex = [("py:obj", ".*")]  # unless it is the default role's
+nitpicky = True  # a broken reference is an error,
+nitpick_ignore_regex = [("py:obj", ".*")]  # unless it has the default role
 
 myst_enable_extensions = ["amsmath", "dollarmath", "substitution"]
 myst_heading_anchors = 3
@@ -52,7 +52,7 @@ html_theme_options = {
 
 
 def is_loss(member: object) -> bool:
-    """Whether a public object is a loss: an instance, and so neither a class nor a function."""
+    """Return whether a public object is a loss: an instance, and so neither a class nor a function."""
     return not inspect.isclass(member) and not inspect.isfunction(member)
 
 
@@ -97,7 +97,7 @@ def indent(line: str) -> int:
 
 
 def write_formula(translator: SphinxTranslator, node: nodes.math | nodes.math_block) -> None:
-    """Write a formula as MathML, which browsers show without a script or a font from elsewhere."""
+    """Write a formula as MathML, which browsers show without a script or an additional font."""
     is_block = isinstance(node, nodes.math_block)
     try:
         formula = LatexToMathML().convert_with_local_state(node.astext(), displaystyle=is_block)
@@ -111,5 +111,5 @@ def write_formula(translator: SphinxTranslator, node: nodes.math | nodes.math_bl
 def setup(app: Sphinx) -> dict[str, Any]:
     """Add the renderer of formulas and the reader of docstrings."""
     app.add_html_math_renderer("mathml", (write_formula, None), (write_formula, None))
-    app.connect("autodoc-process-docstring", to_restructured_text, priority=400)  # before napoleon's, which has 500
+    app.connect("autodoc-process-docstring", to_restructured_text, priority=400)  # before napoleon's listener, whose priority is 500
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,6 +1,6 @@
 """Write the tables and draw the pictures of the losses: `python -m docs.losses`.
 
-With `--check`, nothing is written, and a table that is out of date is an error. Needs the extra `test`.
+With `--check`, nothing is written, and an outdated table is an error. Needs the extra `test`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def loss_table() -> str:
 
 
 def overview_list() -> str:
-    """Return the list of when to choose which loss; a list, because a table with these names is too wide for a phone."""
+    """Return the list that says when to choose which loss. As a table, it would be too wide for a phone."""
     return "\n".join(f"- [`{name}`](#{name}): {row.purpose}" for name, row in LOSSES.items())
 
 
@@ -94,13 +94,13 @@ def code(name: str) -> str:
 
 
 def ulps(limits: Any) -> str:
-    """Return the bounds for targets 0 and 1 and for soft targets as text, once where they are equal."""
+    """Return the bounds for targets 0 and 1 and for soft targets as text; equal bounds appear once."""
     texts = [f"{limit:g}" if limit else "exact" for limit in (limits if isinstance(limits, tuple) else (limits,))]
     return ", soft ".join(dict.fromkeys(texts))
 
 
 def call(row: Row) -> str:
-    """Return a loss's name, with its arguments where they are not an input and a target."""
+    """Return a loss's name, followed by its arguments if they are not an input and a target."""
     arguments = [p.name for p in inspect.signature(row.loss).parameters.values() if p.default is p.empty and p.kind != p.VAR_KEYWORD]
     return row.name if arguments == ["input", "target"] else f"{row.name}({', '.join(arguments)})"
 
@@ -115,7 +115,7 @@ def parameters(row: Row) -> str:
 
 
 def default(value: Any) -> str:
-    """Return a default as it is typed in a call, numbers without a trailing .0."""
+    """Return a default value as it is typed in a call, without a trailing .0."""
     return f"{value:g}" if isinstance(value, float) else f'"{value}"' if isinstance(value, str) else str(value)
 
 
@@ -148,15 +148,15 @@ class Picture(NamedTuple):
     mark: Callable[[Axes, Axes], None] | None = None  # draws additional marks
 
 
-# Colours by Okabe and Ito, "Color Universal Design", 2008: distinct for colour-blind readers; the strokes are distinct in print
+# Colours by Okabe and Ito, "Color Universal Design", 2008: distinct for colour-blind readers; the strokes differ for print
 STROKES = (("#0072b2", "-"), ("#d55e00", "--"), ("#009e73", "-."), ("#cc79a7", ":"))
 GREY = "#555555"
-SHORT = 20  # characters of a label, up to which all labels fit in one line below the panels
+SHORT = 20  # the most characters of a label with which all labels fit in one line below the panels
 LOGITS = np.linspace(-6, 6, 601)
 ERRORS = np.linspace(-3, 3, 601)
 PROBABILITIES = np.linspace(0, 1, 2001)
 SOFT = 0.25  # a target between 0 and 1
-IMAGE = 0.1  # the target for cross-entropy and squared error: at 0.25, H(t) is nearly the limit (1 - t)**2 of squared error
+IMAGE = 0.1  # the target for cross-entropy and squared error: at 0.25, the two limits H(t) and (1 - t)**2 nearly coincide
 
 
 def draw(name: str, picture: Picture) -> None:
@@ -196,7 +196,7 @@ def broken(y: Array) -> Array:
 
 
 def curves(name: str, x: Array, *lines: tuple[str, float, dict[str, float]]) -> Iterator[Line]:
-    """Compute a loss of one element over its input, for lines given as a label, a target and parameters."""
+    """Compute a loss of one element over its input, a line for each label, target and set of parameters."""
     loss = LOSSES[name].loss
     for label, target, given in lines:
         value, gradient = loss.value_and_grad(x, np.full_like(x, target), reduction="none", **given)
@@ -243,7 +243,7 @@ def code_and_pixel(mu: float, beta: float) -> tuple[float, float]:
 
 
 def pixel(loss: Any, size: int, inside: bool, label: str, **given: float) -> Line:
-    """Compute a loss over the logit of one pixel of 64, of which `size` form the region; the predictions of the others are right."""
+    """Compute a loss over the logit of one of 64 pixels, `size` of which form the region. All other predictions are right."""
     region = np.arange(64) < size
     target = np.broadcast_to(region.astype(float), (LOGITS.size, 1, 64))
     logits = np.where(target > 0, 6.0, -6.0)
@@ -269,7 +269,7 @@ def dice_bce_lines() -> Iterator[Line]:
 
 
 def floor_lines() -> Iterator[Line]:
-    """Compute the cross-entropy over the probability, and the same less the entropy of the target."""
+    """Compute the cross-entropy over the probability, with and without the entropy of the target."""
     with np.errstate(divide="ignore"):
         logits = np.log(PROBABILITIES) - np.log1p(-PROBABILITIES)
     for t in (0.05, SOFT, 0.5):

@@ -1,7 +1,7 @@
-"""Compute the polynomials of `fastloss/kernel/elementary.py`: `python docs/minimax.py` prints them with their largest errors.
+"""Compute and print the polynomials of `fastloss/kernel/elementary.py` with their largest errors: `python docs/minimax.py`.
 
-The Remez exchange algorithm runs in 50 digits (mpmath, extra `test`). Each polynomial approximates the rest of a function after
-its first terms, which are exact. The weights make the printed errors relative to the whole function.
+The Remez exchange algorithm runs in 50 digits (mpmath, extra `test`). Each polynomial approximates the remainder of a function
+after its first terms, which are exact. The weights make the printed errors relative to the whole function.
 """
 
 from collections.abc import Callable

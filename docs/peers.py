@@ -24,7 +24,7 @@ from tests import oracle
 from tests.ulp import ulp_error
 
 PAGE = Path(__file__).parent / "accuracy.md"
-BLOCK = ("other libraries", "docs/peers.py")  # the name of its block in the page, and its author
+BLOCK = ("other libraries", "docs/peers.py")  # the name of the table's block in the page, and the script that writes it
 POINTS = [(-10.0, 0.0), (-16.0, 0.0), (16.0, 1.0), (20.0, 1.0), (100.0, 1.0), (np.inf, 1.0), (-np.inf, 0.0)]  # logits and targets
 CORRECT = 8  # ulp: the roundings of a few operations
 Pair = tuple[float, float]  # a value and a gradient
@@ -87,7 +87,7 @@ def errors(compute: Callable[[float, float], Pair], z: float, t: float) -> list[
 
 
 def error(got: float, want: float) -> str:
-    """Return the relative error of a number as text; or that it is correct, NaN, or 0 where it should not be."""
+    """Return the relative error of a number as text, or a word if the number is correct, NaN, or wrongly 0."""
     if ulp_error(got, want, want, np.float32) <= CORRECT:
         return "correct"
     return "NaN" if np.isnan(got) else "returns 0" if got == 0 else f"{100 * abs(got / want - 1):.0g} %"

@@ -29,25 +29,26 @@ from torch.nn import functional
 import fastloss as fl
 import fastloss.torch as ft
 
-mpl.use("Agg")  # a file, and no screen
+mpl.use("Agg")  # draws into files, needs no screen
 import matplotlib.pyplot as plt
 
 CLASSES = ("ellipses", "rectangles")
-COLOURS = ("#e69f00", "#56b4e9")  # told apart by colour-blind readers too
-IGNORED = 255  # label of the pixels that the loss ignores
+COLOURS = ("#e69f00", "#56b4e9")  # distinct for colour-blind readers
+IGNORED = 255  # the label of pixels that the loss ignores
 BORDER = 1.5  # pixels on either side of a shape's edge, where its colour is mixed
 HELD_OUT = 256  # columns at the right of each photograph: for the score and the picture, never for training
-SHAPES = 2  # at most, in an image
-SCORED = 64  # held-out images
-SCORES = 20  # times in a training
+SHAPES = 2  # the most shapes in an image
+SCORED = 64  # the number of held-out images
+SCORES = 20  # the number of times that a training is scored
 SHOWN = 8
 RATE = 6e-3
 
 
 class UNet(nn.Module):
-    """Images in [0, 1], (N, 3, H, W), to the logits of masks, (N, classes, H, W); H and W are multiples of 16.
+    """Map images in [0, 1], (N, 3, H, W), to the logits of their masks, (N, classes, H, W); H and W are multiples of 16.
 
-    Squares of 2 x 2 pixels become channels at the beginning and pixels again at the end: a quarter of the work at full size.
+    The first layer turns squares of 2 x 2 pixels into channels, and the last one turns channels back into pixels. This saves three
+    quarters of the work at full size.
     """
 
     def __init__(self, classes: int = len(CLASSES), width: int = 16) -> None:
@@ -58,7 +59,7 @@ class UNet(nn.Module):
         self.last = nn.Conv2d(width, 4 * classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits."""
+        """Return the logits of the masks."""
         x, skipped = functional.pixel_unshuffle(x - 0.5, 2), []
         for k, layers in enumerate(self.down):
             x = layers(functional.max_pool2d(x, 2) if k else x)
@@ -69,12 +70,12 @@ class UNet(nn.Module):
 
 
 def convolutions(channels: int, outputs: int) -> nn.Module:
-    """Return the layers of one scale."""
+    """Return the two convolutions of one scale, with their normalisations and activations."""
     return nn.Sequential(*convolution(channels, outputs), *convolution(outputs, outputs))
 
 
 def convolution(channels: int, outputs: int) -> tuple[nn.Module, ...]:
-    """Make a convolution with normalisation and activation. It needs no bias before the normalisation."""
+    """Return a convolution, its normalisation and its activation. Before a normalisation, a bias would have no effect."""
     return nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
 
 
@@ -84,19 +85,19 @@ def load_photographs() -> list[Tensor]:
 
 
 def cut(photograph: Tensor, size: int, random: torch.Generator) -> Tensor:
-    """Cut a random square out of a photograph, every second one mirrored."""
+    """Cut a random square out of a photograph, and mirror it with a probability of 1/2."""
     top, left = (int(torch.randint(length - size + 1, (), generator=random)) for length in photograph.shape[1:])
     square = photograph[:, top : top + size, left : left + size]
     return square.flip(2) if torch.rand((), generator=random) < 0.5 else square
 
 
 def uniform(low: float, high: float, count: int, random: torch.Generator) -> Tensor:
-    """Return random numbers, one an image: (count, 1, 1)."""
+    """Return a random number for each image: (count, 1, 1)."""
     return low + (high - low) * torch.rand(count, 1, 1, generator=random)
 
 
 def random_shapes(count: int, size: int, is_ellipse: Tensor, random: torch.Generator) -> Tensor:
-    """Return how far each pixel is from the edge of a random shape, one an image, in pixels; negative inside."""
+    """Return each pixel's distance from the edge of a random shape, in pixels, negative inside; each image has its own shape."""
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     x, y = x - uniform(0.1 * size, 0.9 * size, count, random), y - uniform(0.1 * size, 0.9 * size, count, random)
     turn = uniform(0, np.pi, count, random)
@@ -121,21 +122,21 @@ def make_batch(photographs: Sequence[Tensor], count: int, size: int, random: tor
         opacity = torch.where(is_ellipse, 1.0, 0.5).unsqueeze(1)
         images = torch.lerp(images, others.float(), opacity * torch.sigmoid(-2 * distance))
         of_class = torch.cat([is_ellipse, ~is_ellipse], dim=1).unsqueeze(-1)
-        masks = torch.where(distance < 0, of_class.to(torch.uint8), masks)  # what lies on top hides what lies below
+        masks = torch.where(distance < 0, of_class.to(torch.uint8), masks)  # a shape hides the shapes below it
         ignored = torch.where(distance < -BORDER, False, ignored | (distance < BORDER))
     ignored |= unseen_strip(count, size, random)
     return images.round().to(torch.uint8), masks.masked_fill(ignored, IGNORED)
 
 
 def unseen_strip(count: int, size: int, random: torch.Generator) -> Tensor:
-    """Return which columns of an image are not labelled, a sixth of them: (count, 1, 1, size), bool."""
+    """Choose a random strip of unlabelled columns in each image, a sixth of its width: (count, 1, 1, size), bool."""
     first = torch.randint(size - size // 6 + 1, (count, 1, 1, 1), generator=random)
     column = torch.arange(size)
     return (column >= first) & (column < first + size // 6)
 
 
 def torch_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Compute Dice plus cross-entropy over the labelled pixels with PyTorch alone."""
+    """Compute Dice plus cross-entropy of the labelled pixels by PyTorch alone."""
     labelled = masks != IGNORED
     t = torch.where(labelled, masks, 0).float()
     p = torch.sigmoid(logits) * labelled
@@ -147,23 +148,23 @@ def torch_loss(logits: Tensor, masks: Tensor) -> Tensor:
 
 @dataclass
 class History:
-    """What was measured in each step, and the scores now and then."""
+    """The measurements of each step, and the scores of the steps that were scored."""
 
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     loss_seconds: list[float] = field(default_factory=list)
-    scored: list[int] = field(default_factory=list)  # after so many steps
-    scores: list[list[float]] = field(default_factory=list)  # one list for each class
+    scored: list[int] = field(default_factory=list)  # the numbers of the steps that were scored
+    scores: list[list[float]] = field(default_factory=list)  # a number for each class
 
 
 def train(model: UNet, photographs: Sequence[Tensor], options: argparse.Namespace, report: Callable[[float], None]) -> History:
-    """Train the model, report the loss of every step, and score held-out images at intervals."""
+    """Train the model, report the loss of every step, and score the predictions for held-out images at regular intervals."""
     random = torch.Generator().manual_seed(options.seed)
     held_out = make_batch([photograph[:, :, -HELD_OUT:] for photograph in photographs], SCORED, options.size, random)
     photographs = [photograph[:, :, :-HELD_OUT] for photograph in photographs]
     optimiser = torch.optim.Adam(model.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=options.steps + 1, pct_start=0.1, cycle_momentum=False)
-    # uint8 masks as they are; the gradient replaces the logits
+    # fastloss takes the uint8 masks as they are, and the gradient replaces the logits
     criterion = ft.DiceBCEWithLogitsLoss(ignore_index=IGNORED, inplace_grad=True) if options.by == "fastloss" else torch_loss
     history = History()
     for step in range(1, options.steps + 1):
@@ -186,13 +187,13 @@ def train(model: UNet, photographs: Sequence[Tensor], options: argparse.Namespac
 
 
 def time_loss(logits: Tensor, seconds: list[float]) -> None:
-    """Note how long it takes from here until the logits have their gradient: the loss, forwards and backwards."""
+    """Record the time from here until the logits have their gradient: the loss, forward and backward."""
     begin = time.perf_counter()
     logits.register_hook(lambda _: seconds.append(time.perf_counter() - begin))
 
 
 def predict(model: UNet, images: Tensor) -> Tensor:
-    """Return the probability of every pixel to belong to a class."""
+    """Return the probability that a pixel belongs to a class, for every pixel and class."""
     model.eval()
     with torch.inference_mode():
         probabilities = torch.sigmoid(model(images / 255))
@@ -201,7 +202,7 @@ def predict(model: UNet, images: Tensor) -> Tensor:
 
 
 def score(probabilities: Tensor, masks: Tensor) -> list[float]:
-    """Return each class's intersection over union, of the labelled pixels of all images together."""
+    """Return each class's intersection over union, counted over the labelled pixels of all images."""
     labelled, found, there = masks != IGNORED, probabilities > 0.5, masks == 1
     axes = (0, 2, 3)
     union = ((found | there) & labelled).sum(dim=axes)
@@ -209,7 +210,7 @@ def score(probabilities: Tensor, masks: Tensor) -> list[float]:
 
 
 def paint(images: Tensor, amounts: Tensor, ignored: Tensor | None = None) -> Tensor:
-    """Blend the colours of the classes into grey images, by their probability, and hatch ignored pixels."""
+    """Return grey images, tinted with the classes' colours in the given amounts; ignored pixels are hatched."""
     grey = images.float().mean(dim=1, keepdim=True).div(255).mul(0.6).expand(-1, 3, -1, -1)
     for amount, colour in zip(amounts.unbind(dim=1), COLOURS, strict=True):
         grey = torch.lerp(grey, torch.tensor(to_rgb(colour)).reshape(3, 1, 1), 0.85 * amount.unsqueeze(1))
@@ -244,7 +245,7 @@ def draw(history: History, rows: dict[str, Tensor], options: argparse.Namespace)
 
 
 def show(model: UNet, photographs: Sequence[Tensor], options: argparse.Namespace) -> dict[str, Tensor]:
-    """Return rows of pictures in [0, 1] of images that were not trained on."""
+    """Return rows of pictures in [0, 1], by their labels: held-out images, their masks and the predictions."""
     random = torch.Generator().manual_seed(options.seed + 1)
     images, masks = make_batch([photograph[:, :, -HELD_OUT:] for photograph in photographs], SHOWN, options.size, random)
     ignored = (masks == IGNORED).any(dim=1, keepdim=True)
@@ -256,7 +257,7 @@ def show(model: UNet, photographs: Sequence[Tensor], options: argparse.Namespace
 
 
 def summary(history: History, options: argparse.Namespace) -> str:
-    """Format the summary that is printed at the end."""
+    """Return the measurements as text."""
     step, loss = np.median(history.step_seconds), np.median(history.loss_seconds)
     scores = ", ".join(f"{name} {x:.3f}" for name, x in zip(CLASSES, history.scores[-1], strict=True))
     return (
@@ -268,21 +269,21 @@ def summary(history: History, options: argparse.Namespace) -> str:
 
 
 def count(text: str) -> int:
-    """Return a whole number from 1 on."""
+    """Parse a whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
 
 
 def side(text: str) -> int:
-    """Return a size that can be halved four times and that photographs have."""
+    """Parse a size that can be halved four times and is no larger than the held-out part of a photograph."""
     if not text.isdecimal() or int(text) % 16 or not 32 <= int(text) <= HELD_OUT:
         raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 16 from 32 to {HELD_OUT}")
     return int(text)
 
 
 def picture(text: str) -> Path:
-    """Return the path of a picture that can be written."""
+    """Parse the path of a picture that can be written."""
     path = Path(text)
     if path.suffix != ".png" or not path.resolve().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of a .png in a folder that exists")
@@ -293,17 +294,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Train a small U-Net to find pasted shapes in photographs.")
     parser.add_argument("--size", type=side, default=64, help="pixels along an image (default: %(default)s)")
-    parser.add_argument("--batch", type=count, default=16, help="images a step (default: %(default)s)")
+    parser.add_argument("--batch", type=count, default=16, help="images per step (default: %(default)s)")
     parser.add_argument("--steps", type=count, default=1200, help="default: %(default)s")
     parser.add_argument("--by", choices=("fastloss", "torch"), default="fastloss", help="what computes the loss (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of model, crops and shapes (default: %(default)s)")
-    parser.add_argument("--threads", type=count, help="of PyTorch and of fastloss (default: what each takes)")
-    parser.add_argument("--out", type=picture, default=Path("segmentation.png"), help="where the picture goes (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the model, crops and shapes (default: %(default)s)")
+    parser.add_argument("--threads", type=count, help="threads of PyTorch and of fastloss (default: the default of each)")
+    parser.add_argument("--out", type=picture, default=Path("segmentation.png"), help="file for the picture (default: %(default)s)")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> History:
-    """Train, print the summary, write the picture, and return the history."""
+    """Train the model, print and return the measurements, and write the picture."""
     options, console = parse(arguments), Console()
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -32,11 +32,11 @@ import matplotlib.pyplot as plt
 
 HELD_OUT_DIGITS = 297  # of 1,797
 HELD_OUT_COLUMNS = 256  # at the right of each photograph
-PATCH = 8  # pixels along a patch, whose pixels become the channels of the first layer
+PATCH = 8  # pixels along a patch; the pixels of a patch become the channels of the first layer
 SHOWN = 12
 RATE = 2e-3
-# Cross-entropy with beta = 1 takes each pixel for the toss of a coin, which blurs the pictures. Squared error with a weight beta
-# takes pixels for Gaussian variables of variance beta / 2.
+# Cross-entropy with beta = 1 models each pixel as the toss of a coin, which blurs the pictures. Squared error with a weight beta
+# models pixels as Gaussian variables of variance beta / 2.
 BETA = {
     "digits": {"bce": 0.3, "mse": 0.05},
     "photographs": {"bce": 0.01, "mse": 0.005},
@@ -77,7 +77,7 @@ class VAE(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits, means and log-variances; the decoder is given a random code in training, and the mean in evaluation."""
+        """Return logits, means and log-variances. The decoder gets a random code in training, and the mean in evaluation."""
         mu, logvar = self.encoder(x - 0.5).chunk(2, dim=1)
         code = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar) if self.training else mu
         return self.decoder(code), mu, logvar
@@ -91,7 +91,7 @@ class TorchVAELoss(nn.Module):
         self.reconstruction, self.beta = reconstruction, beta
 
     def forward(self, logits: Tensor, images: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return sums over pixels and latents, means over the batch."""
+        """Return the objective, the reconstruction loss and the divergence: sums over pixels or latents, means over the batch."""
         if self.reconstruction == "bce":
             reconstruction = functional.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
         else:
@@ -116,7 +116,7 @@ class Digits:
         return self.training[torch.randint(len(self.training), (count,), generator=random)]
 
     def shown(self, _random: torch.Generator) -> Tensor:
-        """Return digits to show that the model was not trained on."""
+        """Return held-out digits for the picture."""
         return self.held_out[:SHOWN]
 
 
@@ -137,7 +137,7 @@ class Photographs:
         return cut(self.training, count, self.size, random)
 
     def shown(self, random: torch.Generator) -> Tensor:
-        """Return crops to show that the model was not trained on: of many, those with more contrast than most."""
+        """Return crops of the held-out columns for the picture, chosen among many for their contrast."""
         return torch.cat([by_contrast(cut([photograph], 64, self.size, random)) for photograph in self.held_out])
 
 
@@ -157,7 +157,7 @@ def cut(photographs: Sequence[Tensor], count: int, size: int, random: torch.Gene
 
 
 def by_contrast(images: Tensor) -> Tensor:
-    """Return half as many images as are shown, from those with more contrast than most."""
+    """Choose half of the images to show, among those with the most contrast."""
     order = images.float().std(dim=(1, 2, 3)).argsort()
     return images[order[(torch.linspace(0.7, 1, SHOWN // 2) * (len(images) - 1)).long()]]
 
@@ -180,7 +180,7 @@ def train(model: VAE, data: Digits | Photographs, options: argparse.Namespace, r
     optimiser = torch.optim.Adam(model.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=options.steps + 1, pct_start=0.1, cycle_momentum=False)
     by_fastloss = options.by == "fastloss"
-    if by_fastloss:  # takes the uint8 images as they are; the gradient replaces the logits
+    if by_fastloss:  # fastloss takes the uint8 images as they are; the gradient replaces the logits
         criterion = ft.VAELoss(options.loss, options.beta, target_scale=1 / data.largest, inplace_grad=True)
     else:
         criterion = TorchVAELoss(options.loss, options.beta)
@@ -219,7 +219,7 @@ def floor(images: Tensor, largest: int, loss: str) -> float:
 def show(model: VAE, data: Digits | Photographs, seed: int) -> list[tuple[str, Tensor]]:
     """Return labels and rows of pictures in [0, 1]: images that the model was not trained on, their reconstructions, and samples.
 
-    Photographs have no samples: their code is a map of vectors, which are independent under the prior, so that the decoder makes
+    Photographs have no samples: their code is a map of vectors, which are independent under the prior, so the decoder would make
     patches that do not fit together. The code of a digit is a single vector.
     """
     random = torch.Generator().manual_seed(seed)
@@ -250,7 +250,9 @@ def draw(history: History, rows: Sequence[tuple[str, Tensor]], options: argparse
         axes.spines[["top", "right"]].set_visible(False)
     for row, (label, images) in zip(bottom.subplots(len(rows), SHOWN), rows, strict=True):
         for axes, image in zip(row, images, strict=True):
-            axes.imshow(image.permute(1, 2, 0).numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="bicubic")  # smooths 8 x 8 pixels
+            axes.imshow(
+                image.permute(1, 2, 0).numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="bicubic"
+            )  # interpolated, because digits have only 8 x 8 pixels
             axes.set(xticks=[], yticks=[])
         row[0].set_ylabel(label, rotation=0, ha="right", va="center")
     figure.savefig(options.out, dpi=110)
@@ -258,7 +260,7 @@ def draw(history: History, rows: Sequence[tuple[str, Tensor]], options: argparse
 
 
 def draw_curves(axes: Axes, history: History, options: argparse.Namespace) -> None:
-    """Draw the objective and its parts on a logarithmic axis, less the floor that they share."""
+    """Draw the objective and its parts on a logarithmic axis, above the floor that no training can go below."""
     floors = np.array(history.floors)
     plot(axes, np.array(history.totals) - floors, OBJECTIVE, "objective")
     plot(axes, np.array(history.reconstructions) - floors, RECONSTRUCTION, "reconstruction")
@@ -283,7 +285,7 @@ def running_mean(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
 
 
 def draw_parts(axes: Axes, history: History, options: argparse.Namespace) -> None:
-    """Draw what the objective consists of as bands on top of each other: first the floor, which no training removes."""
+    """Draw the parts of the objective as stacked bands, the lowest of which is the floor."""
     floors = np.array(history.floors)
     bands = [
         (floors, FLOOR, "floor: the entropy of the images"),
@@ -316,21 +318,21 @@ def summary(history: History, options: argparse.Namespace) -> str:
 
 
 def count(text: str) -> int:
-    """Return a whole number from 1 on."""
+    """Parse a whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
 
 
 def side(text: str) -> int:
-    """Return a size that is a whole number of patches and no larger than the held-out part of a photograph."""
+    """Parse a size that is a whole number of patches and no larger than the held-out part of a photograph."""
     if not text.isdecimal() or int(text) % PATCH or not 2 * PATCH <= int(text) <= HELD_OUT_COLUMNS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of {PATCH} from {2 * PATCH} to {HELD_OUT_COLUMNS}")
     return int(text)
 
 
 def weight(text: str) -> float:
-    """Return a finite number from 0 on."""
+    """Parse a finite number from 0 on."""
     try:
         value = float(text)
     except ValueError:
@@ -341,7 +343,7 @@ def weight(text: str) -> float:
 
 
 def picture(text: str) -> Path:
-    """Return the path of a picture that can be written."""
+    """Parse the path of a picture that can be written."""
     path = Path(text)
     if path.suffix != ".png" or not path.resolve().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of a .png in a folder that exists")
@@ -358,8 +360,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--loss", choices=UNITS, default="bce", help="the loss of the reconstruction (default: %(default)s)")
     parser.add_argument("--beta", type=weight, help="weight of the divergence (default: depends on the data and the loss)")
     parser.add_argument("--by", choices=("fastloss", "torch"), default="fastloss", help="what computes the loss (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of model, data and noise (default: %(default)s)")
-    parser.add_argument("--threads", type=count, help="of PyTorch and of fastloss (default: the default of each)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the model, data and noise (default: %(default)s)")
+    parser.add_argument("--threads", type=count, help="threads of PyTorch and of fastloss (default: the default of each)")
     parser.add_argument("--out", type=picture, default=Path("vae.png"), help="file for the picture (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.size and options.data == "digits":
@@ -372,7 +374,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> History:
-    """Train, print the measurements, write the picture; return the measurements."""
+    """Train the model, print and return the measurements, and write the picture."""
     options, console = parse(arguments), Console()
     if options.threads:
         torch.set_num_threads(options.threads)
