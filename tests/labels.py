@@ -1,4 +1,4 @@
-"""Whether a figure can be read: no text beyond the picture or its axes, and none over another."""
+"""Check that the texts of a figure lie within the picture and their axes, and do not overlap."""
 
 from __future__ import annotations
 

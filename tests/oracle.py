@@ -1,4 +1,4 @@
-"""What is true: the losses from the textbook, in 60 digits (mpmath) or in extended precision. Imports nothing of fastloss.
+"""The oracle: the losses from the textbook, in 60 digits (mpmath) or in extended precision. It imports nothing of fastloss.
 
 Every function returns value, slope, curvature, and for each the magnitude whose last digit the promise is measured in:
 the quantity itself, or the larger of two terms where it is their difference and passes through 0.
@@ -69,7 +69,7 @@ def binary_cross_entropy_with_logits(z, t, m, pos_weight=1, label_smoothing=0):
 
 
 def product(a, b, m):
-    """a b, where 0 times infinity is 0: nothing weighted, nothing paid."""
+    """Return a b, with 0 times infinity equal to 0."""
     if m is MP:
         return m.number(0) if a == 0 else a * b
     with np.errstate(invalid="ignore"):

@@ -52,7 +52,7 @@ TARGETS = [0.0, 1.0, 0.5, 0.25, 1 / 255, 254 / 255, 1e-20]
 
 
 def edge_points(row, dtype):
-    """Return every combination of inputs where something changes, and of targets."""
+    """Return every combination of targets and inputs at which a formula changes its behaviour."""
     logits = [sign * x for x in EDGES for sign in (1, -1)] + [-0.0, np.finfo(dtype).tiny]
     inputs = PROBABILITIES if "probabilities" in row.arrays else logits
     z, t = np.array(list(itertools.product(inputs, TARGETS))).astype(dtype).T
@@ -277,7 +277,7 @@ def test_powers(dtype, rng):
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("target", [0, 1])
 def test_every_float32_logit(target):
-    """All 2**32 of them, against float64, whose own error is a billionth of the promise."""
+    """Compare all 2**32 logits with float64, whose own error is a billionth of the bound."""
     loss, name = fl.binary_cross_entropy_with_logits, "binary_cross_entropy_with_logits"
     step = 1 << 16  # stays in the cache
     t = np.full(step, target, np.float32)

@@ -35,7 +35,7 @@ MACHINE = {
 
 
 def content(case=None, **seconds):
-    """A results file of one case, with made-up rounds: for what reads it."""
+    """Make the content of a results file with one case and invented rounds."""
     case = case or Case()
     rows = [
         {"name": name, "seconds": times, "errors": {"gradient": 1e-8}, "extra_bytes": 1 << 20}

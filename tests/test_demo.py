@@ -1,4 +1,4 @@
-"""The demo and the example, run as a user would."""
+"""The demo and the example run from the command line."""
 
 from __future__ import annotations
 

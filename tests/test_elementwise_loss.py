@@ -327,8 +327,8 @@ def test_a_weight_of_a_third_is_rounded_once(rng):
     assert_ulp(got, plain / 3, plain / 3, PRODUCT["scale"], np.float32)
 
 
-def test_what_is_left_at_its_default_is_a_constant():
-    """The formula may then compute with the number: here it asks for a power that is a product."""
+def test_a_parameter_at_its_default_is_a_constant():
+    """The formula may compute with the number: here, a power that becomes a product."""
 
     @fl.elementwise_loss
     def power(z, t, gamma=2.0):

@@ -58,7 +58,7 @@ def test_every_input_in_extended_precision(row, half, target):
 @pytest.mark.alike
 @sums_in_another_order
 def test_as_float32_and_rounded_once(row, half, rng):
-    """The values are the very ones of the widened arrays, and the gradients and curvatures are theirs, rounded."""
+    """The values equal those of the widened arrays; the gradients and curvatures equal theirs, rounded once."""
     loss, given = row.loss, row.draw(rng, half, (3, 2, 7, 11))
     wide = [x.astype(np.float32) for x in given]
     (weight,), mask = arrays(rng, (3, 2, 7, 11), half), rng.random((7, 11)) < 0.7
@@ -90,7 +90,7 @@ def test_mixed_in_every_direction(input_dtype, target_dtype, rng):
 
 
 def test_float64_is_rounded_once(half):
-    """Close beside the middle of two 16-bit numbers, where a float32 in between would be the middle itself."""
+    """Test values so close to the middle of two 16-bit numbers that rounding to float32 first would give the middle itself."""
     one_up = float(np.asarray(1.0, half) + np.asarray(ml_dtypes.finfo(half).eps, half))
     middle = (1.0 + one_up) / 2
     t = -np.array([middle, middle + 1e-12, middle - 1e-12, -middle - 1e-12, 1e-300, np.inf, np.nan, 3e38 * 2])

@@ -426,7 +426,7 @@ VAE_READS = ("reconstruction_logits", "mu", "logvar", "images", "weight")  # the
 
 @pytest.mark.parametrize(("k", "other"), [(k, other) for k in range(3) for n, other in enumerate(VAE_READS) if n != k])
 def test_out_over_something_else_that_is_read(k, other):
-    """Only a gradient's own array may be overwritten by it."""
+    """A gradient may overwrite its own operand and no other array."""
     given = {
         name: np.full((2, 3), 0.25 + n, np.float32) for n, name in enumerate(("reconstruction_logits", "images", "mu", "logvar", "weight"))
     }

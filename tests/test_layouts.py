@@ -254,8 +254,8 @@ def test_narrow_crops_are_read_and_written(width, rng):
 
 
 @is_long_on_the_stand_in
-def test_large_short_runs_past_the_caches(rng):
-    """Rows of short runs that are stored past the caches, and cut into ranges inside a run."""
+def test_large_short_rows_with_nontemporal_stores(rng):
+    """Rows with a short inner axis are stored past the caches and cut into ranges inside that axis."""
     z, t = rng.normal(0, 3, (700_001, 3)).astype(np.float32), rng.random((700_001, 3)).astype(np.float32)
     weight = np.float32([1, 2, 0.5])
     value, grad = LOSS.value_and_grad(z, t, weight)

@@ -1,4 +1,4 @@
-"""Every kind of kernel through NVRTC, for every architecture, without a GPU; and CuPy has what the stand-in for it has."""
+"""NVRTC compiles every kind of kernel for every architecture without a GPU, and CuPy has every name that its stand-in has."""
 
 from __future__ import annotations
 

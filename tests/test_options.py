@@ -1,4 +1,4 @@
-"""Every option, as a relation to calls without it: for each loss, dtype and method."""
+"""Every option is tested as a relation to calls without it, for each loss, dtype and method."""
 
 from __future__ import annotations
 
@@ -398,7 +398,7 @@ def test_positional_arguments_are_those_of_torch(batch, rng):
 
 
 def test_options_do_not_interact(batch, rng):
-    """A sample of everything at once, against NumPy."""
+    """Compare calls with many options at once with NumPy."""
     z, t8 = batch[0], rng.integers(0, 256, batch[0].shape).astype(np.uint8)
     for use_weight, use_mask, ignored, smoothing in itertools.product([0, 1], [0, 1], [None, 255], [None, 0.1]):
         weight = rng.random((3, 1, 1)) if use_weight else None

@@ -185,7 +185,7 @@ def theirs(torch, name, operands, dtype, options, compute=None):
 
 
 def resolved(quantity, *operands):
-    """Return the least magnitude that a peer in float64 has digits of: its values are differences of terms that are this large."""
+    """Return the smallest magnitude that a float64 peer can resolve, because its values are differences of larger terms."""
     return 1 + sum(map(np.abs, operands)) if quantity == 0 else 1
 
 

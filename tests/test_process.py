@@ -1,4 +1,4 @@
-"""What a process pays: imports, compilations, memory."""
+"""Costs of a process: imports, compilations, memory."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_the_package_names_what_it_exports():
     assert all(getattr(fl, name).__doc__ for name in fl.__all__)
 
 
-def test_what_a_formula_looks_up_is_read_once(tmp_path):
+def test_globals_of_a_formula_are_read_once(tmp_path):
     """A global that changes between the decoration and the first call does not put the wrong kernel into the cache."""
     code = """
 import sys, numpy as np, fastloss as fl
@@ -201,7 +201,7 @@ def test_help_runs():
 
 
 def test_numba_may_be_asked_for_another_cpu():
-    """Then nothing of this one's may be used: LLVM would end the process."""
+    """No instruction of the host CPU may be used then: LLVM would end the process."""
     code = """
 import numpy as np, fastloss as fl
 z = np.linspace(-3, 3, 100, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""What losses have to do with each other, whatever their digits are."""
+"""Relations between losses that hold independently of their accuracy."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def scene(rng, dtype):
 
 
 def assert_true(got, want, dtype):
-    """Assert that losses and slopes are within the bounds of what the oracle says."""
+    """Assert that losses and slopes are within the bounds around the oracle's values."""
     for quantity, x, (true, magnitude) in zip(("value", "slope"), got, want, strict=True):
         assert np.shape(x) == true.shape
         assert_ulp(x, true, magnitude, limit(quantity, dtype), dtype)
@@ -83,7 +83,7 @@ def test_digits(logits, hard, dtype, rng):
 
 
 def test_digits_of_large_groups(dtype, rng):
-    """65,536 elements a group, constant by halves, where the oracle needs two."""
+    """Groups of 65,536 elements, constant in each half, so that the oracle needs only two elements."""
     z, t = np.zeros((1, 2, 256, 256), dtype), np.zeros((1, 2, 256, 256), dtype)
     z[..., :128], z[..., 128:], t[..., :128] = 9.5, -11.25, 1
     want = oracle.dice_with_logits_loss(z[..., :1, 127:129], t[..., :1, 127:129], 32768)
@@ -185,7 +185,7 @@ def test_ranks(shape, dtype, rng):
 
 @is_about_the_host
 def test_a_number_alone():
-    """In a process of its own, because it ended one."""
+    """Run in a separate process, because a failure once ended the process."""
     code = """
 import fastloss as fl
 print(*fl.dice_with_logits_loss.value_and_grad(0.0, 1.0, per_channel=False, per_sample=False))"""

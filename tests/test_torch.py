@@ -1,4 +1,4 @@
-"""Losses of tensors: the digits of NumPy's, autograd's rules, PyTorch's compiler; whose memory is read and written."""
+"""Losses of tensors: NumPy's results, autograd's rules, torch.compile, and which memory is read and written."""
 
 from __future__ import annotations
 
@@ -808,7 +808,7 @@ def test_the_door_opens_by_itself():
     assert run("import torch, fastloss as fl; z = torch.ones(3, requires_grad=True); print(fl.mse_loss(z, 0 * z).item())") == "1.0\n"
 
 
-def test_workers_let_go_of_tensors_first():
+def test_workers_release_tensors_before_exit():
     """A worker that frees a tensor while Python exits would end the process with an abort."""
     code = """
 import torch, numpy as np, fastloss as fl
@@ -835,7 +835,7 @@ def test_a_graph_is_freed():
 
 
 def test_numerical_derivative_of_the_slope_by_the_target(name, loss):
-    """Of float32 too, where gradcheck has no digits: the slopes of float64 arrays, in float32."""
+    """Check float32 slopes, for which gradcheck lacks digits, against those of float64 arrays."""
     wide, narrow = (operands(name, dtype) for dtype in (torch.float64, torch.float32))
     grads = [torch.autograd.grad(loss(z, t, reduction="sum"), (z, t)) for z, t in (wide, narrow)]
     for want, got in zip(*grads, strict=True):

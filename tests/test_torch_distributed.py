@@ -53,7 +53,7 @@ def train(loss, rows=slice(None), scale=1.0, wrap=lambda model: model):
 
 
 def work(rank, folder):
-    """Train as one of the processes; write down what came out."""
+    """Train as one of the processes and save its results."""
     store, count = f"file://{folder}/store", len(PARTS)
     distributed.init_process_group("gloo", store, rank=rank, world_size=count, timeout=timedelta(seconds=20))
     rows, results = PARTS[rank], {}
@@ -67,7 +67,7 @@ def work(rank, folder):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Return what each of the processes wrote down."""
+    """Return the results of each process."""
     folder, root = tmp_path_factory.mktemp("ranks"), Path(__file__).parents[1]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "FASTLOSS_NUM_THREADS": "1"}
     command, deadline = [sys.executable, "-m", __name__], time.monotonic() + 45

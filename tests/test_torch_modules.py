@@ -56,14 +56,14 @@ def said(x):
 
 
 def operands(name):
-    """Return an input, which is a leaf, and a target, which is 0 here and there."""
+    """Return an input, which is a leaf, and a target with some zeros."""
     torch.manual_seed(0)
     z, t = 3 * torch.randn(SHAPE), torch.rand(SHAPE).where(MASK, 0)
     return (z.sigmoid() if name in ("BCELoss", "binary_cross_entropy") else z).requires_grad_(), t
 
 
 def compute(loss, z, *others, **options):
-    """Return the value, and the gradient of a sum over it in which no element counts like another."""
+    """Return the value, and its gradient under an upstream gradient of distinct numbers."""
     value = loss(z, *others, **options)
     upstream = torch.linspace(-1, 2, value.numel(), dtype=value.dtype).reshape(value.shape)
     return value, *torch.autograd.grad(value, z, upstream)
@@ -75,7 +75,7 @@ def assert_same(got, wanted):
 
 
 def is_ours(value):
-    """Whether autograd comes to one of our functions from a value."""
+    """Whether the autograd graph of a value contains one of our functions."""
     nodes = [value.grad_fn] if value.requires_grad else []
     while nodes:
         node = nodes.pop()
@@ -86,7 +86,7 @@ def is_ours(value):
 
 
 def kind_of_error(call):
-    """Return of which kind the error is that a call raises."""
+    """Return the kind of the error that a call raises."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(KINDS) as caught:
@@ -268,7 +268,7 @@ def test_the_vae_s_module_is_its_function():
 
 
 class Marked(torch.Tensor):
-    """A tensor of a class of its own."""
+    """A subclass of Tensor."""
 
 
 @pytest.fixture(autouse=True)
@@ -364,7 +364,7 @@ def test_patch_is_for_every_thread_and_not_for_names_imported_before():
 
 
 def negated(x):
-    """Return -x, of which only the sign is noted and not a number is written."""
+    """Return -x as a lazily negated tensor."""
     return torch.complex(x, x).conj().imag
 
 

@@ -1,4 +1,4 @@
-"""The samples that PyTorch tests its own losses with, through ours of the same names and through `patch`."""
+"""Run the samples of PyTorch's own tests through our losses of the same names and through `patch`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BOTH = ("input", "target")
 
 @pytest.fixture(scope="module")
 def database():
-    """Return what PyTorch's tests know of each loss."""
+    """Return the test database of PyTorch for each loss."""
     try:
         import expecttest  # noqa: F401
     except ImportError:  # PyTorch derives a test case from its, which is not used here
@@ -37,7 +37,7 @@ def database():
 
 @contextlib.contextmanager
 def function(way, name):
-    """Give the function of a name: ours, or what `patch` puts in the place of PyTorch's."""
+    """Return the function of a name: ours, or the one that `patch` installs."""
     with ft.patch() if way == "patched" else contextlib.nullcontext():
         yield getattr(torch.nn.functional if way == "patched" else ft, name)
 
@@ -51,7 +51,7 @@ def samples(op, dtype):
 
 
 def compute(loss, sample, differentiated):
-    """Return the value, and the gradients of a sum over it in which no element counts like another."""
+    """Return the value, and its gradients under an upstream gradient of distinct numbers."""
     tensors = {"input": sample.input.detach(), "target": sample.args[0].detach()}
     leaves = [tensors[name].requires_grad_() for name in differentiated]
     value = loss(**tensors, **sample.kwargs)

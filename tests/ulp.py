@@ -64,7 +64,7 @@ def ulp_error(got, want, magnitude, dtype):
 
 
 def half_error(got, want, magnitude):
-    """Return by how many float32 units of the magnitude a 16-bit number is further from the truth than its own half unit."""
+    """Return the error of a 16-bit number beyond half its own ulp, in float32 ulp of the magnitude."""
     info = finfo(got.dtype)
     want, magnitude = np.asarray(want, np.longdouble), np.abs(np.asarray(magnitude, np.longdouble))
     _, exponent = np.frexp(np.maximum(np.abs(want), np.longdouble(float(info.smallest_normal))))
@@ -77,7 +77,7 @@ def half_error(got, want, magnitude):
 
 
 def assert_ulp(got, want, magnitude, limit, dtype, *at):
-    """Assert that every error is within the limit; else show the worst, and the arguments it came from."""
+    """Assert that every error is within the limit, and report the worst error with its arguments."""
     error = ulp_error(got, want, magnitude, dtype)
     worst = np.unravel_index(np.argmax(error), error.shape)
     shown = [np.broadcast_to(x, error.shape)[worst] for x in at]
@@ -102,13 +102,13 @@ def assert_tensor(got, want):
 
 
 def assert_same(got, want):
-    """Assert that every number and array of a sequence is the very same."""
+    """Assert that the numbers and arrays of two sequences are identical."""
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def flat(*results):
-    """Return the numbers and arrays of results, of which some are tuples, in one list."""
+    """Flatten results, some of which are tuples, into one list of numbers and arrays."""
     return [x for result in results for x in (result if isinstance(result, tuple) else (result,))]
 
 

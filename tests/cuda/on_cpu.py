@@ -40,7 +40,7 @@ def wait() -> None:
 
 
 class CUDARuntimeError(RuntimeError):
-    """As CuPy has it."""
+    """Stand in for the exception of the same name in CuPy."""
 
 
 class MemoryPointer:
@@ -71,7 +71,7 @@ class Memory:
 
 
 class UnownedMemory:
-    """Memory of somebody else's."""
+    """Memory that another library owns."""
 
     def __init__(self, ptr: int, size: int, owner: Any, device_id: int = 0) -> None:
         self.ptr, self.size, self._owner, self.device_id = ptr, size, owner, device_id
@@ -88,7 +88,7 @@ def alloc(size: int) -> MemoryPointer:
 
 
 class OutOfMemoryError(MemoryError):
-    """As CuPy has it."""
+    """Stand in for the exception of the same name in CuPy."""
 
 
 class ndarray:  # noqa: N801 (CuPy's name)
@@ -207,7 +207,7 @@ def wrapped(result: Any) -> Any:
 
 
 def unwrap(x: Any) -> Any:
-    """Return what an operation works on; arrays of the host are refused."""
+    """Return the operand of an operation as a NumPy array, and refuse arrays of the host."""
     if isinstance(x, ndarray):
         return x._host
     if isinstance(x, (tuple, list)):
@@ -249,7 +249,7 @@ def zeros(shape: Any, dtype: Any = float) -> ndarray:
 
 
 class NVRTC:
-    """What compiles: here it hands the text on, for `Module`."""
+    """The compiler of CUDA text. It returns the text itself, which `Module` compiles."""
 
     NVRTCError = RuntimeError
 
@@ -287,7 +287,7 @@ class Module:
         self.code = code.decode().rstrip("\0")
 
     def get_function(self, name: str) -> Any:
-        """Return what launches a kernel."""
+        """Return the function that launches a kernel."""
         library = compiled(self.code, name)
 
         def launch(grid: tuple[int], block: tuple[int], args: tuple[Any, ...]) -> None:
@@ -327,7 +327,7 @@ def blocks() -> Any:
 
 
 def build(text: str, mode: int = ctypes.DEFAULT_MODE) -> Any:
-    """Compile a library, or take it from the folder where it was left."""
+    """Compile a library, or load it from the cache folder."""
     digest = hashlib.sha256((text + (FOLDER / "shim.h").read_text() + repr(FLAGS)).encode()).hexdigest()
     path = cache_folder() / "kernels" / digest
     if not path.exists():
@@ -357,7 +357,7 @@ def __getattr__(name: str) -> Any:
 
 
 class Stream:
-    """A stream; without a device, everything is done at once."""
+    """A stream. Without a device, work is done when it is submitted."""
 
     null: Any = None
 
@@ -365,7 +365,7 @@ class Stream:
         self.ptr, self.captures, self.recorded = ptr, False, list[Any]()
 
     def begin_capture(self) -> None:
-        """Record launches, and do not run them."""
+        """Capture launches instead of running them."""
         self.captures = True
 
     def end_capture(self) -> Any:
@@ -379,7 +379,7 @@ class Stream:
         return types.SimpleNamespace(launch=launch)
 
     def is_capturing(self) -> bool:
-        """Whether launches are recorded."""
+        """Whether launches are captured."""
         return self.captures
 
     def __enter__(self) -> Stream:
@@ -415,7 +415,7 @@ class Device:
 
 @contextlib.contextmanager
 def using_allocator(allocator: Any) -> Any:
-    """Allocate by another allocator."""
+    """Use another allocator within a block."""
     before, current.allocator = current.allocator, allocator
     try:
         yield
@@ -424,7 +424,7 @@ def using_allocator(allocator: Any) -> Any:
 
 
 class PythonFunctionAllocator:
-    """Memory by two functions."""
+    """An allocator made of two functions."""
 
     def __init__(self, malloc: Any, free: Any) -> None:
         self.malloc_, self.free = malloc, free
@@ -440,7 +440,7 @@ def alloc_pinned_memory(size: int) -> Any:
 
 
 def get_default_memory_pool() -> Any:
-    """Return what keeps freed memory."""
+    """Return the pool of freed memory."""
     return types.SimpleNamespace(free_all_blocks=lambda: None)
 
 

@@ -1,4 +1,4 @@
-"""Takes calls of losses with NumPy's arrays to a device, and hands NumPy's arrays back: so that every test can run there.
+"""Run calls of losses with NumPy arrays on a device and return NumPy arrays, so that the CPU's tests run there too.
 
 Arrays that share memory share it on the device, at the same distances and with the same alignment.
 """
@@ -21,7 +21,7 @@ METHODS = ("__call__", "grad", "value_and_grad", "curvature")
 
 
 class Carrier:
-    """What takes the calls there, and counts them."""
+    """Carries calls to the device and counts them."""
 
     def __init__(self, cp: Any) -> None:
         self.cp, self.calls, self.is_away = cp, 0, False
@@ -89,7 +89,7 @@ class Trip:
         return made
 
     def back(self, result: Any) -> Any:
-        """Return a result on the host; of what the caller gave to be written, that."""
+        """Copy a result to the host. For a buffer of the caller, return the buffer."""
         if isinstance(result, tuple):
             items = tuple(map(self.back, result))
             return type(result)(*items) if hasattr(result, "_fields") else items
@@ -104,7 +104,7 @@ class Trip:
 
 
 def merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join stretches of memory that meet."""
+    """Join ranges of memory that overlap."""
     joined: list[tuple[int, int]] = []
     for low, high in sorted(spans):
         if joined and low < joined[-1][1]:

@@ -1,4 +1,4 @@
-"""The benchmarks on a device: every kind of case runs, is checked, and can be read again."""
+"""The benchmarks on a device: every kind of case runs and is checked, and its results can be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a device has: streams, alignment, ranges over blocks, errors that come later, a host that never waits."""
+"""Behaviour of devices alone: streams, alignment, ranges over blocks, deferred errors, a host that never waits."""
 
 from __future__ import annotations
 
@@ -384,7 +384,7 @@ def test_subnormal_numbers_are_kept(cp):
 @asks_the_stand_in
 @pytest.mark.skipif(sys.platform != "linux", reason="forbids a page by Linux's mprotect")
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint8])
-def test_nothing_behind_an_array_is_touched(cp, rng, dtype):
+def test_no_memory_behind_an_array_is_accessed(cp, rng, dtype):
     """The arrays end where a page does, and the next one is forbidden: a wrong address ends the process."""
     pages = [mmap.mmap(-1, 2 * mmap.PAGESIZE) for _ in range(3)]
     size, arrays = 1023, []

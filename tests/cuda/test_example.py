@@ -1,4 +1,4 @@
-"""The example in CuPy: NumPy's, but for the array module, and it learns the same."""
+"""The CuPy example equals the NumPy example except for the array module, and follows the same learning curve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can only be tested on a GPU: `pytest -m gpu`."""
+"""Tests that need a GPU: `pytest -m gpu`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA tensors: on PyTorch's stream, in PyTorch's memory, and the same as on the CPU."""
+"""CUDA tensors are computed on PyTorch's stream and in PyTorch's memory, with the results of the CPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BLOCKS: list[np.ndarray] = []  # allocated memory; workspaces outlive a test
 
 @pytest.fixture
 def device(cp, monkeypatch):
-    """Where tensors of the device are made; without a GPU on the CPU, and taken for some of a GPU's."""
+    """Return the device of the tensors. Without a GPU it is the CPU, and fastloss is made to treat its tensors as CUDA tensors."""
     if cp is not on_cpu:
         return torch.device("cuda")
     for module in ASK_WHERE_TENSORS_ARE:
@@ -58,7 +58,7 @@ def operands(name, dtype=torch.float32, shape=(4, 3, 7, 9)):
 
 
 def on(device, *given):
-    """Return copies of tensors on the device, which want gradients."""
+    """Return copies of tensors on the device that require gradients."""
     return [x.to(device).clone().requires_grad_() for x in given]
 
 

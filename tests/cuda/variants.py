@@ -1,4 +1,4 @@
-"""Every kind of kernel, compiled by NVRTC for one architecture: `python -m tests.cuda.variants 90` prints what each needs.
+"""Compile every kind of kernel with NVRTC for one architecture: `python -m tests.cuda.variants 90` prints their resources.
 
 No GPU and no driver is needed. A process of its own, because here CuPy is CuPy, and not what stands in for it.
 """
@@ -50,7 +50,7 @@ def launch(
     definition: Any, input: Any, target: Any, summed: tuple[str, ...] = (), wanted: tuple[str, ...] = (), reduction: str = "mean",
     validate: bool = False, outcome: Outcome | None = None, **options: Any
 ) -> Launch:  # fmt: skip
-    """Return what would launch a call."""
+    """Return the launch of a call."""
     weight = options.pop("weight", None)
     call = HostCall(definition, Arguments(summed, wanted, input, target, weight, reduction, options))
     outputs = [np.empty_like(target if name.startswith("target_") else input) for name in wanted]
@@ -106,7 +106,7 @@ def options(one: Any) -> Iterator[tuple[str, Launch]]:
 
 
 def texts() -> Iterator[tuple[str, str, str]]:
-    """Yield what each kernel is, its text, and its name in the text."""
+    """Yield a description of each kernel, its text, and its name in the text."""
     for what, one in launches():
         variant = one.variant(tuple(one.alignments))
         yield what, source(variant), variant.name
