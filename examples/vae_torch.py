@@ -250,9 +250,7 @@ def draw(history: History, rows: Sequence[tuple[str, Tensor]], options: argparse
         axes.spines[["top", "right"]].set_visible(False)
     for row, (label, images) in zip(bottom.subplots(len(rows), SHOWN), rows, strict=True):
         for axes, image in zip(row, images, strict=True):
-            axes.imshow(
-                image.permute(1, 2, 0).numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="bicubic"
-            )  # interpolated, because digits have only 8 x 8 pixels
+            axes.imshow(image.permute(1, 2, 0).numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="bicubic")  # smooths 8 x 8 pixels
             axes.set(xticks=[], yticks=[])
         row[0].set_ylabel(label, rotation=0, ha="right", va="center")
     figure.savefig(options.out, dpi=110)

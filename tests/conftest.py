@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# before PyTorch comes: OpenMP's threads wait spinning, and with two workers of pytest on two cores take them from each other
+# This must be set before PyTorch is imported. By default, waiting OpenMP threads spin, and slow down the other worker of pytest.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -15,9 +15,9 @@ from tests.cuda import proxy
 from tests.table import LOSSES
 
 SHAPE = (4, 3, 17, 13)
-HANGING = 300  # seconds, after which a test is a failure with a name
-ON_DEVICES = 'usefixtures("device")'  # stands in every file whose tests run on the CPU and on devices
-REMEDIES = {  # by the reason that pytest gives of a skipped test
+HANGING = 300  # seconds after which a test is stopped and fails
+ON_DEVICES = 'usefixtures("device")'  # occurs in every file whose tests run on the CPU and on devices
+REMEDIES = {  # messages by the reason for which pytest skips tests
     "could not import 'torch'": "PyTorch is not installed; to run them: pip install -e '.[test-torch]'",
     devices.NO_COMPILER: f"{devices.NO_COMPILER}, which the stand-in for a GPU needs; to run them: install one, and name it in CXX",
 }
@@ -29,7 +29,7 @@ def pytest_configure(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """With `-m gpu`, import only the files whose tests run on a GPU: what the others import may not be installed."""
+    """With `-m gpu`, ignore files without tests for a GPU, because packages that they import may not be installed."""
     if config.getoption("markexpr") != "gpu" or collection_path.suffix != ".py":
         return None
     return None if collection_path.parent.name == "cuda" or ON_DEVICES in collection_path.read_text() else True
@@ -43,9 +43,9 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("row", rows, ids=str)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks, of which some are set here
+@pytest.hookimpl(tryfirst=True)  # runs before pytest selects tests by marks, because it sets marks
 def pytest_collection_modifyitems(config, items):
-    """Leave out the tests that have no meaning on their device, and those of a GPU unless `-m` names it."""
+    """Leave out tests that make no sense on their device, and tests on a GPU unless `-m` names it."""
     has_gpu, selected, left_out = "gpu" in config.getoption("markexpr"), [], []
     for item in items:
         device = device_of(item)
@@ -68,21 +68,21 @@ def device_of(item):
 
 
 def is_slow(item, device):
-    """Whether a test is long on its device, or one of many that are alike and not a sample of them."""
+    """Return whether a test is slow: long on its device, or one of many similar tests and not a sample of them."""
     is_long = any(device in mark.args for mark in item.iter_markers("long_on"))
     is_alike = any(device in mark.args or not mark.args for mark in item.iter_markers("alike"))
     return is_long or (is_alike and not is_sample(item.callspec.params))
 
 
 def is_sample(params):
-    """Whether a test stands for those that are alike: by its loss and dtype, or by its dtype alone."""
+    """Return whether a test is a sample of many similar ones, judged by its loss and dtype, or by its dtype alone."""
     dtypes = params["row"].samples if "row" in params else ["float32"]
     return str(params["dtype"]) in dtypes if "dtype" in params else bool(dtypes)
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # after pytest's own last line
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # runs after pytest has written its summary
 def pytest_sessionfinish(session):
-    """Say at the end how many tests were skipped because something is not installed, and how to run them."""
+    """Report how many tests were skipped for want of a package or compiler, and how to run them."""
     result = yield
     if (reporter := session.config.pluginmanager.get_plugin("terminalreporter")) is not None:
         reports = reporter.stats.get("skipped", [])
@@ -93,7 +93,7 @@ def pytest_sessionfinish(session):
 
 
 def counted(reports):
-    """Return how many tests, and how many whole files, are in reports."""
+    """Return the numbers of tests and of whole files in reports, as text."""
     numbers = {
         "test": sum(isinstance(report, pytest.TestReport) for report in reports),
         "test file": len({report.nodeid for report in reports if isinstance(report, pytest.CollectReport)}),
@@ -103,9 +103,9 @@ def counted(reports):
 
 @pytest.fixture(params=["cpu", "stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
-    """Run a test on the CPU; and again with every call of a loss carried to a GPU, or to the stand-in for one.
+    """Run a test on the CPU, and again on a GPU or the stand-in for one, where every call of a loss is computed on the device.
 
-    A test that calls no loss on a device fails there: it has not tested the device.
+    On a device, a test that calls no loss fails, because it does not test the device.
     """
     if request.param == "cpu":
         yield request.param
@@ -129,11 +129,11 @@ def dtype(request):
 
 @pytest.fixture
 def arrays(row, rng, dtype):
-    """Operands of a row's loss for a small batch of images, with a ragged size."""
+    """Return operands of a row's loss for a small batch of images with odd sizes."""
     return row.draw(rng, dtype, SHAPE)
 
 
 @pytest.fixture
 def batch(rng, dtype):
-    """Logits and soft targets of a small batch of images, with a ragged size."""
+    """Return logits and soft targets of a small batch of images with odd sizes."""
     return LOSSES["mse_loss"].draw(rng, dtype, SHAPE)

@@ -11,7 +11,7 @@ SLACK = 2.0  # pixels
 
 
 def misplaced(figure):
-    """Return a line for every text that is cut off, longer than the side of the axes that it describes, or over another text."""
+    """Return a message for every text that is cut off, is longer than its side of the axes, or overlaps another text."""
     figure.draw_without_rendering()
     texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
     beside = {label for axis in figure.findobj(Axis) for label in ticks(axis)}
@@ -28,12 +28,12 @@ def misplaced(figure):
 
 
 def ticks(axis):
-    """Return all labels of an axis's ticks, of those too that are out of view and are not drawn."""
+    """Return all tick labels of an axis, including labels out of view, which are not drawn."""
     return [label for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()) for label in (tick.label1, tick.label2)]
 
 
 def drawn(axis):
-    """Return the labels of an axis's ticks that are in view."""
+    """Return the tick labels of an axis that are in view."""
     low, high = sorted(axis.get_view_interval())
     found = []
     for minor in (False, True):
@@ -43,7 +43,7 @@ def drawn(axis):
 
 
 def fits(box, text, axes):
-    """Return whether a text is no longer than the side that it lies along; texts in the axes have to lie within both sides."""
+    """Return whether a label is no longer than the side it lies along. Texts inside the axes must fit along both sides."""
     frame = axes.get_window_extent().padded(SLACK)
     along_x = frame.x0 <= box.x0 and box.x1 <= frame.x1
     along_y = frame.y0 <= box.y0 and box.y1 <= frame.y1

@@ -51,7 +51,7 @@ def _sides(z, t, m):
 
 
 def softplus(x, m):
-    """log(1 + exp(x)), which is x + log(1 + exp(-x)) where exp(x) is too large to hold."""
+    """Return log(1 + exp(x)), by x + log(1 + exp(-x)) where exp(x) would overflow."""
     if m is MP:
         return m.log1p(m.exp(x)) if x < 1000 else x + m.exp(-x)
     return np.where(x < 1000, m.log1p(m.exp(np.minimum(x, 1000))), x)
@@ -118,7 +118,7 @@ def huber_loss(z, t, m, delta=1):
     near = abs(d) <= delta
     value = m.where(near, d * d / 2, delta * (abs(d) - m.number(delta) / 2))
     slope = m.where(near, d, m.where(d > 0, delta, -delta))
-    at_the_kink = abs(abs(d) - delta) < 1e-6 * delta  # where a curvature is either of two
+    at_the_kink = abs(abs(d) - delta) < 1e-6 * delta  # where either of two curvatures is right
     return (value, value), (slope, slope), (m.where(near, 1 + 0 * d, 0 * d), m.where(at_the_kink, m.number("inf"), 1 + 0 * d))
 
 
@@ -153,7 +153,7 @@ def binary_entropy(t, m):
     return minus_x_log_x(t, lambda: m.log(t)) + minus_x_log_x(1 - t, lambda: m.log1p(-t))
 
 
-# Losses that are 1 minus something near 1, or cancel to second order: 400 digits hold exp(-700) beside 1.
+# The following losses subtract a number near 1 from 1, or cancel to second order. With 400 digits, 1 + exp(-700) keeps digits of both.
 _ENOUGH = 400
 _numbers = np.frompyfunc(lambda x: mpmath.mpf(float(x)), 1, 1)
 _exp = np.frompyfunc(_mp_exp, 1, 1)
@@ -161,7 +161,7 @@ _most = np.frompyfunc(max, 2, 1)
 
 
 def _round(x):
-    """Round an array of mpmath's numbers to extended precision, by their leading and their trailing part."""
+    """Round an array of mpmath numbers to extended precision, as the sum of a leading and a trailing float64."""
 
     def parts(number):
         head = float(number)
@@ -171,7 +171,7 @@ def _round(x):
 
 
 def dice_with_logits_loss(z, t, weight=1, smooth=1, per_channel=True, per_sample=True):
-    """1 - (2 sum(p t) + smooth) / (sum(p) + sum(t) + smooth): one number a region, and the slopes of their sum."""
+    """Return 1 - (2 sum(p t) + smooth) / (sum(p) + sum(t) + smooth) of each region, and the slopes of their sum."""
     outer = 2 if per_channel else 1
     axes = (() if per_sample else (0,)) + tuple(range(outer if per_channel or per_sample else 1, z.ndim))
     with mpmath.workdps(_ENOUGH):
@@ -187,7 +187,7 @@ def dice_with_logits_loss(z, t, weight=1, smooth=1, per_channel=True, per_sample
 
 
 def gaussian_kl_loss(mu, logvar):
-    """(mu**2 + exp(logvar) - 1 - logvar) / 2, by element: value, slopes and curvatures, each itself its magnitude."""
+    """Return value, slopes and curvatures of (mu**2 + exp(logvar) - 1 - logvar) / 2. Each is its own magnitude."""
     with mpmath.workdps(_ENOUGH):
         mu, logvar = _numbers(mu), _numbers(logvar)
         variance = _exp(logvar)

@@ -14,7 +14,7 @@ from fastloss.losses import table
 from tests import oracle
 
 LATENTS = 5  # numbers in the latent code of an image
-KINDS = {  # what an operand holds: how it is drawn
+KINDS = {  # how to draw an operand, by its kind
     "logits": lambda rng, shape: 3 * rng.standard_normal(shape),
     "probabilities": lambda rng, shape: 1 / (1 + np.exp(-3 * rng.standard_normal(shape))),
     "targets": lambda rng, shape: rng.random(shape),
@@ -30,10 +30,10 @@ class Case:
     """A loss with gradients: its row in the library's table, and the relations that hold for it."""
 
     row: table.Row
-    reductions: tuple[str, ...] = REDUCTIONS  # that it takes; none where the reduction is not a choice
-    sums_elements: bool = True  # the value adds up functions of one element of every operand
-    is_local: bool = True  # an element's gradient depends on that element alone
-    samples: tuple[str, ...] = ()  # the dtypes in which it stands for the other losses, where tests are many alike
+    reductions: tuple[str, ...] = REDUCTIONS  # the reductions that the loss supports; empty if it has no such option
+    sums_elements: bool = True  # whether the value is a sum over elements
+    is_local: bool = True  # whether an element's gradient depends on that element alone
+    samples: tuple[str, ...] = ()  # dtypes in which this loss is the sample of many similar tests
 
     def __str__(self) -> str:
         return self.name
@@ -91,11 +91,11 @@ class Case:
         return getattr(reference, self.name)
 
     def draw(self, rng: Any, dtype: Any, shape: tuple[int, ...]) -> list[Any]:
-        """Return operands for a batch of images of a shape."""
+        """Draw random operands for a batch of images of a shape."""
         return [np.asarray(KINDS[kind](rng, shape)).astype(dtype) for kind in self.arrays]
 
     def reduced(self, reduction: str) -> dict[str, str]:
-        """Return the option that asks for a reduction; for another one if the loss does not have it."""
+        """Return the option `reduction` with this reduction, or with another one if the loss does not support it."""
         return {"reduction": reduction if reduction in self.reductions else self.reductions[0]} if self.reductions else {}
 
     def out(self, buffers: list[Any]) -> Any:
@@ -103,7 +103,7 @@ class Case:
         return buffers[0] if self.has_one_gradient else tuple(buffers)
 
 
-# what differs from a sum over the elements of an input and a target
+# the properties of losses that are not sums over the elements of an input and a target, and the samples
 OWN: dict[str, dict[str, Any]] = {
     "binary_cross_entropy_with_logits": {"samples": ("float32", "float64")},
     "sigmoid_focal_loss": {"samples": ("float32",)},

@@ -76,7 +76,7 @@ def exactly(function, z, t, **parameters):
 
 
 def _long(x):
-    """Round 60 digits to an extended-precision number, by its leading and its trailing part."""
+    """Round 60 digits to extended precision, as the sum of a leading and a trailing float64."""
     if not mpmath.isfinite(x):
         return np.longdouble(float(x))
     scale = 0 if x == 0 else int(mpmath.floor(mpmath.log(abs(x), 2)))
@@ -285,7 +285,7 @@ def test_every_float32_logit(target):
     with np.errstate(all="ignore"):
         for start in range(0, 1 << 32, step):
             z = np.arange(start, start + step, dtype=np.uint32).view(np.float32)
-            against = -z.astype(np.float64) if target else z.astype(np.float64)  # positive where the target is argued against
+            against = -z.astype(np.float64) if target else z.astype(np.float64)  # positive where the prediction is wrong
             e = np.exp(-np.abs(against))
             truth = {"value": np.maximum(against, 0) + np.log1p(e), "slope": np.where(against > 0, 1, e) / (1 + e) * (1 - 2 * target)}
             value, slope = loss.value_and_grad(z, t, reduction="none")
@@ -296,7 +296,7 @@ def test_every_float32_logit(target):
 
 
 def largest_float32_error(got, want):
-    """Return the largest error in float32 ulp: `ulp_error` in float64, for speed."""
+    """Return the largest error in float32 ulp, like `ulp_error`, but in float64 for speed."""
     rounded = want.astype(np.float32)
     error = np.abs(got - want) / np.spacing(np.abs(rounded))
     error[(got == rounded) | (np.isnan(got) & np.isnan(want))] = 0

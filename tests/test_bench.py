@@ -56,7 +56,7 @@ def test_every_loss_is_timed_in_every_pass():
     assert {(case.loss, case.part) for case in cases.table()} >= {(loss, part) for loss in losses for part in cases.PASSES}
 
 
-def test_every_axis_is_varied_and_no_case_is_there_twice():
+def test_every_axis_is_varied_and_no_case_is_repeated():
     table = cases.full()
     assert len(set(table)) == len(table)
     assert {case.dtype for case in table} == set(cases.DTYPES)
@@ -65,7 +65,7 @@ def test_every_axis_is_varied_and_no_case_is_there_twice():
     assert {case.option for case in table} == set(cases.OPTIONS)
 
 
-def test_what_a_loss_does_not_take_is_not_selected():
+def test_impossible_cases_are_not_selected():
     assert cases.select(loss=("dice_with_logits_loss",), size=("1Ki",)) == []
     assert cases.select(loss=("gaussian_kl_loss",), dtype=("uint8 targets",)) == []
     assert cases.select(loss=("mse_loss",), option=("pos_weight",)) == []
@@ -85,7 +85,7 @@ def test_our_rows_and_numpys_compute_the_case(case):
             assert max(errors.values()) <= ROW[case.dtype]
 
 
-def test_expectation_of_a_part_at_a_time_is_that_of_the_whole(monkeypatch):
+def test_expectation_computed_in_parts_equals_that_of_the_whole(monkeypatch):
     batch = Batch(Case(size="mnist", option="mask"))
     value, (grad,) = expected(batch)
     monkeypatch.setattr("bench.row.AT_ONCE", 3_000)
@@ -110,7 +110,7 @@ def test_overwritten_arrays_are_restored():
     assert row.errors(expected(batch)) == first
 
 
-def test_peers_that_are_here_compute_the_cases():
+def test_installed_peers_compute_the_cases():
     here, absent = peers.load()
     assert "scikit-learn" in here
     assert len(here) + len(absent) == len(peers.PEERS)
@@ -121,7 +121,7 @@ def test_peers_that_are_here_compute_the_cases():
             assert "scikit-learn" in [row.name for row, _ in suite.record.check(batch.case, suite.rows(batch), expected(batch))]
 
 
-def test_an_absent_peer_is_said_and_left_out(monkeypatch):
+def test_an_absent_peer_is_reported_and_left_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn._loss.loss", None)
     monkeypatch.delitem(sys.modules, "bench.peers.with_sklearn", raising=False)
     here, absent = peers.load()
@@ -129,7 +129,7 @@ def test_an_absent_peer_is_said_and_left_out(monkeypatch):
     assert any(line.startswith("scikit-learn is left out") and "pip install scikit-learn" in line for line in absent)
 
 
-def test_a_peer_that_fails_is_said_and_the_others_are_measured(monkeypatch):
+def test_a_peer_that_fails_is_reported_and_left_out(monkeypatch):
     monkeypatch.setattr(peers, "rows", lambda *_: [Row("broken", lambda: 1 / 0, lambda result: result)])
     said = []
     suite = Suite(1, ["broken"], said.append)
@@ -138,7 +138,7 @@ def test_a_peer_that_fails_is_said_and_the_others_are_measured(monkeypatch):
     assert said == [f"broken is left out of {SMALL}: ZeroDivisionError: division by zero"]
 
 
-def test_what_does_not_fit_into_memory_is_said_and_left_out(monkeypatch):
+def test_rows_that_do_not_fit_into_memory_are_reported_and_left_out(monkeypatch):
     said = []
     suite = Suite(1, ["torch"], said.append)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=3 * 4096, total=1 << 30))
@@ -159,7 +159,7 @@ def test_our_own_row_that_fails_is_an_error():
 
 @pytest.mark.parametrize(("dtype", "target"), [("f4", "f4"), ("f8", "f8"), ("f2", "f2"), ("f4", "u1")])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_limits_move_what_they_say(dtype, target, threads):
+def test_limits_move_the_stated_bytes(dtype, target, threads):
     dtype, target = np.dtype(dtype), np.dtype(target)
     bound = limit.Limit(dtype.itemsize, target.itemsize, threads)
     limit.check(bound, dtype, target)
@@ -168,7 +168,7 @@ def test_the_limits_move_what_they_say(dtype, target, threads):
         limit.check(bound, dtype, target)
 
 
-def test_naive_formulas_are_there_for_every_loss_that_is_a_sum():
+def test_every_loss_that_is_a_sum_has_a_naive_formula():
     assert set(formulas.NAIVE) == {name for name in cases.SUBJECTS if "dice" not in name and "vae" not in name}
 
 
@@ -183,12 +183,12 @@ def counted(name, log, work=lambda: None, **more):
     return Row(name, run, **more)
 
 
-def test_rounds_are_interleaved_and_drawn_anew(monkeypatch):
-    monkeypatch.setattr(measure, "SHORT", 0.0)  # one call a round
+def test_rounds_are_interleaved_in_random_order(monkeypatch):
+    monkeypatch.setattr(measure, "SHORT", 0.0)  # one call per round
     log = []
     times = measure.measure([counted(name, log) for name in "abc"], 0.0)
-    log = log[9:]  # after three calls each to see how long they take
-    assert log[::2] == log[1::2]  # one call untimed, one timed
+    log = log[9:]  # without the three calls of each row that estimate its duration
+    assert log[::2] == log[1::2]  # each timed call follows an untimed one
     rounds = ["".join(log[k : k + 6 : 2]) for k in range(0, len(log), 6)]
     assert all(sorted(round_) == ["a", "b", "c"] for round_ in rounds)
     assert len(set(rounds)) > 1
@@ -204,7 +204,7 @@ def test_slow_rows_run_in_every_third_round(monkeypatch):
     assert len(times["fast"]) == measure.LEAST == 3 * len(times["slow"])
 
 
-def test_what_runs_before_and_after_a_call_is_not_timed():
+def test_setup_and_restore_are_not_timed():
     import time
 
     def pause():
@@ -214,8 +214,8 @@ def test_what_runs_before_and_after_a_call_is_not_timed():
     assert measure.timed(row, 1) < 0.05
 
 
-@pytest.mark.skipif(not measure.PEAK.exists(), reason="the system does not say")
-def test_extra_memory_is_what_a_call_needs_at_its_peak():
+@pytest.mark.skipif(not measure.PEAK.exists(), reason="the system does not report peak memory")
+def test_extra_memory_is_the_peak_of_a_call():
     size = 64 << 20
     assert abs(measure.extra_memory(Row("one array", lambda: np.ones(size, np.uint8))) - size) < size // 16
     assert abs(measure.extra_memory(Row("freed again", lambda: np.ones(size, np.uint8).sum())) - size) < size // 16
@@ -230,12 +230,12 @@ def verdict(old, new):
     return change.verdict
 
 
-def test_compare_says_what_got_slower_beyond_the_noise():
+def test_compare_reports_slower_rows_beyond_the_noise():
     steady, slower, faster = ({"fastloss, out=": [x, 1.01 * x, 0.99 * x]} for x in (2.0, 3.0, 1.5))
     assert [verdict(steady, other) for other in (steady, slower, faster)] == ["same", "slower", "faster"]
 
 
-def test_compare_does_not_mind_a_slower_machine_a_faster_limit_or_noisy_rounds():
+def test_compare_ignores_a_slower_machine_a_faster_limit_and_noisy_rounds():
     drifted = {"fastloss, out=": [4.0, 4.2, 4.4], "limit: triad": [2.0, 2.0, 2.2]}
     noisy = {"fastloss, out=": [2.0, 3.0, 4.0]}
     assert verdict({}, drifted) == "same"
@@ -298,7 +298,7 @@ def test_every_case_is_in_one_table():
 
 def test_faster_peers_are_listed_the_fastest_first():
     case = content(Case(part="value"), **{"fastloss": [3.0], "torch.compile": [1.5], "JAX": [1.0], "optax": [4.0]})
-    del case["cases"][0]["rows"][0]  # with out=, which a value has not
+    del case["cases"][0]["rows"][0]  # a call for the value alone has no row with out=
     assert [row[1:] for row in report.faster_peers(Results(case)).rows] == [
         ["3 s", "JAX", "1 s", "3.00 x"],
         ["3 s", "torch.compile", "1.5 s", "2.00 x"],
@@ -312,14 +312,14 @@ def test_a_goal_is_listed_as_met_or_as_missed():
     assert ["BCE value+grad", "torch eager", ">= 15 x faster", "19.05 x"] in met
 
 
-def test_pictures_are_drawn_of_what_there_is(tmp_path):
+def test_pictures_without_results_are_not_drawn(tmp_path):
     drawn = pictures.draw(Results(content()), tmp_path)
     assert [path.name for path in drawn] == ["limit.png", "memory.png"]
     assert all(path.stat().st_size > 10_000 for path in drawn)
 
 
 def over_sizes(*cases, **seconds):
-    """The picture over batch sizes, and the lines of its panels: a row per loss, arrays and then tensors."""
+    """Draw the picture over batch sizes; return it with the lines of its panels, by label."""
     found = [content(case, **seconds)["cases"][0] for case in cases]
     figure = pictures.sizes(Results(content() | {"cases": found}))
     return figure, [{line.get_label(): line for line in axes.lines if line.get_label() != "_fastest"} for axes in figure.axes]
@@ -338,7 +338,7 @@ def test_the_fastest_at_each_size_is_marked():
     found = [content(Case(size=size), **{TENSORS: [ours]})["cases"][0] for size, ours in (("10^4", 50.0), ("10^5", 30.0))]
     figure = pictures.sizes(Results(content() | {"cases": found}))
     arrays, tensors = ([line for line in axes.lines if line.get_label() == "_fastest"] for axes in figure.axes)
-    assert arrays == []  # there is nothing to compare with
+    assert arrays == []  # no peer was measured on arrays
     assert [(*line.get_xdata(), line.get_marker()) for line in tensors] == [
         (10**size, pictures.STYLES[name]["marker"]) for size, name in ((4, "torch eager"), (5, "fastloss"))
     ]
@@ -405,7 +405,7 @@ def test_the_command_measures_shows_and_compares(tmp_path):
     assert re.fullmatch(r"\d+ rows compared: nothing changed beyond the noise", same.stdout.splitlines()[-1])
 
 
-def test_the_command_says_that_something_got_slower(tmp_path):
+def test_the_command_reports_slower_rows(tmp_path):
     for name, times in (("old", [2.0, 2.0, 2.0]), ("new", [3.0, 3.0, 3.0])):
         (tmp_path / name).write_text(json.dumps(content(**{"fastloss, out=": times})))
     done = bench("--compare", tmp_path / "old", tmp_path / "new")

@@ -10,7 +10,7 @@ from pathlib import Path
 from fastloss import demo
 from tests.labels import misplaced
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "autoencoder_numpy.py"  # for those in PyTorch see test_examples.py
+EXAMPLE = Path(__file__).parents[1] / "examples" / "autoencoder_numpy.py"  # test_examples.py tests those in PyTorch
 
 
 def fastloss(*arguments, **options):
@@ -41,7 +41,7 @@ def test_no_label_of_the_demos_picture_is_beyond_its_axes(tmp_path, monkeypatch,
     assert [misplaced(figure) for figure in figures] == [[]]
 
 
-def test_demo_says_what_is_wrong(tmp_path):
+def test_demo_reports_errors(tmp_path):
     done = fastloss("demo", "--png", str(tmp_path / "nowhere" / "picture.png"))
     assert done.returncode == 1
     assert "does not exist" in done.stdout.replace("\n", " ")

@@ -19,7 +19,7 @@ BENCHMARKS = DOCS / "benchmarks.md"
 PUBLIC = [name for name in fl.__all__ if not inspect.isclass(getattr(fl, name)) and not inspect.isfunction(getattr(fl, name))]
 
 
-def test_tables_are_what_would_be_written():
+def test_tables_are_up_to_date():
     assert losses.outdated() == []
 
 
@@ -48,7 +48,7 @@ def test_times_inside_a_training_step_are_those_of_the_results_that_the_page_nam
     assert training_step.filled(BENCHMARKS, table) == BENCHMARKS.read_text()
 
 
-def test_errors_of_other_libraries_are_what_they_compute():
+def test_table_of_errors_of_other_libraries_is_up_to_date():
     for name in ("torch", "optax"):
         pytest.importorskip(name)
     from docs import peers

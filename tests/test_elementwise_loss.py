@@ -36,7 +36,7 @@ def pinball(z, t, q=0.5):
     return maximum(q * d, (q - 1) * d), where(d > 0, -q, 1 - q), 0.0
 
 
-def test_a_loss_in_five_lines_has_everything(batch, rng):
+def test_a_loss_of_a_user_has_all_methods_and_options(batch, rng):
     z, t = batch
     d = z.astype(np.float64) - t
     v = np.sqrt(d**2 + 1e-4)
@@ -88,7 +88,7 @@ def test_a_formula_is_also_plain_numpy(batch):
 
 @fl.elementwise_loss
 def everything(z, t, a=2.0):
-    """Every function and operator of the vocabulary."""
+    """Use every function and operator of the vocabulary."""
     x = +abs(-z) + ops.abs(t) - 3 * z / (1 + t) + z**3 + z**1 + z**4
     x = x + exp(-abs(z)) + ops.log(1 + abs(z)) + ops.log1p(abs(z)) + sqrt(abs(z)) + ops.copysign(a, z) + ops.fma(z, t, a)
     x = x + minimum(z, t) + maximum(z, a) + where((z < t) & (z <= a) | ~(z > 0.5) & (z >= -1), 1.0, -1.0) + ops.add_log1p(z, exp(-abs(z)))
@@ -108,7 +108,7 @@ def test_the_whole_vocabulary(batch):
 
 
 @pytest.mark.parametrize(("op", "function"), [(minimum, np.minimum), (maximum, np.maximum)])
-def test_minimum_and_maximum_let_nan_through(op, function, dtype):
+def test_minimum_and_maximum_propagate_nan(op, function, dtype):
     loss = fl.elementwise_loss(lambda z, t: (op(z, t), 0.0))
     values = np.array([-np.inf, -1, -0.0, 0.0, 2, np.inf, np.nan], dtype)
     z, t = (x.ravel() for x in np.meshgrid(values, values))
@@ -203,7 +203,7 @@ def indexes(z, t):
         (indexes, "return z[0] - t, 1.0", "is not subscriptable; a formula may use operators"),
     ],
 )
-def test_what_cannot_be_compiled_fails_at_once_and_names_the_line(function, line, message):
+def test_errors_of_formulas_name_the_line(function, line, message):
     with pytest.raises(fl.FormulaError) as error:
         fl.elementwise_loss(function)
     assert isinstance(error.value, TypeError)
@@ -232,7 +232,7 @@ def test_what_cannot_be_compiled_fails_at_once_and_names_the_line(function, line
         (np.subtract, "a formula must be a function (def or lambda), not <ufunc 'subtract'>"),
     ],
 )
-def test_what_cannot_be_a_formula_fails_at_once(function, message):
+def test_bad_formulas_are_refused_by_the_decorator(function, message):
     with pytest.raises(fl.FormulaError, match=re.escape(message)):
         fl.elementwise_loss(function)
 
@@ -254,7 +254,7 @@ def test_names_that_look_like_numbers():
     assert fl.elementwise_loss(lambda z, t, inf=2.0: (z * float("inf"), 1.0))(one, one) == np.inf
 
 
-def test_add_log1p_leaves_its_argument_as_it_was(dtype, rng):
+def test_add_log1p_does_not_change_its_argument(dtype, rng):
     def softplus(z, t):
         e = exp(z)
         return where(z < 0.0, ops.add_log1p(0.0, e), ops.log1p(e)), 1.0
@@ -277,7 +277,7 @@ def test_a_formula_returns_as_much_with_a_parameter_as_without():
 
 
 @computes_nothing
-def test_bounds_of_a_parameter_that_is_not_there():
+def test_bounds_of_an_unknown_parameter():
     with pytest.raises(ValueError, match="bounds are given for beta, which <lambda> does not have"):
         fl.elementwise_loss(bounds={"beta": (0, 1)})(lambda z, t: (z, 1.0))
 
@@ -288,7 +288,7 @@ def test_every_option_is_reserved():
 
 
 @computes_nothing
-def test_a_helper_of_the_formula_is_named_too():
+def test_errors_name_the_line_of_a_helper():
     def helper(z):
         return z if z > 0 else -z
 
@@ -302,7 +302,7 @@ def test_a_formula_with_fewer_than_two_arguments_is_refused():
         fl.elementwise_loss(lambda z: (z, 1.0))
 
 
-def test_losses_of_the_same_formula_do_not_mix_and_edits_are_seen(batch):
+def test_formulas_with_different_constants_have_different_kernels(batch):
     z, t = np.abs(batch[0]), batch[1]
     for k in (1.0, 2.0, 3.0):
         loss = fl.elementwise_loss(lambda z, t, k=k: (k * z, 2.0))
@@ -347,13 +347,13 @@ def test_a_parameter_at_its_default_is_a_constant():
     assert (power.grad(z, z, reduction="sum", gamma=0.5) == 0).all()
 
 
-def test_terms_of_a_polynomial_that_do_not_show_are_left_out(dtype):
+def test_negligible_terms_of_a_polynomial_are_left_out(dtype):
     terms = (1.0, 1e-3, 1e-6, 1e-9, 1e-12, 1e-15, 1e-18)
     kept = fl.elementwise_loss(lambda z, t: (ops.polynomial(z, terms, 1.0), 0.0))
     whole = fl.elementwise_loss(lambda z, t: (ops.polynomial(z, terms), 0.0))
     z = np.linspace(-1, 1, 1001).astype(dtype)
     assert_ulp(kept(z, z, reduction="none"), whole(z, z, reduction="none"), 1.0, 1, dtype)
-    far = np.full(3, 1e3, dtype)  # beyond the reach, where what was left out shows
+    far = np.full(3, 1e3, dtype)  # outside the range, where the omitted terms matter
     assert kept(far, far, reduction="none")[0] < 5 or dtype == np.float64
     assert_close(whole(far, far, reduction="none"), np.full(3, 7.0), SUM[np.dtype(dtype)])
 

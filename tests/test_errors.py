@@ -148,7 +148,7 @@ def test_nothing_is_written_before_an_error(case):
     assert (out == 7).all()
 
 
-def test_the_value_has_no_grad_output_and_mostly_no_out():
+def test_calls_for_the_value_refuse_grad_output_and_out():
     with pytest.raises(ValueError, match="grad_output scales a gradient, and the value alone has none"):
         LOSS(Z, T, grad_output=2.0)
     with pytest.raises(ValueError, match="with reduction 'mean' the value is none; use grad or value_and_grad"):
@@ -188,7 +188,7 @@ def test_same_elements_with_another_stride_on_an_axis_of_length_1():
     np.testing.assert_array_equal(LOSS.grad(z, np.zeros((1, 6), np.float32), out=out), want)
 
 
-def test_a_nan_from_the_chain_rule_goes_through():
+def test_a_nan_in_grad_output_is_propagated():
     assert np.isnan(LOSS.grad(Z, T, grad_output=float("nan"))).all()
 
 
@@ -199,7 +199,7 @@ def test_first_bad_target_in_a_long_row():
         LOSS(t, t, validate=True)
 
 
-def test_entropy_speaks_of_targets():
+def test_errors_of_entropy_name_the_target():
     with pytest.raises(TypeError, match="target has dtype complex128"):
         fl.binary_entropy(T.astype(complex))
     with pytest.raises(TypeError, match="binary_entropy has no gradient, and so no grad_output"):
@@ -232,7 +232,7 @@ def test_validate_names_the_first_bad_target(bad, method):
         getattr(LOSS, method)(z, t, validate=True)
 
 
-def test_validate_accepts_what_is_right():
+def test_validate_accepts_valid_targets():
     z, t = arrays((3, 40, 50))
     t[0, 0, :3] = 0.0, 1.0, np.finfo(np.float32).tiny
     assert LOSS(z, t, validate=True) == LOSS(z, t)
@@ -241,7 +241,7 @@ def test_validate_accepts_what_is_right():
     assert value > 0
 
 
-def test_validate_leaves_out_what_does_not_count():
+def test_validate_ignores_masked_targets():
     z, t = arrays((3, 4))
     t[1, 2] = 255
     with pytest.raises(ValueError, match=re.escape("target[1, 2] is 255.0")):
@@ -307,7 +307,7 @@ def test_numbers_out_of_their_bounds(loss, parameter, bad, accepted):
             getattr(getattr(fl, loss), method)(Z, T, **{parameter: bad})
 
 
-def test_validate_looks_at_probabilities_too():
+def test_validate_checks_probabilities():
     p = Z.copy()
     p[1, 1] = 1.5
     assert np.isnan(fl.binary_cross_entropy(p, T))
@@ -317,7 +317,7 @@ def test_validate_looks_at_probabilities_too():
         fl.binary_cross_entropy(Z, np.float32([[0, 0, 2], [0, 0, 0]]), validate=True)
 
 
-def test_a_reduction_in_the_place_of_the_weight():
+def test_a_reduction_passed_as_weight():
     with pytest.raises(
         TypeError, match=re.escape("weight is 'sum'; accepted: an array or a number (pass a reduction by keyword, reduction='sum')")
     ):

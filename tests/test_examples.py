@@ -28,7 +28,7 @@ TRAININGS = [
 
 @pytest.fixture(autouse=True)
 def threads():
-    """Put back the threads that an example has set."""
+    """Restore the numbers of threads after an example."""
     import fastloss as fl
 
     before = torch.get_num_threads(), fl.get_num_threads()
@@ -39,7 +39,7 @@ def threads():
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are saved."""
+    """Return the list of saved figures."""
     saved, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (saved.append(figure), save(figure, *args, **options)))
     return saved
@@ -101,7 +101,7 @@ def test_samples_look_like_digits():
         (segmentation_torch, ["--out", "nowhere/x.png"], "'nowhere/x.png' is not the name of a .png in a folder that exists"),
     ],
 )
-def test_bad_flags_are_named(example, arguments, message, capsys):
+def test_errors_name_bad_options(example, arguments, message, capsys):
     with pytest.raises(SystemExit):
         example.main(arguments)
     assert message in capsys.readouterr().err

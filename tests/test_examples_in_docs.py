@@ -28,10 +28,10 @@ def test_examples_of_a_page_run(page, monkeypatch):
     if page in WITH_TORCH:
         functional = pytest.importorskip("torch").nn.functional
         for name in ("binary_cross_entropy", "binary_cross_entropy_with_logits", "huber_loss", "l1_loss", "mse_loss", "smooth_l1_loss"):
-            monkeypatch.setattr(functional, name, getattr(functional, name))  # an example's `patch` ends with the test
+            monkeypatch.setattr(functional, name, getattr(functional, name))  # undoes an example's `patch` after the test
     examples = list(SYBIL.parse(ROOT / page))
     assert examples
-    with np.printoptions():  # what a page sets ends with the test
+    with np.printoptions():  # restores the print options that a page sets
         for example in examples:
             example.evaluate()
 

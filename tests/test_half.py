@@ -16,7 +16,7 @@ from tests.ulp import QUANTITIES, assert_same, compute, flat, half_error
 pytestmark = pytest.mark.usefixtures("device")
 
 HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
-LARGE = (2 << 20) + 8  # a size at which the CPU's loop is another
+LARGE = (2 << 20) + 8  # a size from which the CPU stores past its caches
 FLOATS = [*HALVES, np.dtype(np.float32), np.dtype(np.float64)]
 
 
@@ -26,7 +26,7 @@ def half(request):
 
 
 def arrays(rng, shape, *dtypes):
-    """Return arrays of numbers between 0 and 1, which every loss takes as input and as target."""
+    """Return arrays of numbers between 0 and 1, which are valid inputs and targets of every loss."""
     return [rng.random(shape).astype(dtype) for dtype in dtypes]
 
 
@@ -57,7 +57,7 @@ def test_every_input_in_extended_precision(row, half, target):
 
 @pytest.mark.alike
 @sums_in_another_order
-def test_as_float32_and_rounded_once(row, half, rng):
+def test_results_are_those_of_float32_rounded_once(row, half, rng):
     """The values equal those of the widened arrays; the gradients and curvatures equal theirs, rounded once."""
     loss, given = row.loss, row.draw(rng, half, (3, 2, 7, 11))
     wide = [x.astype(np.float32) for x in given]
@@ -77,7 +77,7 @@ def test_as_float32_and_rounded_once(row, half, rng):
 
 @sums_in_another_order
 @pytest.mark.parametrize(("input_dtype", "target_dtype"), list(itertools.product(FLOATS, FLOATS)), ids=str)
-def test_mixed_in_every_direction(input_dtype, target_dtype, rng):
+def test_every_combination_of_dtypes(input_dtype, target_dtype, rng):
     z, t, w, c = arrays(rng, (3, 2, 37), input_dtype, target_dtype, target_dtype, input_dtype)
     compute_dtype = np.float64 if np.dtype(np.float64) in (input_dtype, target_dtype) else np.float32
     wide = [x.astype(compute_dtype) for x in (z, t, w, c)]

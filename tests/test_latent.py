@@ -96,7 +96,7 @@ def test_finite_up_to_the_largest_number(dtype):
 
 
 @pytest.mark.parametrize("half", [np.float16, ml_dtypes.bfloat16])
-def test_a_half_beside_float64_is_the_wide_result_rounded_once(half, rng):
+def test_16_bit_results_beside_float64_are_rounded_once(half, rng):
     mu, logvar = rng.normal(size=300).astype(half), rng.normal(size=300).astype(half)
     wide = logvar.astype(np.float64)
     value, slope, _, _, _ = all_of(mu, wide)
@@ -123,7 +123,7 @@ def test_out_of_two_dtypes(rng, dtype, method):
     assert value > KL.value_and_grad(mu, logvar, out=(mu, logvar))[0] == 0.0
 
 
-def test_in_place_beside_a_new_buffer_and_with_values(latents):
+def test_out_in_place_for_one_of_two_gradients(latents):
     mu, logvar = latents
     value, want = KL.value_and_grad(mu, logvar, reduction="none")
     buffer = np.empty_like(mu)
@@ -141,13 +141,13 @@ def test_views(latents):
     assert_same(all_of(backwards[0], logvar), want)
 
 
-def test_nothing():
+def test_empty_input():
     empty = np.empty((0, 3))
     assert KL(empty, empty, reduction="sum") == 0.0
     assert [x.shape for x in KL.grad(empty, empty)] == [(0, 3), (0, 3)]
 
 
-def test_numbers_alone():
+def test_zero_dimensional_arrays():
     value, slopes = KL.value_and_grad(3.0, 0.0)
     assert value == 4.5
     assert [float(x) for x in slopes] == [3.0, 0.0]
@@ -264,7 +264,7 @@ ORACLES = {"bce": oracle.binary_cross_entropy_with_logits, "mse": oracle.mse_wit
 
 @pytest.fixture
 def autoencoder(rng, dtype):
-    """Reconstruction, images, mu and logvar of a small batch."""
+    """Return reconstruction, images, mu and logvar of a small batch."""
     arrays = 2 * rng.standard_normal((4, 1, 6, 5)), rng.random((4, 1, 6, 5)), rng.standard_normal((4, 3)), rng.standard_normal((4, 3))
     return [x.astype(dtype) for x in arrays]
 
@@ -311,7 +311,7 @@ def test_the_gradients_are_derivatives(rng):
 
 
 @pytest.mark.parametrize("logvar", [INF, NAN])
-def test_with_beta_0_the_latents_do_not_count(autoencoder, logvar):
+def test_beta_0_ignores_the_latents(autoencoder, logvar):
     autoencoder[3][...] = logvar
     value, grad = VAE.value_and_grad(*autoencoder, beta=0)
     assert value.total == value.reconstruction
@@ -320,7 +320,7 @@ def test_with_beta_0_the_latents_do_not_count(autoencoder, logvar):
 
 
 @pytest.mark.parametrize("reconstruction", PARTS)
-def test_options_are_of_the_images(autoencoder, rng, reconstruction):
+def test_options_apply_to_the_images(autoencoder, rng, reconstruction):
     z, _, mu, logvar = autoencoder
     images, mask, weight = rng.integers(0, 256, z.shape).astype(np.uint8), rng.random(z.shape) < 0.6, rng.random((6, 5))
     options = {"weight": weight, "mask": mask, "target_scale": 1 / 255, "ignore_index": 255, "validate": True}
@@ -388,7 +388,7 @@ VAE_OUT_CASES = {
 
 
 def small_autoencoder():
-    """Reconstruction, images, mu and logvar."""
+    """Return reconstruction, images, mu and logvar of a tiny batch, by name."""
     return {
         k: np.full(s, 0.5, np.float32)
         for k, s in (("reconstruction_logits", (2, 6)), ("images", (2, 6)), ("mu", (2, 3)), ("logvar", (2, 3)))
@@ -405,7 +405,7 @@ def test_bad_input_of_the_objective(case, in_place):
     for call in (VAE, VAE.grad, VAE.value_and_grad):
         with pytest.raises(error, match=re.escape(message)):
             call(**given)
-    with pytest.raises(error):  # a number has no buffer: then any message will do
+    with pytest.raises(error):  # any message, because the buffer of a number is an error too
         VAE.grad(**given, out=buffers)
     assert_same(buffers, before)
 
@@ -425,7 +425,7 @@ VAE_READS = ("reconstruction_logits", "mu", "logvar", "images", "weight")  # the
 
 
 @pytest.mark.parametrize(("k", "other"), [(k, other) for k in range(3) for n, other in enumerate(VAE_READS) if n != k])
-def test_out_over_something_else_that_is_read(k, other):
+def test_out_that_overlaps_another_operand_is_refused(k, other):
     """A gradient may overwrite its own operand and no other array."""
     given = {
         name: np.full((2, 3), 0.25 + n, np.float32) for n, name in enumerate(("reconstruction_logits", "images", "mu", "logvar", "weight"))

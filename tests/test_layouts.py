@@ -47,7 +47,7 @@ def test_views(input_view, target_view, rng):
     np.testing.assert_array_equal(overwritten, want_grad)
 
 
-@only_on("cpu", reason="the strides of a gradient do not come back to the host; test_device.py looks at them there")
+@only_on("cpu", reason="gradients copied back to the host lose their strides; test_device.py checks them on the device")
 def test_two_arrays_in_the_same_odd_order_are_walked_in_memory_order(rng):
     z = VIEWS["channels last"](rng.normal(0, 3, (3, 5, 9, 37)))
     value, grad = LOSS.value_and_grad(z, (z > 0).astype(np.float64))
@@ -75,7 +75,7 @@ def _value(z, t):
 
 
 @pytest.mark.parametrize("n", [5, 31, 64, 100, 2500])
-def test_nothing_beside_the_output_is_written(n, dtype, rng):
+def test_nothing_outside_the_output_is_written(n, dtype, rng):
     z, t = rng.normal(0, 3, n).astype(dtype), rng.random(n).astype(dtype)
     for offset in range(5):
         buffer = np.full(n + 64, 7, dtype)
@@ -86,7 +86,7 @@ def test_nothing_beside_the_output_is_written(n, dtype, rng):
         assert (buffer == 7).all()
 
 
-def test_nothing_beside_the_inputs_is_read(tmp_path, rng):
+def test_nothing_outside_the_inputs_is_read(tmp_path, rng):
     """Arrays that end where their memory does: a read past the end would be a bus error."""
     n = 4096 // 4 - 5
     (tmp_path / "z").write_bytes(rng.normal(0, 3, 1024).astype(np.float32).tobytes())
@@ -129,7 +129,7 @@ def test_read_only_parameters_are_read(rng):
 @pytest.mark.parametrize("size", [1 << 20, (1 << 20) + 4, (1 << 20) + 1])
 @pytest.mark.parametrize("offset", [0, 1, 4])
 def test_large_outputs_of_any_alignment(size, offset, rng):
-    """From 4 MiB on, outputs are stored past the caches, where their alignment allows it."""
+    """Outputs of 4 MiB or more are stored past the caches if their alignment allows it."""
     z, t = rng.normal(0, 3, size).astype(np.float32), rng.random(size).astype(np.float32)
     out = np.full(size + 8, 7, np.float32)
     LOSS.grad(z, t, out=out[offset : offset + size])
@@ -170,7 +170,7 @@ def test_large_samples_and_rows_of_odd_length(rng):
 
 @st.composite
 def views(draw):
-    """How a view of four axes lies in a larger array: axes permuted, cut, stepped over, walked backwards."""
+    """Draw a layout of a view of four axes in a larger array, with permuted, cropped, strided and reversed axes."""
     order = draw(st.permutations(range(4)))
     steps = draw(st.lists(st.sampled_from([1, 1, 1, 2, -1, -2]), min_size=4, max_size=4))
     before = draw(st.lists(st.integers(0, 2), min_size=4, max_size=4))
@@ -210,9 +210,9 @@ def test_broadcast_input_is_read_through_its_strides(rng):
     np.testing.assert_array_equal(grad, want_grad)
 
 
-@only_on("cpu", reason="a minute on the stand-in; test_gpu.py counts as far")
+@only_on("cpu", reason="takes a minute on the stand-in; test_gpu.py tests as many elements")
 def test_more_elements_than_32_bits_can_count():
-    """A broadcast view of 2**32 + 5 elements occupies one."""
+    """Use a broadcast view, because its 2**32 + 5 elements take the memory of one."""
     n = (1 << 32) + 5
     z, t = np.broadcast_to(np.float32(3), n), np.broadcast_to(np.uint8(1), n)
     assert fl.mse_loss(z, t, reduction="sum") == 4.0 * n
@@ -232,7 +232,7 @@ SHORT_ROWS = {  # shape of the input, and of the array that broadcasts along row
 @pytest.mark.alike("stand-in")
 @pytest.mark.parametrize("case", SHORT_ROWS)
 @pytest.mark.parametrize("reduction", ["sum", "sample_sum"])
-def test_short_runs_are_joined(case, reduction, dtype, rng):
+def test_short_rows_are_joined(case, reduction, dtype, rng):
     shape, small = SHORT_ROWS[case]
     z, t = rng.normal(0, 3, shape).astype(dtype), rng.random(shape).astype(dtype)
     weight, mask, c = rng.random(small).astype(dtype), rng.random(small) < 0.7, rng.uniform(0.5, 2, small)

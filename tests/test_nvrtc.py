@@ -15,7 +15,7 @@ def run(*args):
     return result.stdout
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="CuPy and NVRTC are installed on Linux alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="CuPy and NVRTC are installed only on Linux")
 @pytest.mark.parametrize("architecture", [75, *(pytest.param(newer, marks=pytest.mark.slow) for newer in (80, 86, 89, 90, 100, 120))])
 def test_every_kernel_compiles_and_none_spills(architecture):
     kernels = [json.loads(line) for line in run("-m", "tests.cuda.variants", str(architecture)).splitlines()]
@@ -23,7 +23,7 @@ def test_every_kernel_compiles_and_none_spills(architecture):
     spilled = [k["kernel"] for k in kernels if k["stack"] or k["local"]]
     assert not spilled
     assert max(k["shared"] for k in kernels) <= 16 << 10
-    assert max(k["registers"] for k in kernels) <= 168  # of 65,536: a block of 256 threads, and another beside most
+    assert max(k["registers"] for k in kernels) <= 168  # of 65,536 registers, so that a block of 256 threads fits
 
 
 NAMES = """
@@ -38,8 +38,8 @@ cuda.runtime.CUDARuntimeError get_default_memory_pool
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="CuPy and NVRTC are installed on Linux alone")
-def test_cupy_has_what_is_used_of_it():
+@pytest.mark.skipif(sys.platform != "linux", reason="CuPy and NVRTC are installed only on Linux")
+def test_cupy_has_every_name_of_the_stand_in():
     code = f"""
 import functools, cupy, ml_dtypes, numpy as np
 for name in {NAMES.split()}:

@@ -59,13 +59,13 @@ def test_no_reduction(row, arrays, dtype):
     assert_same(flat(grads), flat(row.loss.grad(*arrays, reduction="sum")))
 
 
-# The loops know no loss: every shape once, and every reduction once, is what a loss can tell apart.
+# Loops do not depend on the loss, so each loss is tested with every shape once and with every reduction once.
 BY_SHAPE_OR_REDUCTION = [*((shape, "mean") for shape in SHAPES), *(("full", reduction) for reduction in ("sum", "none", "sample_mean"))]
 
 
 @pytest.mark.rows("sums_elements")
 @pytest.mark.parametrize(("shape", "reduction"), BY_SHAPE_OR_REDUCTION)
-def test_weight_multiplies_and_leaves_the_mean_its_count(row, arrays, dtype, rng, shape, reduction):
+def test_weight_multiplies_but_does_not_change_the_denominator_of_the_mean(row, arrays, dtype, rng, shape, reduction):
     z, weight = arrays[0], rng.random(SHAPES[shape]).astype(dtype)
     value, *derivatives = compute(row.loss, *arrays)
     got = all_of(row, *arrays, weight=weight, reduction=reduction)
@@ -80,12 +80,12 @@ def test_weight_multiplies_and_leaves_the_mean_its_count(row, arrays, dtype, rng
 
 
 @pytest.mark.rows("has_reductions")
-def test_weights_of_0_and_2_drop_and_repeat(row, arrays, dtype):
+def test_weights_of_0_and_2_equal_dropped_and_repeated_elements(row, arrays, dtype):
     arrays = [x.reshape(-1) if row.sums_elements else x.reshape(1, 1, -1) for x in arrays]
     times = np.arange(arrays[0].size) % 3
     value, grads = row.loss.value_and_grad(*arrays, times.astype(float), "sum")
     want, want_grads = row.loss.value_and_grad(*(x.repeat(times, axis=-1) for x in arrays), reduction="sum")
-    last = np.cumsum(times)[times == 2] - 1  # where an element that is repeated comes last
+    last = np.cumsum(times)[times == 2] - 1  # the last places of repeated elements
     assert_close(value, want, SUM[dtype])
     for grad, repeated in zip(flat(grads), flat(want_grads), strict=True):
         assert_close(grad[..., times == 2], 2 * repeated[..., last], 2 * SUM[dtype])
@@ -102,7 +102,7 @@ def test_mask_takes_elements_out(row, arrays, dtype, rng, shape, reduction):
     mask.flat[0] = True
     inside = np.broadcast_to(mask, z.shape)
     for k in row.gradients:
-        arrays[k][~inside] = np.nan  # counts nowhere, not even as NaN
+        arrays[k][~inside] = np.nan  # a masked element does not count, even if it is NaN
     got = all_of(row, *arrays, mask=mask, reduction=reduction)
     for x in got[1:]:
         assert not np.any(x[~inside])
@@ -145,7 +145,7 @@ def test_a_sample_without_elements_has_mean_nan_and_gradient_0(row, arrays, dtyp
 def test_ignore_index_is_a_mask(row, arrays, dtype, rng, kind, reduction):
     z, _, *rest = arrays
     t, out = rng.integers(0, 2, z.shape), rng.random(z.shape) < 0.3
-    out[1, 1] = True  # a channel of an image, which Dice counts alone
+    out[1, 1] = True  # a whole channel, which is a region of its own for Dice
     ignored = {"uint8": 255, "int64": -100, "int8": -1, "float": 255.0}[kind]
     t[out] = ignored
     t = t.astype(dtype if kind == "float" else kind)
@@ -154,7 +154,7 @@ def test_ignore_index_is_a_mask(row, arrays, dtype, rng, kind, reduction):
     assert not flat(row.loss.grad(z, t, *rest, ignore_index=ignored))[0][out].any()
 
 
-def test_ignore_index_that_the_targets_cannot_hold_ignores_none(batch, rng):
+def test_ignore_index_outside_the_range_of_the_targets(batch, rng):
     z, _ = batch
     t = rng.integers(0, 2, z.shape).astype(np.uint8)
     t[0] = 156  # -100 in eight bits
@@ -175,7 +175,7 @@ INTEGERS = ["bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint
 
 
 def assert_equals_its_float_copy(row, arrays, t, scale):
-    """Assert that integer targets give the very results of their float copy, and with `target_scale` of their scaled copy."""
+    """Assert that integer targets give the same bits as a float copy, and with `target_scale` as a scaled float copy."""
     z, _, *rest = arrays
     copy = t.astype(z.dtype)
     assert_same(all_of(row, z, t, *rest, target_scale=scale), all_of(row, z, copy * z.dtype.type(scale), *rest))
@@ -335,13 +335,13 @@ def test_empty_input(row, dtype, device):
 
 @warns_the_caller
 @pytest.mark.parametrize("method", ["__call__", "value_and_grad"])
-def test_a_mean_of_nothing_warns_at_the_caller(row, method):
+def test_a_mean_of_no_elements_warns_at_the_caller(row, method):
     empty = [np.empty((0, 3)) for _ in row.arrays]
     for reduction in ("mean", "batchmean"):
         with pytest.warns(RuntimeWarning, match="mean of no elements") as record:
             value, *_ = flat(getattr(row.loss, method)(*empty, **row.reduced(reduction)))
         assert np.isnan(np.ravel(value)[0])
-        assert [warning.filename for warning in record] == [__file__] * (len(row.arrays) // 2)  # once for each mean
+        assert [warning.filename for warning in record] == [__file__] * (len(row.arrays) // 2)  # a warning for each mean
 
 
 @warns_the_caller
@@ -359,7 +359,7 @@ def test_a_constant_batch_sums_without_bias():
 
 @pytest.mark.rows("sums_elements")
 def test_the_largest_logarithms_sum_without_overflow(row, dtype):
-    """At z = t = 0 every factor of the product that collects logarithms is at its largest, 2."""
+    """Logarithms are summed as the logarithm of a product. At z = t = 0, its factors have their largest value, 2."""
     z = np.zeros(100_000, dtype)
     want = row.loss(z, z, reduction="none").mean(dtype=np.float64)
     assert_close(row.loss(z, z, reduction="mean"), want, SUM[z.dtype])
@@ -374,14 +374,14 @@ def test_any_byte_but_0_is_true(rng):
     )
 
 
-def test_numpy_set_to_raise_changes_nothing(batch):
+def test_error_state_of_numpy_has_no_effect(batch):
     z, t = batch
     z[0, 0, 0, :2] = np.inf, -np.inf
     with np.errstate(all="raise"):
         LOSSES["mse_loss"].loss.value_and_grad(z, t, reduction="sample_mean", grad_output=np.finfo(np.float64).tiny)
 
 
-def test_scalars_and_lists_are_taken_as_numpy_would():
+def test_scalars_and_lists_are_converted_to_arrays():
     assert fl.mse_loss(3.0, 1.0) == 4.0
     value, grad = fl.mse_loss.value_and_grad([1.0, 2.0], [0.0, 0.0])
     assert value == 2.5

@@ -42,7 +42,7 @@ def reduced(x, reduction):
 
 def log_cosh(torch, input, target, reduction="mean"):
     d = input - target
-    return reduced(torch.logaddexp(d, -d) - math.log(2), reduction)  # log((e**d + e**-d) / 2), where cosh overflows
+    return reduced(torch.logaddexp(d, -d) - math.log(2), reduction)  # log((e**d + e**-d) / 2), because cosh overflows
 
 
 def mse_with_logits(torch, input, target, reduction="mean"):
@@ -50,7 +50,7 @@ def mse_with_logits(torch, input, target, reduction="mean"):
 
 
 def focal(torch, inputs, targets, alpha=0.25, gamma=2, reduction="none"):
-    """Torchvision 0.28's formula, and its signature."""
+    """Compute the focal loss by torchvision 0.28's formula, with its signature."""
     p = torch.sigmoid(inputs)
     ce = torch.nn.functional.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
     p_t = p * targets + (1 - p) * (1 - targets)
@@ -66,7 +66,7 @@ def gaussian_kl(torch, mu, logvar, reduction="mean"):
 
 
 def dice(torch, input, target, reduction="mean", smooth=1.0, per_channel=True, per_sample=True):
-    """V-Net's formula as MONAI has it, with the smoothing on both sides of the fraction."""
+    """Compute Dice by V-Net's formula as in MONAI, with the smoothing in numerator and denominator."""
     axes = (2, 3) if per_channel else (1, 2, 3)
     axes = axes if per_sample else (0, *axes)
     p = input.sigmoid()
@@ -98,11 +98,11 @@ def formula_of_benchmarks(name):
 
 @dataclass(frozen=True)
 class Pair:
-    """PyTorch's version of a loss: its function of that name, or a formula of its operations; and the options of the calls."""
+    """PyTorch's function of the same name as a loss, or a formula of PyTorch operations, with options to call both with."""
 
     formula: Callable[..., Any] | None = None
     options: tuple[dict[str, Any], ...] = ({},)
-    operands: tuple[str, ...] = ("z", "t")  # differentiated by all of them but "t"
+    operands: tuple[str, ...] = ("z", "t")  # all but "t" are differentiated
     reductions: tuple[dict[str, str], ...] = (MEAN, SUM, NONE)
 
 
@@ -157,7 +157,7 @@ def random_operands(rng):
 
 
 def extreme_operands():
-    """Return every extreme input with every target, over and over: each lies in more than one sample and channel."""
+    """Return every extreme input with every target, repeated so that each lies in several samples and channels."""
     (z, t), (mu, logvar) = (grid(*x) for x in ((INPUTS, TARGETS), (INPUTS, LOG_VARIANCES)))
     return {"z": z, "t": t, "mu": mu, "logvar": logvar}
 
@@ -167,7 +167,7 @@ def grid(inputs, targets):
 
 
 def ours(name, operands, dtype, options):
-    """Return the value and the gradients."""
+    """Return fastloss's value and gradients."""
     arrays, options = ({k: cast(x, dtype) for k, x in given.items()} for given in (operands, options))
     value, grad = getattr(fl, name).value_and_grad(*(arrays[k] for k in PAIRS[name].operands), **options)
     return [getattr(value, "total", value), *(grad if isinstance(grad, tuple) else [grad])]
@@ -194,14 +194,14 @@ def test_every_loss_has_a_peer():
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=said)
-def test_like_torch_in_the_same_dtype(torch, rng, dtype, name, options):
+def test_torch_in_the_same_dtype(torch, rng, dtype, name, options):
     operands = random_operands(rng)
     for got, want in zip(ours(name, operands, dtype, options), theirs(torch, name, operands, dtype, options), strict=True):
         assert_close(got, want, PEER[dtype])
 
 
 @pytest.mark.parametrize(("name", "options"), EXTREMES, ids=said)
-def test_like_torch_in_float64_at_extremes(torch, dtype, name, options):
+def test_torch_in_float64_at_extremes(torch, dtype, name, options):
     operands = extreme_operands()
     want = theirs(torch, name, operands, dtype, options, np.float64)
     rounding = np.finfo(np.float64).eps / np.finfo(dtype).eps
@@ -221,8 +221,8 @@ def test_probabilities_are_clamped_as_in_torch(torch, dtype):
 
 
 @pytest.mark.parametrize("name", ["mse_loss", "l1_loss"])
-def test_a_weighted_mean_is_over_elements_where_torch_has_it_over_weights(torch, rng, dtype, name):
-    """Torch 2.13 has it so for these two; its cross-entropies and its Huber loss divide by the number of elements, as all of ours do."""
+def test_weighted_means_where_torch_divides_by_the_sum_of_weights(torch, rng, dtype, name):
+    """PyTorch 2.13 divides by the sum of weights for these two losses, and by the number of elements for others, as fastloss does."""
     operands = random_operands(rng)
     for reduction, ratio in ((MEAN, WEIGHT.mean()), (SUM, 1), (NONE, 1)):
         options = {"weight": WEIGHT} | reduction
@@ -261,7 +261,7 @@ LOST = [  # inputs at which torch's float32 value (0) or slope (1) is wrong, wit
 
 
 @pytest.mark.parametrize(("name", "z", "t", "options", "quantity", "lost", "true"), LOST)
-def test_where_torch_loses_in_float32(torch, name, z, t, options, quantity, lost, true):
+def test_where_torch_loses_accuracy_in_float32(torch, name, z, t, options, quantity, lost, true):
     only("2.13.0", torch.__version__)
     operands = {name: np.reshape(x, (1, 1, -1, 1)).astype(float) for name, x in zip(PAIRS[name].operands, (z, t), strict=True)}
     options = NONE | options
@@ -273,15 +273,15 @@ def test_where_torch_loses_in_float32(torch, name, z, t, options, quantity, lost
 
 @pytest.mark.parametrize("name", [name for name, pair in PAIRS.items() if not pair.formula or pair.formula is focal])
 def test_names_and_defaults_are_torch_s(torch, name):
-    renamed = {"inputs": "input", "targets": "target"}  # in torchvision alone
+    renamed = {"inputs": "input", "targets": "target"}  # only in torchvision
     torch_has = {renamed.get(k, k): x.default for k, x in inspect.signature(peer(torch, name)).parameters.items() if k not in LEGACY}
     we_have = {k: x.default for k, x in inspect.signature(getattr(fl, name)).parameters.items()}
     assert {k: we_have.get(k, "missing") for k in torch_has} == torch_has
-    if name.startswith("binary_cross_entropy"):  # elsewhere torch has reduction before weight, and torchvision alpha before both
+    if name.startswith("binary_cross_entropy"):  # the order of arguments differs for other losses
         assert list(we_have)[: len(torch_has)] == list(torch_has)
 
 
-SKLEARN = [  # what of a value and gradient of ours is theirs
+SKLEARN = [  # losses with scikit-learn's counterpart, its options, and its value divided by ours
     ("binary_cross_entropy_with_logits", "HalfBinomialLoss", {}, 1),
     ("mse_loss", "HalfSquaredError", {}, 0.5),
     ("l1_loss", "AbsoluteError", {}, 1),
@@ -290,19 +290,19 @@ SKLEARN = [  # what of a value and gradient of ours is theirs
 
 
 def of_sklearn(kind, z, t, weight=None, **options):
-    """Return value and gradient of every element, in float64."""
+    """Return scikit-learn's value and gradient of every element, in float64."""
     return getattr(sklearn_losses, kind)(**options).loss_gradient(t.ravel(), z.ravel(), None if weight is None else weight.ravel())
 
 
 @pytest.mark.parametrize("where", ["random", "extreme"])
 @pytest.mark.parametrize(("name", "kind", "options", "part"), SKLEARN)
-def test_like_sklearn(rng, name, kind, options, part, where):
+def test_sklearn(rng, name, kind, options, part, where):
     operands = random_operands(rng) if where == "random" else extreme_operands()
     z, t = operands["z"], operands["t"]
     got = ours(name, operands, np.float64, NONE | {"weight": WEIGHT} | options)
     for quantity, (a, b) in enumerate(zip(got, of_sklearn(kind, z, t, WEIGHT, **options), strict=True)):
         want = b.reshape(SHAPE) / part
-        at = (z != t) | (kind != "AbsoluteError")  # at a tie it has the slope -1
+        at = (z != t) | (kind != "AbsoluteError")  # where z = t, its slope is -1
         assert_ulp(a[at], want[at], np.maximum(np.abs(want), resolved(quantity, z, t))[at], PEER_ULP, np.float64, z[at], t[at])
 
 
@@ -315,7 +315,7 @@ def test_like_sklearn(rng, name, kind, options, part, where):
         ("huber_loss", "HuberLoss", math.nan, 1, 1, -1, math.nan),
     ],
 )
-def test_where_sklearn_loses(name, kind, z, t, quantity, lost, true):
+def test_where_sklearn_loses_accuracy(name, kind, z, t, quantity, lost, true):
     only("1.9.1", sklearn.__version__)
     operands = {"z": np.full(1, z, float), "t": np.full(1, t, float)}
     options = {"delta": 1.0} if kind == "HuberLoss" else {}

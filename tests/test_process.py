@@ -25,7 +25,7 @@ from fastloss.cpu.compile import statistics
 print(statistics["compiled"], statistics["loaded"], "numba" in sys.modules, value.hex(), grad[3].hex())"""
 
 
-def test_a_tensor_call_imports_neither_modules_nor_functions_of_pytorch():
+def test_a_tensor_call_does_not_import_fastloss_torch():
     pytest.importorskip("torch")
     code = """
 import sys, torch, fastloss
@@ -34,7 +34,7 @@ print(*(name for name in sys.modules if name.startswith("fastloss.torch")), "don
     assert run_python(code) == "done"
 
 
-def test_import_brings_no_compiler_and_no_framework():
+def test_import_loads_no_compiler_and_no_framework():
     loaded = run_python("import sys, fastloss; print(*sorted({name.partition('.')[0] for name in sys.modules}))").split()
     assert "numpy" in loaded
     assert not {"numba", "llvmlite", "torch", "cupy", "dask", "sklearn", "matplotlib", "rich"} & set(loaded)
@@ -87,7 +87,7 @@ def test_an_edited_package_is_compiled_anew(package_copy, name):
 
 @pytest.fixture(scope="module")
 def package_copy(tmp_path_factory):
-    """A copy of the package, and a cache with the kernel of FIRST_CALL."""
+    """Return a folder with a copy of the package, and a cache with the kernel of FIRST_CALL."""
     folder = tmp_path_factory.mktemp("copy")
     shutil.copytree(PACKAGE, folder / "fastloss", ignore=shutil.ignore_patterns("__pycache__"))
     assert kernels_compiled(folder) == "1"
@@ -96,7 +96,7 @@ def package_copy(tmp_path_factory):
 
 def kernels_compiled(folder):
     """Run FIRST_CALL with a copy of the package; return how many kernels it compiled."""
-    copied = {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}  # else Python finds the package in the current folder first
+    copied = {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}  # otherwise, Python would import the package of the current folder
     return run_python(FIRST_CALL, FASTLOSS_CACHE_DIR=str(folder / "cache"), **copied).split()[0]
 
 
@@ -115,7 +115,7 @@ def test_a_damaged_cache_is_replaced(tmp_path, content):
     assert run_python(FIRST_CALL, FASTLOSS_CACHE_DIR=str(tmp_path)).startswith("0 1 ")
 
 
-def test_no_folder_for_the_cache(tmp_path):
+def test_a_cache_folder_that_cannot_be_made(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert run_python(FIRST_CALL, FASTLOSS_CACHE_DIR=str(blocked / "cache")).startswith("1 0 ")
@@ -148,20 +148,20 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
     assert int(run_python(code, FASTLOSS_NUM_THREADS="3")) < 4096
 
 
-def test_imports_run_one_way_and_in_no_circle():
-    """The contracts are in pyproject.toml; imports inside functions count."""
+def test_imports_follow_the_layers_without_a_circle():
+    """Check the import contracts of pyproject.toml, which include imports inside functions."""
     from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
     assert lint_imports(config_filename=str(PACKAGE.parent / "pyproject.toml")) == EXIT_STATUS_SUCCESS
 
 
-def test_the_package_names_what_it_exports():
+def test_exports_are_sorted_and_documented():
     assert sorted(fl.__all__) == fl.__all__
     assert all(getattr(fl, name).__doc__ for name in fl.__all__)
 
 
 def test_globals_of_a_formula_are_read_once(tmp_path):
-    """A global that changes between the decoration and the first call does not put the wrong kernel into the cache."""
+    """A global that changes between the decoration and the first call must not put the wrong kernel into the cache."""
     code = """
 import sys, numpy as np, fastloss as fl
 K = 1.0
@@ -182,7 +182,7 @@ print(loss(np.ones(3), np.zeros(3)), loss.grad(np.ones(1), np.zeros(1))[0])"""
         assert done.stdout == "1.0 1.0\n"
 
 
-def test_without_a_home_nothing_is_kept(monkeypatch):
+def test_without_a_home_folder_nothing_is_cached(monkeypatch):
     for name in ("FASTLOSS_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
 
@@ -200,7 +200,7 @@ def test_help_runs():
     assert "demo" in shown
 
 
-def test_numba_may_be_asked_for_another_cpu():
+def test_numba_configured_for_another_cpu():
     """No instruction of the host CPU may be used then: LLVM would end the process."""
     code = """
 import numpy as np, fastloss as fl

@@ -40,7 +40,7 @@ def test_smooth_l1_without_a_parabola_is_l1(batch):
     assert_same(compute(fl.smooth_l1_loss, *batch, beta=0), compute(fl.l1_loss, *batch))
 
 
-def test_huber_without_an_end_is_half_the_squared_error(batch):
+def test_huber_with_a_large_delta_is_half_the_squared_error(batch):
     for got, want in zip(compute(fl.huber_loss, *batch, delta=np.inf), compute(fl.mse_loss, *batch), strict=True):
         np.testing.assert_array_equal(2 * got, want)
 
@@ -78,7 +78,7 @@ def test_losses_of_the_difference_are_even_and_their_slopes_odd(batch):
         assert_same(compute(loss, t, z), (value, -slope, curvature))
 
 
-def test_losses_of_logits_do_not_know_which_class_is_which(batch):
+def test_losses_of_logits_are_symmetric_in_the_classes(batch):
     z, t = batch
     t = np.round(t * 16) / 16  # so that 1 - t is exact
     for loss, options in (

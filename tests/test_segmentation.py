@@ -37,7 +37,7 @@ by_groups = pytest.mark.parametrize("groups", GROUPS, ids=GROUP_NAMES)
 
 @pytest.fixture
 def scene(rng, dtype):
-    """Logits and soft targets of a small batch of segmentations, which the oracle reads in a moment."""
+    """Return logits and soft targets of a batch that is small enough for the slow oracle."""
     return (2 * rng.standard_normal(SHAPE)).astype(dtype), rng.random(SHAPE).astype(dtype)
 
 
@@ -97,7 +97,7 @@ def test_smooth(scene, smooth):
 
 
 def test_smooth_of_0_on_an_empty_channel(dtype):
-    """The loss is 1 wherever the logits are: no slope, however small the region is."""
+    """For an empty channel, the loss is 1 for any logits, so the slope is 0 even where the predicted region is tiny."""
     for logit in (-5, -80, -90, -100):
         z, t = np.full((1, 1, 3), logit, dtype), np.zeros((1, 1, 3), dtype)
         value, grad = DICE.value_and_grad(z, t, smooth=0)
@@ -107,7 +107,7 @@ def test_smooth_of_0_on_an_empty_channel(dtype):
 
 @pytest.mark.parametrize("weight", [1e-300, 1e-45, 1e-30, 1e30, 1e200])
 def test_regions_of_any_size_in_float64(scene, weight):
-    """Without smoothing, a weight on everything changes nothing."""
+    """Without smoothing, a common weight of all elements has no effect."""
     z, t = (x.astype(np.float64) for x in scene)
     assert_true(losses_and_slopes(z, t, weight, smooth=0), oracle.dice_with_logits_loss(z, t, weight, smooth=0), z.dtype)
 
@@ -184,7 +184,7 @@ def test_ranks(shape, dtype, rng):
 
 
 @is_about_the_host
-def test_a_number_alone():
+def test_zero_dimensional_arrays():
     """Run in a separate process, because a failure once ended the process."""
     code = """
 import fastloss as fl
@@ -253,13 +253,13 @@ def test_dice_and_cross_entropy_add_up(scene, rng, groups, reduction):
 
 
 def test_each_part_has_its_own_reduction(scene):
-    """The mean of the channels' Dice losses, and the mean of the elements' cross-entropies."""
+    """The sum is the mean Dice loss of the channels plus the mean cross-entropy of the elements."""
     (dice, _), _ = oracle.dice_with_logits_loss(*scene)
     (entropy, _), _, _ = oracle.binary_cross_entropy_with_logits(*(x.astype(np.longdouble) for x in scene), oracle.LONG)
     assert_close(BOTH(*scene), dice.mean() + entropy.mean(), SUM[scene[0].dtype])
 
 
-def test_no_part_at_all_keeps_the_shape(scene):
+def test_two_parts_of_weight_0_keep_the_shape(scene):
     value, grad = BOTH.value_and_grad(*scene, reduction="sample_mean", dice_weight=0, bce_weight=0)
     assert value.tolist() == [0.0, 0.0]
     assert not grad.any()
@@ -290,7 +290,7 @@ def test_one_nan_spoils_the_value_and_its_own_group(scene, loss):
 
 
 @pytest.mark.parametrize("smooth", [0, 1])
-def test_groups_without_elements_count_nowhere(scene, smooth):
+def test_groups_without_elements_do_not_count(scene, smooth):
     z, t = scene
     mask = np.ones(SHAPE, bool)
     mask[0, 1] = False
@@ -336,7 +336,7 @@ def test_empty_input(shape, groups, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:mean of no elements:RuntimeWarning")
-def test_numpy_set_to_raise_changes_nothing():
+def test_error_state_of_numpy_has_no_effect():
     t = np.zeros((2, 1, 2))
     with np.errstate(all="raise"):
         for z in (t - 700, t + np.inf, t + np.nan):
@@ -353,7 +353,7 @@ VIEWS = {
     "Fortran": np.asfortranarray,
     "backwards": lambda x: np.ascontiguousarray(x[::-1, ::-1, :, ::-1])[::-1, ::-1, :, ::-1],
     "every other": lambda x: np.repeat(np.repeat(x, 2, 1), 2, 3)[:, ::2, :, ::2],
-    "every other sample": lambda x: np.repeat(x, 2, 0)[::2],  # several groups a row, and several rows
+    "every other sample": lambda x: np.repeat(x, 2, 0)[::2],  # rows hold several groups
     "samples last": lambda x: np.ascontiguousarray(x.transpose(1, 2, 3, 0)).transpose(3, 0, 1, 2),
 }
 
@@ -510,7 +510,7 @@ def test_the_value_has_no_grad_output_and_no_out():
         DICE(Z, T, reduction="none", out=np.zeros((2, 3)))
 
 
-@only_on("cpu", reason="of several bad targets a device names any; test_device.py asks with one")
+@only_on("cpu", reason="a device may name any of several bad targets; test_device.py tests a single one")
 @pytest.mark.parametrize("bad", [-0.01, 1.01, np.nan])
 @pytest.mark.parametrize("loss", [DICE, BOTH])
 def test_validate_names_the_first_bad_target(scene, loss, bad):
@@ -527,7 +527,7 @@ def test_validate_names_the_first_bad_target(scene, loss, bad):
     assert loss(z, t, mask=mask, validate=True) == loss(z, t, mask=mask)
 
 
-@only_on("cpu", reason="of several bad targets a device names any; test_device.py asks with one")
+@only_on("cpu", reason="a device may name any of several bad targets; test_device.py tests a single one")
 def test_validate_hints_at_target_scale(scene):
     z, t = scene[0], np.full(SHAPE, 200, np.uint8)
     with pytest.raises(

@@ -37,7 +37,7 @@ def in_a_thread(work):
         return pool.submit(work).result()
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system does not place threads")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no CPU affinity")
 def test_a_worker_leaves_the_callers_cpu_and_comes_back():
     cpus = sorted(os.sched_getaffinity(0))
 
@@ -46,14 +46,14 @@ def test_a_worker_leaves_the_callers_cpu_and_comes_back():
         for cpu in (cpus[0], cpus[-1], cpus[0]):
             affinity.leave(cpu)
             seen.append(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cpus[0]})  # someone else's wish, which stands
+        os.sched_setaffinity(0, {cpus[0]})  # an affinity set elsewhere, which `leave` does not change
         affinity.leave(cpus[0])
         return [*seen, os.sched_getaffinity(0)]
 
     assert in_a_thread(left) == [set(cpus) - {cpu} or {cpu} for cpu in (cpus[0], cpus[-1], cpus[0])] + [{cpus[0]}]
 
 
-def test_a_worker_that_may_not_move_works_all_the_same(monkeypatch):
+def test_a_worker_that_cannot_change_its_affinity_still_works(monkeypatch):
     def refuse(*_):
         raise PermissionError
 
@@ -133,7 +133,7 @@ print(len(set(got)), len(got), statistics["compiled"])"""
     assert run_python(code, FASTLOSS_CACHE_DIR=str(tmp_path)) == "1 8 1"
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_in_a_child_after_fork():
     code = """
 import os, numpy as np, fastloss as fl
@@ -180,7 +180,7 @@ def test_numpy_numbers_of_threads(threads):
     assert fl.get_num_threads() == 2
 
 
-def test_small_inputs_never_touch_the_pool():
+def test_small_inputs_start_no_threads():
     code = """
 import threading, numpy as np, fastloss as fl
 z = np.zeros(65536)

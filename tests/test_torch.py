@@ -28,7 +28,7 @@ from fastloss.backends.torch import reuse as memory  # noqa: E402
 from fastloss.backends.torch.memory_views import to_array  # noqa: E402
 
 BCE = fl.binary_cross_entropy_with_logits
-ALL = [name for name, case in LOSSES.items() if case.has_reductions]  # of two tensors; a VAE's objective has tests of its own
+ALL = [name for name, case in LOSSES.items() if case.has_reductions]  # losses of two tensors; the VAE loss has its own tests
 SHAPE = (4, 3, 5, 7)
 
 
@@ -50,7 +50,7 @@ def loss(name):
 
 
 def operands(name, dtype=None, shape=SHAPE, seed=0):
-    """Return input and target as leaves."""
+    """Return an input and a target, which are leaves that require gradients."""
     rng = torch.Generator().manual_seed(seed)
     z = 2 * torch.randn(shape, generator=rng, dtype=torch.float64)
     z = z.sigmoid() if name == "binary_cross_entropy" else z
@@ -66,7 +66,7 @@ def equal(tensor, array):
     np.testing.assert_array_equal(to_array(tensor), array, strict=True)
 
 
-# the values and gradients
+# values and gradients
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -164,12 +164,12 @@ def test_gradcheck_of_the_objective_of_a_vae(reconstruction):
         assert_close(to_array(got), to_array(want), PEER[np.dtype(np.float64)])
 
 
-# what the caller multiplies a loss by
+# upstream gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("reduction", LOSSES["mse_loss"].reductions)
-def test_the_upstream_gradient_is_the_chain_rule_s(reduction, dtype, rng):
+def test_upstream_gradients_follow_the_chain_rule(reduction, dtype, rng):
     z, t = operands("", dtype)
     value = BCE(z, t, reduction=reduction)
     upstream = torch.tensor(rng.random(value.shape)).to(dtype)
@@ -178,7 +178,7 @@ def test_the_upstream_gradient_is_the_chain_rule_s(reduction, dtype, rng):
     digits = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}.get(dtype)
     if digits is None:
         assert_close(to_array(grad), wide, PEER[to_array(z).dtype])
-    else:  # rounded once: half a unit of every element
+    else:  # a single rounding: at most half an ulp
         assert (np.abs(to_array(grad).astype(float) - wide) <= digits * np.abs(wide) + np.finfo(np.float16).smallest_subnormal).all()
 
 
@@ -186,11 +186,11 @@ def test_a_scaled_loss_keeps_the_small_gradients_of_half_precision():
     z, t = torch.zeros(1 << 20, dtype=torch.float16, requires_grad=True), torch.ones(1 << 20, dtype=torch.float16)
     with torch.autocast("cpu", dtype=torch.float16):
         (BCE(z, t) * 2.0**16).backward()
-    assert (z.grad == -(2.0**-5)).all()  # -1/2 / 2**20 alone is 0 in float16's last digits
+    assert (z.grad == -(2.0**-5)).all()  # without the scale, -1/2 / 2**20 is a subnormal float16
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0])
-def test_a_graph_that_is_kept_gives_the_same_gradient_again(factor):
+def test_a_retained_graph_gives_the_same_gradient_again(factor):
     z, t = operands("")
     value = factor * BCE(z, t)
     first = torch.autograd.grad(value, z, retain_graph=True)[0].clone()
@@ -201,7 +201,7 @@ def test_a_graph_that_is_kept_gives_the_same_gradient_again(factor):
 
 
 @pytest.mark.parametrize("view", [lambda z: z, lambda z: z.view(-1)])
-def test_a_gradient_that_is_changed_does_not_change_the_next(view):
+def test_changing_a_gradient_does_not_change_the_next(view):
     z, t = operands("")
     value = BCE(view(z), view(t).detach())
     value.backward(retain_graph=True)
@@ -241,7 +241,7 @@ def test_the_backward_pass_cannot_run_twice():
         value.backward()
 
 
-def test_nothing_is_kept_without_gradients(loss, name):
+def test_no_graph_is_built_without_gradients(loss, name):
     z, t = (x.detach() for x in operands(name))
     assert loss(z, t).grad_fn is None
     with torch.no_grad():
@@ -250,7 +250,7 @@ def test_nothing_is_kept_without_gradients(loss, name):
         equal(loss(z, t), to_array(loss(z.detach(), t)))
 
 
-def test_a_changed_input_is_noticed():
+def test_a_changed_input_raises_in_the_backward_pass():
     z, t = operands("")
     logits = 2 * z
     value = BCE(logits, t)
@@ -287,7 +287,7 @@ def test_checkpointed():
 # memory
 
 
-def test_the_gradient_is_the_only_array_and_is_handed_on():
+def test_the_gradient_is_the_only_allocation():
     z, t = operands("", shape=(1 << 20,))
     t = t.detach()
     BCE(z, t).backward()
@@ -300,7 +300,7 @@ def test_the_gradient_is_the_only_array_and_is_handed_on():
     assert value.grad_fn is not None
 
 
-def test_memory_of_large_gradients_is_used_again():
+def test_memory_of_large_gradients_is_reused():
     z, t = operands("", shape=(4, 3, 512, 400))
     t = t.detach()
     ft.empty_cache()
@@ -310,11 +310,11 @@ def test_memory_of_large_gradients_is_used_again():
 
     want = BCE.grad(to_array(z), to_array(t))
     first = gradient(z)
-    other = gradient(z)  # while the first is held
+    other = gradient(z)  # while the first gradient is alive
     assert other.data_ptr() != first.data_ptr()
     part, place = first[1], first.data_ptr()
     del first
-    assert gradient(z).data_ptr() not in (place, other.data_ptr())  # a view holds it
+    assert gradient(z).data_ptr() not in (place, other.data_ptr())  # a view keeps the memory alive
     equal(part, want[1])
     del part
     again = gradient(z.detach().to(memory_format=torch.channels_last).requires_grad_())
@@ -338,14 +338,14 @@ import os, torch, fastloss as fl
 z, t = torch.ones(1 << 22, requires_grad=True), torch.zeros(1 << 22)
 grad = torch.autograd.grad(fl.mse_loss(z, t, reduction="sum"), z)[0]
 if not (child := os.fork()):
-    grad.numpy().fill(0)  # by one thread: those of PyTorch's OpenMP are not in a child, where it would wait for them
+    grad.numpy().fill(0)  # by NumPy: PyTorch would wait for OpenMP threads, which a child lacks
     os._exit(0)
 os.waitpid(child, 0)
 print(grad.sum().item() == 2 << 22)"""
     assert run(code) == "True\n"
 
 
-def test_a_leaf_takes_the_gradient_that_was_computed():
+def test_a_leaf_gets_the_gradient_without_a_copy():
     z, t = operands("", shape=(1 << 18,))
     seen = []
     z.register_hook(lambda grad: seen.append(grad.data_ptr()))
@@ -353,7 +353,7 @@ def test_a_leaf_takes_the_gradient_that_was_computed():
     assert seen == [z.grad.data_ptr()]
 
 
-def test_a_factor_is_multiplied_in_place_where_the_graph_is_not_kept():
+def test_a_factor_is_multiplied_in_place_unless_the_graph_is_retained():
     z, t = operands("", shape=(1 << 18,))
     value = BCE(z, t)
     saved = value.grad_fn.saved_tensors[0].data_ptr()
@@ -443,7 +443,7 @@ def test_writing_to_an_overwritten_input_raises(dtype):
         (fl.mse_loss(logits, t, inplace_grad=True) + BCE(logits, t, inplace_grad=True)).backward()
 
 
-def test_an_input_that_was_not_overwritten_is_not_said_to_be():
+def test_an_error_before_the_overwriting_leaves_the_input_usable():
     z, t = operands("")
     logits = z * 1
     penalty = (logits**2).sum()
@@ -471,7 +471,7 @@ def test_an_input_without_a_gradient_is_not_overwritten():
     assert torch.equal(z, before)
 
 
-def test_what_is_overwritten_has_no_second_derivative():
+def test_an_overwritten_input_has_no_second_derivative():
     z, t = operands("")
     with pytest.raises(RuntimeError, match="inplace_grad=True has overwritten the input"):
         torch.autograd.grad(BCE(z * 1, t, inplace_grad=True), z, create_graph=True)
@@ -563,14 +563,14 @@ def test_under_autocast_halves_are_computed_in_float32(half, reduction):
         assert fl.vae_loss.value_and_grad(z, t, z, z)[0].total.dtype == torch.float32
 
 
-# the compiler
+# torch.compile
 
 
 @pytest.mark.parametrize(
     ("name", "reduction", "view"),
     [*((name, "mean", "transposed") for name in ALL), *(("mse_loss", r, "expanded") for r in ("none", "sample_sum"))],
 )
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own reading
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck reads .grad
 def test_opcheck(name, reduction, view):
     loss, (z, t) = getattr(fl, name), (VIEWS[view](x.detach()).requires_grad_() for x in operands(name))
     weight = torch.rand(z.shape[-1])
@@ -657,13 +657,13 @@ def test_compiled_methods_objectives_and_own_losses():
         assert_close(compiled(function)(), function(), PEER[np.dtype(np.float32)])
 
 
-def test_compiled_in_place_is_compiled_without(rng):
+def test_inplace_grad_is_ignored_by_the_compiler(rng):
     z, t = operands("")
     compiled(lambda: BCE(z * 1, t, inplace_grad=True))().backward()
     equal(z.grad, BCE.grad(to_array(z), to_array(t)))
 
 
-def test_compiling_finds_what_is_wrong():
+def test_bad_arguments_raise_while_compiling():
     z, t = operands("")
     with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="unknown option gamma"):
         compiled(lambda: BCE(z, t, gamma=2))()
@@ -671,7 +671,7 @@ def test_compiling_finds_what_is_wrong():
         compiled(lambda: BCE(z, t[:2]))()
 
 
-def test_a_formula_with_the_name_of_another_has_a_key_of_its_own():
+def test_formulas_of_the_same_name_have_different_keys():
     losses = [fl.elementwise_loss(lambda z, t, k=k: (k * z - t, k)) for k in (2.0, 3.0)]
     z, t = operands("")
     assert losses[0].key != losses[1].key
@@ -679,7 +679,7 @@ def test_a_formula_with_the_name_of_another_has_a_key_of_its_own():
         assert torch.equal(compiled(loss)(z, t.detach()), loss(z, t.detach()))
 
 
-def test_a_loss_that_checks_has_another_key_than_one_that_does_not():
+def test_losses_with_and_without_validation_have_different_keys():
     def square(z, t):
         return (z - t) * (z - t), 2 * (z - t)
 
@@ -698,7 +698,7 @@ def test_traced():
         assert torch.equal(graph(t, z.sigmoid()), BCE(t, z.sigmoid()))
 
 
-def test_a_default_device_is_not_where_the_value_goes():
+def test_the_default_device_does_not_move_the_value():
     z, t = (x.detach() for x in operands(""))
     with torch.device("meta"):
         assert BCE(z, t).device.type == "cpu"
@@ -736,7 +736,7 @@ def test_other_derivatives_are_refused():
         second.sum().backward()
 
 
-def test_what_a_formula_does_not_give_is_refused():
+def test_derivatives_that_a_formula_lacks_are_refused():
     z, t = operands("")
     charbonnier(z, t.detach()).backward()
     equal(z.grad, charbonnier.grad(to_array(z), to_array(t)))
@@ -800,16 +800,16 @@ def run(code):
     return result.stdout
 
 
-def test_arrays_do_not_bring_torch():
+def test_calls_with_arrays_do_not_import_torch():
     assert run("import sys, fastloss as fl; fl.mse_loss([1.0], [2.0]); print('torch' in sys.modules)") == "False\n"
 
 
-def test_the_door_opens_by_itself():
+def test_tensors_work_without_importing_fastloss_torch():
     assert run("import torch, fastloss as fl; z = torch.ones(3, requires_grad=True); print(fl.mse_loss(z, 0 * z).item())") == "1.0\n"
 
 
 def test_workers_release_tensors_before_exit():
-    """A worker that frees a tensor while Python exits would end the process with an abort."""
+    """A worker that frees a tensor while Python exits would abort the process."""
     code = """
 import torch, numpy as np, fastloss as fl
 z, t = np.ones((2, 1 << 23), np.float32)
@@ -822,7 +822,7 @@ for _ in range(3):
 def test_a_graph_is_freed():
     z, t = operands("", shape=(1 << 16,))
     gc.collect()
-    gc.disable()  # no cycles that a collector would have to find
+    gc.disable()  # the graph must be freed without the collector, so it may hold no cycle
     try:
         tracemalloc.start()
         for _ in range(20):

@@ -21,9 +21,9 @@ from torch import distributed, nn  # noqa: E402
 import fastloss.torch as ft  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    not (distributed.is_available() and distributed.is_gloo_available()), reason="this PyTorch has no gloo, which joins processes on CPUs"
+    not (distributed.is_available() and distributed.is_gloo_available()), reason="this PyTorch lacks gloo, the backend for CPUs"
 )
-PARTS = (slice(0, 5), slice(5, 8))  # of the batch; of different lengths, by which means are weighted
+PARTS = (slice(0, 5), slice(5, 8))  # rows of each process; of different lengths, to test how means are weighted
 BATCH = PARTS[-1].stop
 
 
@@ -31,7 +31,7 @@ def bce_batchmean(z, t):
     return nn.functional.binary_cross_entropy_with_logits(z, t, reduction="sum") / len(z)
 
 
-LOSSES = {  # of ours, of PyTorch's
+LOSSES = {  # a loss of fastloss, and the same loss by PyTorch
     "BCE, mean": (ft.BCEWithLogitsLoss(), nn.BCEWithLogitsLoss()),
     "BCE, mean, in place": (ft.BCEWithLogitsLoss(inplace_grad=True), nn.BCEWithLogitsLoss()),
     "BCE, batchmean": (ft.BCEWithLogitsLoss(reduction="batchmean"), bce_batchmean),
@@ -58,7 +58,7 @@ def work(rank, folder):
     distributed.init_process_group("gloo", store, rank=rank, world_size=count, timeout=timedelta(seconds=20))
     rows, results = PARTS[rank], {}
     for name, (loss, _) in LOSSES.items():
-        # gradients are averaged over processes: a sum is multiplied by their number, a mean by the length of its part too
+        # Gradients are averaged over processes: scale a sum by the number of processes, and a mean also by the part's share of the batch.
         scale = count * (1 if loss.reduction == "sum" else (rows.stop - rows.start) / BATCH)
         results[name] = train(loss, rows, scale, nn.parallel.DistributedDataParallel)
     torch.save({"process": os.getpid(), **results}, f"{folder}/{rank}.pt")
@@ -81,7 +81,7 @@ def results(tmp_path_factory):
             for process in processes:
                 process.wait(max(0, deadline - time.monotonic()))
         for process in processes:
-            process.kill()  # where it hangs
+            process.kill()  # in case it hangs
         codes = [process.wait() for process in processes]
     assert codes == [0] * len(PARTS), "\n".join((folder / f"{rank}.txt").read_text() for rank in range(len(PARTS)))
     found = [torch.load(folder / f"{rank}.pt") for rank in range(len(PARTS))]
@@ -90,7 +90,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_processes_together_are_one_on_the_whole_batch(results, name):
+def test_processes_match_one_process_on_the_whole_batch(results, name):
     first, second = (result[name] for result in results)
     assert all(map(torch.equal, first, second))
     for got, want in zip(first, train(LOSSES[name][1]), strict=True):

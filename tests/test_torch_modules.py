@@ -26,7 +26,7 @@ from fastloss.losses.table import LOSSES  # noqa: E402
 SHAPE = (4, 3, 5)
 PER_CHANNEL, EACH = torch.tensor([0.25, 1.0, 3.5]).reshape(3, 1), torch.linspace(0, 3, math.prod(SHAPE)).reshape(SHAPE)
 MASK = torch.arange(math.prod(SHAPE)).reshape(SHAPE) % 7 > 1
-TORCH = {  # what PyTorch has too: its function, and how modules are made
+TORCH = {  # modules that PyTorch has too: its function, and options to construct modules with
     "BCEWithLogitsLoss": (
         "binary_cross_entropy_with_logits",
         [{}, {"weight": EACH}, {"pos_weight": PER_CHANNEL}, {"weight": PER_CHANNEL, "pos_weight": PER_CHANNEL}],
@@ -47,7 +47,7 @@ OWN = {row.module: (row.name, {}) for row in LOSSES.values() if row.module} | { 
 }
 FUNCTIONS = [function for function, _ in TORCH.values()]
 MADE = [(name, options) for name, (_, made) in TORCH.items() for options in made]
-KINDS = (ValueError, TypeError, AttributeError, RuntimeError)  # of errors; torch's NotImplementedError is a RuntimeError
+KINDS = (ValueError, TypeError, AttributeError, RuntimeError)  # kinds of errors; PyTorch's NotImplementedError is a RuntimeError
 
 
 def said(x):
@@ -101,7 +101,7 @@ def test_every_module_is_in_a_table():
 
 
 @pytest.mark.parametrize("name", TORCH)
-def test_signatures_start_with_torch_s(name):
+def test_signatures_start_with_those_of_torch(name):
     def parameters(module):
         return [(x.name, x.kind, x.default) for x in inspect.signature(module).parameters.values()]
 
@@ -115,7 +115,7 @@ def test_signatures_start_with_torch_s(name):
 
 
 @pytest.mark.parametrize(("name", "options"), MADE, ids=said)
-def test_repr_type_and_attributes_are_torch_s(name, options):
+def test_repr_type_and_attributes_match_torch(name, options):
     ours, theirs = (getattr(place, name)(**options, reduction="sum") for place in (ft, torch.nn))
     assert repr(ours) == repr(theirs)
     assert isinstance(ours, type(theirs))
@@ -126,19 +126,19 @@ def test_repr_type_and_attributes_are_torch_s(name, options):
 
 
 @pytest.mark.parametrize(("name", "options"), MADE, ids=said)
-def test_results_are_torch_s(name, options):
+def test_results_match_torch(name, options):
     z, t = operands(name)
     for reduction in ("mean", "sum", "none"):
         ours, theirs = (getattr(place, name)(**options, reduction=reduction) for place in (ft, torch.nn))
         got = compute(ours, z, t)
         assert is_ours(got[0])
         assert_same(got, compute(theirs, z, t))
-    ours.reduction = "mean"  # also when it is set afterwards
+    ours.reduction = "mean"  # may be set after the construction too
     assert ours(z, t).shape == ()
 
 
 @pytest.mark.parametrize(("name", "options"), [x for x in MADE if x[0].startswith("BCE")], ids=said)
-def test_state_is_torch_s(name, options):
+def test_state_matches_torch(name, options):
     z, t = operands(name)
     ours, theirs = (getattr(place, name)(**copy.deepcopy(options)) for place in (ft, torch.nn))
     assert list(ours.state_dict()) == list(theirs.state_dict()) == [k for k in ("weight", "pos_weight") if k in options]
@@ -169,7 +169,7 @@ def test_reductions_of_torch_0_4(name):
 
 
 def bad(*names, case, arguments=lambda z, t: (z, t), **options):
-    """Return what torch refuses, one parameter of a test a module."""
+    """Return a parameter of a test for each module, with options or arguments that PyTorch refuses."""
     return [pytest.param(name, options, arguments, id=f"{name}: {case}") for name in names or TORCH]
 
 
@@ -203,7 +203,7 @@ def bad(*names, case, arguments=lambda z, t: (z, t), **options):
         *bad(case="sparse", arguments=lambda z, t: (z.to_sparse(), t)),
     ],
 )  # fmt: skip
-def test_what_torch_refuses_is_refused_as_torch_does(name, options, arguments):
+def test_errors_have_the_types_of_torch(name, options, arguments):
     z, t = operands(name)
     given = arguments(z.detach(), t)
     theirs = kind_of_error(lambda: getattr(torch.nn, name)(**options)(*given))
@@ -240,7 +240,7 @@ def test_options_at_construction_and_at_the_call(name):
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_our_own_modules_are_our_functions(name):
+def test_modules_without_a_counterpart_match_functions(name):
     (z, t), (function, options) = operands(name), OWN[name]
     function = getattr(fl, function)
     assert inspect.signature(getattr(ft, name)).parameters["reduction"].default == "mean"
@@ -253,7 +253,7 @@ def test_our_own_modules_are_our_functions(name):
     assert not getattr(ft, name)().state_dict()
 
 
-def test_the_vae_s_module_is_its_function():
+def test_vae_module_matches_its_function():
     (z, t), mu, logvar = operands("VAELoss"), torch.randn(4, 2, requires_grad=True), torch.randn(4, 2, requires_grad=True)
     for options in ({}, {"reconstruction": "mse", "beta": 4.0}, {"beta": 0.5, "mask": MASK}):
         want = fl.vae_loss(z, t, mu, logvar, **options)
@@ -312,7 +312,7 @@ def test_patched_modules_are_ours(name, options):
     with ft.patch():
         for module in (made_before, getattr(torch.nn, name)(**options)):
             got = compute(module, z, t)
-            assert is_ours(got[0]) == (options != {"beta": 0.0})  # PyTorch's L1 then
+            assert is_ours(got[0]) == (options != {"beta": 0.0})  # with beta = 0, PyTorch computes its own L1 loss
             assert_same(got, want)
     assert not is_ours(made_before(z, t))
 
@@ -328,7 +328,7 @@ def test_patch_ends_with_its_block_or_by_undo():
         with ft.patch() as inner:
             assert is_ours(F.mse_loss(*operands("mse_loss")))
             inner.undo()
-            assert all(patched())  # by the outer one
+            assert all(patched())  # the outer patch is still active
         assert all(patched())
     assert not any(patched())
     patch = ft.patch()
@@ -338,7 +338,7 @@ def test_patch_ends_with_its_block_or_by_undo():
     patch.undo()
     assert not any(patched())
     with ft.patch():
-        patch.undo()  # once is all it does
+        patch.undo()  # a second undo has no effect
         assert all(patched())
     first, second = ft.patch(), ft.patch()
     with pytest.raises(RuntimeError, match="undone in the reverse order"):
@@ -353,7 +353,7 @@ def test_patch_ends_with_its_block_or_by_undo():
     assert not any(patched())
 
 
-def test_patch_is_for_every_thread_and_not_for_names_imported_before():
+def test_patch_affects_all_threads_but_not_names_imported_before():
     found = []
     with ft.patch():
         thread = threading.Thread(target=lambda: found.append(F.mse_loss(*operands("mse_loss"))))
@@ -384,7 +384,7 @@ def assert_identical(got, want):
             ("bfloat16 target", FUNCTIONS[2:5], lambda f, z, t: f(z, t.bfloat16())),
             ("integer target", FUNCTIONS[2:5], lambda f, z, t: f(z, (9 * t).int())),
             ("integer input", ["mse_loss", "smooth_l1_loss"], lambda f, z, t: f(z.int(), t)),
-            ("float64 target", ["huber_loss"], lambda f, z, t: f(z.detach(), t.double())),  # PyTorch's has no gradient then
+            ("float64 target", ["huber_loss"], lambda f, z, t: f(z.detach(), t.double())),  # PyTorch has no gradient here
             ("complex input", ["l1_loss"], lambda f, z, t: f(z.cfloat(), t.cfloat())),
             ("target of another shape", FUNCTIONS[2:], lambda f, z, t: f(z, t[:1])),
             ("weight that requires a gradient", ["mse_loss", "l1_loss", "huber_loss"], lambda f, z, t: f(z, t, weight=z)),
@@ -402,7 +402,7 @@ def assert_identical(got, want):
         for name in names
     ],
 )
-def test_patch_leaves_to_torch(name, call):
+def test_patch_passes_unsupported_calls_to_torch(name, call):
     z, t = operands(name)
     want = call(getattr(F, name), z, t)
     with ft.patch():
@@ -436,7 +436,7 @@ def test_patch_leaves_to_torch(name, call):
         ("binary_cross_entropy_with_logits", lambda f, z, t: f(z, t, weight=2.0)),
     ],
 )
-def test_what_torch_refuses_is_refused_under_patch(name, call):
+def test_errors_under_patch_have_the_types_of_torch(name, call):
     z, t = operands(name)
     want = kind_of_error(lambda: call(getattr(F, name), z, t))
     with ft.patch():
@@ -465,7 +465,7 @@ def test_an_upstream_gradient_that_is_negated_lazily():
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_traced_code_computes_anew(name):
+def test_traced_code_uses_new_inputs(name):
     z, t = (x.detach() for x in operands(name))
     with ft.patch():
         traced = torch.jit.trace(lambda z, t: getattr(F, name)(z, t), (z, t))

@@ -18,8 +18,8 @@ import fastloss.torch as ft  # noqa: E402
 NAMES = ("binary_cross_entropy_with_logits", "binary_cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
 WAYS = ("own", "patched")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-COMPLEX = {"l1_loss": (torch.complex64, torch.complex128)}  # dtypes of samples that ours do not serve; there are no others
-GOES_ON = {"smooth_l1_loss": ({"beta": 0},)}  # samples that `patch` leaves to PyTorch, by their options
+COMPLEX = {"l1_loss": (torch.complex64, torch.complex128)}  # all dtypes of samples that fastloss does not support
+PASSED_ON = {"smooth_l1_loss": ({"beta": 0},)}  # samples that `patch` leaves to PyTorch, by their options
 BOTH = ("input", "target")
 
 
@@ -28,7 +28,7 @@ def database():
     """Return the test database of PyTorch for each loss."""
     try:
         import expecttest  # noqa: F401
-    except ImportError:  # PyTorch derives a test case from its, which is not used here
+    except ImportError:  # PyTorch's module needs its TestCase, which is not used here
         sys.modules["expecttest"] = types.SimpleNamespace(TestCase=unittest.TestCase)
     from torch.testing._internal.common_methods_invocations import op_db
 
@@ -43,7 +43,7 @@ def function(way, name):
 
 
 def samples(op, dtype):
-    """Return PyTorch's samples: in float32 all; in other dtypes, which have kernels of their own to compile, one of a kind."""
+    """Return all of PyTorch's samples in float32; in other dtypes one of each kind, because each needs its own kernels."""
     found = list(op.reference_inputs("cpu", dtype, requires_grad=True))
     assert all(len(sample.args) == 1 and sample.args[0].requires_grad for sample in found)
     kinds = {(*x.kwargs, x.kwargs.get("reduction") == "none"): x for x in found}
@@ -71,8 +71,8 @@ def test_samples(database, way, name, dtype):
             for a, b in zip(got, wanted, strict=True):
                 assert_tensor(a, b)
             if differentiated:
-                goes_on = way == "patched" and sample.kwargs in GOES_ON.get(name, ())
-                assert (type(got[0].grad_fn).__name__ in ("LossFunctionBackward", "SmallInputFunctionBackward")) != goes_on
+                is_passed_on = way == "patched" and sample.kwargs in PASSED_ON.get(name, ())
+                assert (type(got[0].grad_fn).__name__ in ("LossFunctionBackward", "SmallInputFunctionBackward")) != is_passed_on
 
 
 @pytest.mark.parametrize("name", NAMES)

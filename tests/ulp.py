@@ -1,4 +1,4 @@
-"""The one table of tolerances, and the one measure of error."""
+"""Tolerances and error measures of all tests."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ ULP = {
 }
 # A product of factors, each rounded: half an ulp for the last rounding, up to one for those before it.
 PRODUCT = {"scale": 1.5, "weight and scale": 2.5, "weight": 0.5}
-# Sums: float32 in blocks of 16 a lane, then float64. Relative to the sum of the magnitudes.
+# Sums, relative to the sum of the magnitudes. float32 is summed in blocks of 16 per lane, and these sums in float64.
 SUM = {np.dtype(np.float32): 3e-7, np.dtype(np.float64): 4e-15}
 # For results computed from a sigmoid of logits up to 15, which has lost as much of 1 - p.
 PROBABILITY = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-10}
-DIFFERENCE = 1e-6  # of a numerical derivative in float64, relative to the largest
-NUMPY = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-15}  # of the reference, relative to the largest
-# Of a peer (PyTorch, scikit-learn) that computes in the same dtype: its errors are a few ulp of the largest, ours fewer.
-# In 16 bits the peer rounds its steps too: two units.
+DIFFERENCE = 1e-6  # error of a numerical derivative in float64, relative to the largest
+NUMPY = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-15}  # error of the reference, relative to the largest
+# Difference from a peer (PyTorch, scikit-learn) that computes in the same dtype: the peer errs by a few ulp of the largest number.
+# In 16 bits, the peer also rounds intermediate results: two units.
 PEER = {np.dtype(np.float32): 2e-6, np.dtype(np.float64): 4e-15, np.dtype(np.float16): 2e-3, np.dtype(bfloat16): 1.6e-2}
-PEER_ULP = 16  # of a peer in float64, element by element: the focal loss's slope is allowed 15, and the peer errs too
+PEER_ULP = 16  # difference of an element from a peer in float64: the focal loss's slope may err by 15, and the peer errs too
 
 
 def ulp_error(got, want, magnitude, dtype):
     """Return |got - want| in units in the last place, in `dtype`, of the magnitude.
 
-    Equal infinities and two NaNs are 0 apart; anything else and an infinity or NaN, infinitely many.
+    The error of equal infinities, and of two NaNs, is 0. Otherwise, the error of an infinity or NaN is infinite.
     """
     got, want, magnitude = (np.asarray(x, np.longdouble) for x in (got, want, magnitude))
     largest = np.longdouble(np.finfo(dtype).max)
     with np.errstate(all="ignore"):
         unit = np.spacing(np.minimum(np.abs(magnitude), largest).astype(dtype)).astype(np.longdouble)
-        stored = np.where(np.abs(want) > largest, np.copysign(np.inf, want), want)  # what rounds to infinity
+        stored = np.where(np.abs(want) > largest, np.copysign(np.inf, want), want)  # numbers beyond the largest round to infinity
         error = np.abs(got - stored) / unit
     same = (got == stored) | (np.isnan(got) & np.isnan(want))
     return np.where(same, 0, np.where(np.isfinite(got) & np.isfinite(stored), error, np.inf))
@@ -95,7 +95,7 @@ def assert_close(got, want, tolerance):
 
 
 def assert_tensor(got, want):
-    """Assert that a tensor is one like PyTorch's, in type, dtype, shape and place, and close to it."""
+    """Assert that a tensor has the type, dtype, shape and device of PyTorch's, and is close to it."""
     assert (type(got), got.dtype, got.shape, got.device) == (type(want), want.dtype, want.shape, want.device)
     tolerance = PEER[np.dtype(str(want.dtype).removeprefix("torch."))]
     assert_close(*(x.detach().double().numpy() for x in (got, want)), tolerance)
@@ -121,8 +121,9 @@ def compute(loss, *arrays, **options):
     )
 
 
-# Of the losses of a few training steps with a peer's loss: its roundings, which the optimiser's division by their size magnifies.
+# Difference of the losses of a few training steps from those with a peer's loss. Optimisers divide gradients by their size, which
+# magnifies the rounding errors of small gradients.
 TRAINING = 1e-3
 
-# Relative errors of the benchmarks' rows in the Euclidean norm, naive formulas included.
+# Relative errors of the benchmarks' rows in the Euclidean norm, including naive formulas.
 ROW = {"float32": 1e-6, "float64": 1e-12, "float16": 1e-3, "bfloat16": 4e-3, "uint8 targets": 1e-6}

@@ -1,4 +1,4 @@
-// The blocks of a launch on the CPU: their threads are fibers, which are switched at barriers alone.
+// Run the blocks of a launch on the CPU. Their threads are fibers, which are switched only at barriers.
 //
 // A block runs from barrier to barrier, thread by thread, in an order that `seed` shuffles. A barrier that some threads of a block
 // do not reach is an error, as on a device.
@@ -25,7 +25,7 @@ static constexpr size_t STACK = 1 << 16;
 enum State { READY, AT_BARRIER, DONE };
 
 struct Fiber {
-    ucontext_t start;  // setting a context asks the system for the signals that it blocks: only the first time
+    ucontext_t start;  // used only to start the fiber, because switching to a context makes a system call
     jmp_buf here;
     State state;
 };
@@ -58,7 +58,7 @@ static void resume(Fiber& fiber) {
     _longjmp(fiber.here, 1);
 }
 
-// Run every thread of the block until it ends or waits; return whether they wait. They have to agree.
+// Run every thread of the block to its end or to the next barrier; return whether the threads wait. All threads have to agree.
 static bool run_to_barrier(const std::vector<unsigned int>& order) {
     size_t waiting = 0;
     for (const unsigned int k : order) {

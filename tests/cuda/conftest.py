@@ -1,4 +1,4 @@
-"""Every test of this folder runs on a device: a GPU with `-m gpu`, otherwise the stand-in for one."""
+"""Run every test of this folder on a device: a GPU with `-m gpu`, otherwise the stand-in for one."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from tests import devices
 
 @pytest.fixture(autouse=True, params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
 def cp(request, monkeypatch):
-    """CuPy, or the stand-in for it."""
+    """Return CuPy, or the stand-in for it."""
     return devices.array_module(request.param, monkeypatch)

@@ -1,7 +1,7 @@
 """A stand-in for CuPy, for machines without a GPU: arrays in the host's memory, and kernels compiled by the C++ compiler.
 
-It has what fastloss uses of CuPy, and is strict where CuPy is: its arrays are not mixed with NumPy's, and do not become them
-unless they are asked to (`get`). Whatever would make the host wait for the device is counted in `waits`.
+It has the functions of CuPy that fastloss uses, and is as strict as CuPy: its arrays do not mix with NumPy's, and are converted
+to them only by `get`. Operations that would make the host wait for the device are counted in `waits`.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from fastloss.kernel.cache import cache_folder
 
 FOLDER = Path(__file__).parent
 COMPILER = os.environ.get("CXX", "g++")
-# A load or store that is not aligned, which the CPU would forgive, ends the process. Without optimisation: with it, g++ 12 loses sums
-# where it looks for such loads, and only there.
+# Alignment is checked, because a GPU does not support unaligned loads and stores: one of them ends the process. Optimisation is off,
+# because with these checks, g++ 12 computes wrong sums under optimisation.
 FLAGS = ["-std=c++17", "-O0", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error", "-march=native", "-ffp-contract=off"]
 FLAGS += ["-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC"]
 
 waits = 0  # how often the host waited for the device
-launches: list[str] = []  # the kernels that ran, by name
-streams: list[int] = []  # and on which stream
+launches: list[str] = []  # the names of the kernels that were launched
+streams: list[int] = []  # the stream of each launch
 
 
 def wait() -> None:
-    """Note that the host waits."""
+    """Count that the host waits."""
     global waits
     waits += 1
 
@@ -50,19 +50,19 @@ class MemoryPointer:
         self.mem, self.ptr, self.device_id = mem, mem.ptr + offset, mem.device_id
 
     def copy_from_device_async(self, source: MemoryPointer, size: int) -> None:
-        """Copy."""
+        """Copy bytes from other memory of the device."""
         ctypes.memmove(self.ptr, source.ptr, size)
 
     def __add__(self, offset: int) -> MemoryPointer:
         return MemoryPointer(self.mem, self.ptr - self.mem.ptr + offset)
 
     def memset_async(self, value: int, size: int, stream: Any = None) -> None:
-        """Fill."""
+        """Fill memory with a byte."""
         ctypes.memset(self.ptr, value, size)
 
 
 class Memory:
-    """Memory that is filled with garbage, as a device's may be."""
+    """Memory filled with garbage, because memory of a device is not initialised."""
 
     def __init__(self, size: int) -> None:
         self.bytes = np.full(size + 512, 0xA5, np.uint8)
@@ -122,7 +122,7 @@ class ndarray:  # noqa: N801 (CuPy's name)
         return wrapped(getattr(ufunc, method)(*map(unwrap, inputs), **{k: unwrap(v) for k, v in kwargs.items()}))
 
     def __array_function__(self, function: Any, kinds: Any, args: Any, kwargs: Any) -> Any:
-        if kwargs.get("shape") == ():  # CuPy takes it for none
+        if kwargs.get("shape") == ():  # CuPy ignores this shape
             kwargs = {name: x for name, x in kwargs.items() if name != "shape"}
         return wrapped(function(*map(unwrap, args), **{k: unwrap(v) for k, v in kwargs.items()}))
 
@@ -149,7 +149,7 @@ class ndarray:  # noqa: N801 (CuPy's name)
     def __getitem__(self, index: Any) -> Any:
         index = unwrap(index)
         every = index if isinstance(index, tuple) else (index,)
-        part = self._host[index if any(x is Ellipsis for x in every) else (*every, ...)]  # of one element too, a view
+        part = self._host[index if any(x is Ellipsis for x in every) else (*every, ...)]  # with an ellipsis, a single element is a view too
         return wrap(part, self.data) if isinstance(part, np.ndarray) and part.base is not None else wrapped(part)
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -177,7 +177,7 @@ for _name in _OPERATORS.split():
 
 
 def view_of(address: int, shape: Any, dtype: Any, strides: Any = None) -> Any:
-    """Return a NumPy array on memory."""
+    """Return a NumPy array that views memory at an address."""
     if strides is None:
         strides = np.cumprod([dtype.itemsize, *shape[:0:-1]])[::-1].tolist() if shape else ()
     interface = {
@@ -191,14 +191,14 @@ def view_of(address: int, shape: Any, dtype: Any, strides: Any = None) -> Any:
 
 
 def wrap(host: Any, owner: Any) -> ndarray:
-    """Return a device's array that is a view of memory."""
+    """Return an array of the device that views memory of the host."""
     made = ndarray.__new__(ndarray)
     made._host, made.data = host, MemoryPointer(UnownedMemory(host.ctypes.data, host.nbytes, owner, owner.device_id), 0)
     return made
 
 
 def wrapped(result: Any) -> Any:
-    """Return a result as an array of the device."""
+    """Copy a result's arrays to the device."""
     if isinstance(result, (tuple, list)):
         return type(result)(map(wrapped, result))
     if isinstance(result, (np.ndarray, np.generic)):
@@ -218,7 +218,7 @@ def unwrap(x: Any) -> Any:
 
 
 def asarray(x: Any, dtype: Any = None) -> ndarray:
-    """Copy an array to the device, in the same order of memory."""
+    """Copy an array to the device, in the same memory order."""
     host = np.asarray(x, dtype)
     made = empty_like(wrap(host, types.SimpleNamespace(device_id=0, ptr=0)))
     made._host[...] = host
@@ -226,18 +226,18 @@ def asarray(x: Any, dtype: Any = None) -> ndarray:
 
 
 def empty_like(array: ndarray) -> ndarray:
-    """Return an array of the same shape and order."""
+    """Return an uninitialised array of the same shape, dtype and memory order."""
     like = np.empty_like(array._host)
     return ndarray(like.shape, like.dtype, strides=like.strides)
 
 
 def empty(shape: Any, dtype: Any = float) -> ndarray:
-    """Return an array."""
+    """Return an uninitialised array."""
     return ndarray(shape, dtype)
 
 
 def broadcast_to(array: ndarray, shape: tuple[int, ...]) -> ndarray:
-    """Return a view that repeats an array."""
+    """Return a view that repeats an array along broadcast axes."""
     return wrap(np.broadcast_to(array._host, shape), array.data)
 
 
@@ -263,7 +263,7 @@ class NVRTC:
         return [0]
 
     def createProgram(self, text: str, name: str, headers: Any, names: Any) -> str:  # noqa: N802
-        assert text.isascii()  # NVRTC takes nothing else
+        assert text.isascii()  # NVRTC accepts only ASCII
         return text
 
     def compileProgram(self, program: str, options: tuple[str, ...]) -> None:  # noqa: N802
@@ -280,7 +280,7 @@ nvrtc = NVRTC()
 
 
 class Module:
-    """CUDA text, compiled by the C++ compiler."""
+    """A kernel's CUDA text, compiled by the C++ compiler."""
 
     def load(self, code: bytes) -> None:
         """Load the code that NVRTC returned."""
@@ -309,7 +309,7 @@ SEEDS = itertools.count()
 
 @functools.cache
 def compiled(code: str, name: str) -> Any:
-    """Return the library of a kernel."""
+    """Compile the library of a kernel."""
     blocks()
     library = build(f'''#include "{FOLDER}/shim.h"
 {code}
@@ -322,7 +322,7 @@ extern "C" long size_of_arguments() {{ return sizeof(Arguments); }}
 
 @functools.cache
 def blocks() -> Any:
-    """Return the library that runs blocks, whose threads' numbers the kernels find in it."""
+    """Return the library that runs blocks, and defines the indices of blocks and threads for kernels."""
     return build((FOLDER / "block.cpp").read_text(), ctypes.RTLD_GLOBAL)
 
 
@@ -409,7 +409,7 @@ class Device:
         current.device = self.before
 
     def synchronize(self) -> None:
-        """Wait."""
+        """Count that the host waits."""
         wait()
 
 
@@ -430,7 +430,7 @@ class PythonFunctionAllocator:
         self.malloc_, self.free = malloc, free
 
     def malloc(self, size: int) -> MemoryPointer:
-        """Return memory."""
+        """Allocate memory by the first function."""
         return MemoryPointer(UnownedMemory(self.malloc_(size, current.device), size, None, current.device), 0)
 
 

@@ -1,6 +1,6 @@
 """Run calls of losses with NumPy arrays on a device and return NumPy arrays, so that the CPU's tests run there too.
 
-Arrays that share memory share it on the device, at the same distances and with the same alignment.
+Arrays that share memory on the host share it on the device, at the same distances and with the same alignment.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Carrier:
         self.cp, self.calls, self.is_away = cp, 0, False
 
     def carry(self, method: Any) -> Any:
-        """Return a method of losses that computes on the device."""
+        """Wrap a loss's method so that it computes on the device."""
 
         @functools.wraps(method)
         def carried(loss: Any, *args: Any, **options: Any) -> Any:
-            if self.is_away:  # a loss calls another
+            if self.is_away:  # one loss calls another
                 return method(loss, *args, **options)
             trip = Trip(self.cp, [*args, *options.values()])
             self.calls, self.is_away = self.calls + 1, True
@@ -55,7 +55,7 @@ def methods() -> Iterator[tuple[type, str]]:
 
 
 class Trip:
-    """The arrays of one call, on both sides."""
+    """The arrays of one call, on the host and on the device."""
 
     def __init__(self, cp: Any, values: list[Any]) -> None:
         self.cp, self.pairs = cp, list[Any]()
@@ -68,13 +68,13 @@ class Trip:
             self.blocks.append((start, stop, memory))
 
     def copy(self, there: int, here: int, size: int, to_device: bool) -> None:
-        """Copy bytes."""
+        """Copy bytes to the device or back."""
         runtime = self.cp.cuda.runtime
-        first, second, way = (there, here, 1) if to_device else (here, there, 2)  # cudaMemcpyHostToDevice, DeviceToHost
+        first, second, way = (there, here, 1) if to_device else (here, there, 2)  # 1: cudaMemcpyHostToDevice, 2: cudaMemcpyDeviceToHost
         runtime.memcpy(first, second, size, way)
 
     def there(self, x: Any) -> Any:
-        """Return an array on the device, anything else as it is."""
+        """Return an argument with its arrays on the device."""
         if isinstance(x, tuple) or (isinstance(x, list) and any(isinstance(item, np.ndarray) for item in x)):
             return type(x)(map(self.there, x))
         if not isinstance(x, (np.ndarray, np.generic)) or isinstance(x, (np.floating, np.integer)):

@@ -1,4 +1,5 @@
-// What a C++ compiler needs to take a kernel of fastloss/cuda for a function of the CPU. No header: hundreds of kernels are compiled.
+// Definitions with which a C++ compiler compiles a kernel of fastloss/cuda for the CPU. They include no other header, because hundreds
+// of kernels are compiled.
 
 #define __device__
 #define __global__
@@ -20,7 +21,7 @@ struct Index {
     unsigned int x;
 };
 
-// of block.cpp
+// defined in block.cpp
 extern "C" Index threadIdx, blockIdx, gridDim;
 extern "C" void __syncthreads();
 

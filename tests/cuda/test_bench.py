@@ -19,7 +19,7 @@ CASES = sorted((case for case in SIZED if case.is_possible), key=str)
 
 @pytest.fixture
 def record(cp, monkeypatch):
-    monkeypatch.setitem(cases.SIZES, "mnist", (4, 3, 14, 13))  # fibers take their time
+    monkeypatch.setitem(cases.SIZES, "mnist", (4, 3, 14, 13))  # fibers are slow
     return Record(gpu.description(), lambda line: None)
 
 
@@ -46,7 +46,7 @@ def test_a_wrong_row_is_left_out(record, monkeypatch):
     assert any(line.startswith("CuPy, naive is left out of") and "its result is off by" in line for line in record.content["left_out"])
 
 
-def test_the_command_measures_the_others_where_a_case_fails(record, monkeypatch, tmp_path, capsys):
+def test_a_case_that_fails_is_left_out_and_the_others_are_measured(record, monkeypatch, tmp_path, capsys):
     ours = gpu.OnDevice.ours
     monkeypatch.setattr(gpu.OnDevice, "ours", lambda self: ours(self) if self.case.loss == MSE else 1 / 0)
     monkeypatch.setattr(gpu, "cases", lambda: [Case(loss, size="1Ki") for loss in (BCE, MSE, "l1_loss")])
@@ -60,14 +60,14 @@ def test_the_command_measures_the_others_where_a_case_fails(record, monkeypatch,
     assert re.search(r"fastloss, out= +[\d.]+ us +[\d.]+ x the limit", output)
 
 
-def test_a_folder_that_is_not_there_is_refused_before_anything_is_measured(cp, tmp_path, capsys):
+def test_a_missing_folder_is_an_error_before_anything_is_measured(cp, tmp_path, capsys):
     for arguments in (["--json", f"{tmp_path}/no/gpu.json"], ["--png", f"{tmp_path}/no"]):
         with pytest.raises(SystemExit):
             gpu.main(arguments)
         assert f"the folder {tmp_path}/no does not exist" in capsys.readouterr().err
 
 
-def test_tables_and_pictures_of_a_file(record, tmp_path):
+def test_tables_and_pictures_of_saved_results(record, tmp_path):
     console = pytest.importorskip("rich.console").Console(record=True, width=140)
     from bench import goals, machine, pictures, report
     from bench.results import load
@@ -75,7 +75,7 @@ def test_tables_and_pictures_of_a_file(record, tmp_path):
     for case in (Case(size="mnist"), Case("mse_loss", size="mnist")):
         gpu.run(record, case, rounds=2)
     for entry in record.content["cases"]:
-        entry["size"] = "huge"  # as they would be measured on a GPU
+        entry["size"] = "huge"  # the size that a GPU is measured with
     path = tmp_path / "gpu.json"
     record.save(path)
     results = load(path)

@@ -61,7 +61,7 @@ def test_the_host_never_waits(cp, rng):
 
 
 @asks_the_stand_in
-def test_one_launch_a_pass(cp, rng):
+def test_each_pass_is_one_launch(cp, rng):
     _, _, z, t = batch(cp, rng, (4, 3, 50_000))
     del cp.launches[:]
     LOGISTIC.value_and_grad(z, t)
@@ -144,14 +144,14 @@ def test_many_samples_and_few_of_many_ranges(cp, rng):
         np.testing.assert_array_equal(grad.get(), want_grad)
 
 
-def test_a_bad_target_is_told_later(cp, rng):
+def test_errors_of_targets_are_deferred(cp, rng):
     _, b, z, t = batch(cp, rng, (3, 40, 50))
     t[1, 2, 3] = 7.0
     t[2, 0, 0] = -1.0
     LOGISTIC(z, t, validate="defer")
     with pytest.raises(ValueError, match=r"^target\[1, 2, 3\] is 7.0; accepted: targets in \[0, 1\] \(found on the GPU, by an earlier"):
         fl.raise_deferred()
-    fl.raise_deferred()  # once
+    fl.raise_deferred()  # raises each error only once
     LOGISTIC(z, cp.asarray(b), validate=True)
     fl.raise_deferred()
     probabilities = cp.asarray(b)
@@ -161,7 +161,7 @@ def test_a_bad_target_is_told_later(cp, rng):
         fl.raise_deferred()
 
 
-def test_a_bad_target_of_dice_and_of_images(cp, rng):
+def test_deferred_errors_of_dice_and_vae_losses(cp, rng):
     _, b, z, _ = batch(cp, rng, (2, 3, 5, 7))
     b[1, 2, 0, 3] = np.nan
     t = cp.asarray(b)
@@ -174,14 +174,14 @@ def test_a_bad_target_of_dice_and_of_images(cp, rng):
         fl.raise_deferred()
 
 
-def test_a_number_alone(cp):
+def test_zero_dimensional_arrays(cp):
     z, t = cp.zeros((), np.float32), cp.full((), 1.0, np.float32)
     value, grad = fl.dice_with_logits_loss.value_and_grad(z, t, per_channel=False, per_sample=False)
     assert_close(value.get(), 0.2, SUM[np.dtype(np.float64)])
     assert_close(grad.get(), -0.12, SUM[z.dtype])
 
 
-def test_gradients_lie_as_their_arrays_do(cp, rng):
+def test_gradients_have_the_strides_of_the_input(cp, rng):
     _, _, z, t = batch(cp, rng, (4, 5, 6, 7))
     order = (1, 3, 0, 2)
     grad = LOGISTIC.grad(z.transpose(order), t.transpose(order))
@@ -210,7 +210,7 @@ def test_a_scaled_target_is_shown_as_it_is_stored(cp):
         fl.raise_deferred()
 
 
-def test_the_next_call_that_validates_tells(cp):
+def test_the_next_validated_call_raises_a_deferred_error(cp):
     zeros = cp.zeros(3, np.float32)
     LOGISTIC(zeros, cp.asarray(np.array([0.0, 5.0, 0.0])), validate=True)
     cp.cuda.runtime.deviceSynchronize()
@@ -218,7 +218,7 @@ def test_the_next_call_that_validates_tells(cp):
         LOGISTIC(zeros, zeros, validate=True)
 
 
-def test_what_is_not_on_the_device(cp):
+def test_arrays_of_host_and_device_do_not_mix(cp):
     z, host = cp.zeros((2, 3), np.float32), np.zeros((2, 3), np.float32)
     with pytest.raises(TypeError, match=r"target is a numpy.ndarray, but the input is a cupy.ndarray; accepted: cupy.ndarray"):
         fl.mse_loss(z, host)
@@ -244,7 +244,7 @@ def test_another_device_than_the_current_one(cp):
 
 
 @asks_the_stand_in
-def test_no_memory_left(cp, monkeypatch, rng):
+def test_out_of_memory(cp, monkeypatch, rng):
     _, _, z, t = batch(cp, rng, 100)
     del cp.launches[:]
     monkeypatch.setattr(cp.current, "is_full", True)
@@ -289,7 +289,7 @@ def test_threads_with_default_streams_of_their_own_share_no_workspace(cp):
 
 
 @asks_the_stand_in
-def test_workspaces_are_small_and_not_kept_for_ever(cp, rng):
+def test_workspaces_are_small_and_few(cp, rng):
     from fastloss.cuda import workspace as device
 
     _, _, z, t = batch(cp, rng, 10)
@@ -300,7 +300,7 @@ def test_workspaces_are_small_and_not_kept_for_ever(cp, rng):
     assert device.PARTIALS <= 256 << 10
 
 
-def test_cupy_is_not_imported_for_others():
+def test_calls_with_numpy_arrays_do_not_import_cupy():
     from tests.test_process import run_python
 
     assert (
@@ -310,7 +310,7 @@ def test_cupy_is_not_imported_for_others():
 
 
 @pytest.mark.parametrize("name", ["scale", "ignored", "double", "template", "PACK", "NONE", "linear", "v0", "δ"])
-def test_parameters_may_be_called_anything(cp, rng, name):
+def test_parameters_may_have_any_name(cp, rng, name):
     code = f"def größe(z, t, {name}=1.0):\n    return {name} * (z - t) * (z - t), 2.0 * {name} * (z - t)"
     scope: dict = {}
     exec(code, scope)
@@ -324,7 +324,7 @@ def test_parameters_may_be_called_anything(cp, rng, name):
         np.testing.assert_array_equal(got[1].get(), want[1])
 
 
-def test_what_multiplies_the_gradient_may_be_overwritten_by_it(cp, rng):
+def test_out_may_overwrite_grad_output(cp, rng):
     a, b, z, t = batch(cp, rng, (4, 3000))
     want = fl.mse_loss.grad(a, b, reduction="sample_sum", grad_output=a[:, 0])
     np.testing.assert_array_equal(fl.mse_loss.grad(z, t, reduction="sample_sum", grad_output=z[:, 0], out=z).get(), want)
@@ -334,7 +334,7 @@ def test_what_multiplies_the_gradient_may_be_overwritten_by_it(cp, rng):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none", "sample_mean", "sample_sum", "batchmean"])
-def test_a_number_of_the_device_multiplies_any_gradient(cp, rng, reduction):
+def test_grad_output_may_be_a_number_on_the_device(cp, rng, reduction):
     a, b, z, t = batch(cp, rng, (4, 3, 5))
     upstream = cp.asarray(np.float16(2.5))
     for loss in (fl.mse_loss, fl.dice_with_logits_loss):
@@ -342,7 +342,7 @@ def test_a_number_of_the_device_multiplies_any_gradient(cp, rng, reduction):
         assert_close(loss.grad(z, t, reduction=reduction, grad_output=upstream).get(), want, PEER[a.dtype])
 
 
-def test_elements_that_a_device_cannot_load(cp):
+def test_arrays_that_are_not_aligned_are_refused(cp):
     bytes_of = cp.zeros(64, np.uint8)
     odd = cp.ndarray((6,), np.float32, bytes_of.data + 1)
     with pytest.raises(
@@ -355,7 +355,7 @@ def test_elements_that_a_device_cannot_load(cp):
 
 
 @pytest.mark.parametrize("largest", [np.int64(2**63 - 1), np.uint64(2**64 - 1), np.int64(-(2**63)), np.uint8(255)])
-def test_a_bad_integer_of_any_size_is_told(cp, largest):
+def test_errors_show_integer_targets_exactly(cp, largest):
     t = np.zeros(5, largest.dtype)
     t[3] = largest
     LOGISTIC(cp.zeros(5, np.float32), cp.asarray(t), validate=True)
@@ -363,7 +363,7 @@ def test_a_bad_integer_of_any_size_is_told(cp, largest):
         fl.raise_deferred()
 
 
-def test_a_bad_element_of_overlapping_windows_exists(cp):
+def test_errors_of_overlapping_windows_name_an_existing_element(cp):
     memory = cp.zeros(9, np.float32)
     memory[6] = 2.0
     windows = cp.ndarray((4, 5), np.float32, memory.data, (4, 4))
@@ -373,7 +373,7 @@ def test_a_bad_element_of_overlapping_windows_exists(cp):
 
 
 @asks_the_stand_in
-def test_subnormal_numbers_are_kept(cp):
+def test_subnormal_numbers_are_not_flushed_to_zero(cp):
     from fastloss.cuda import compile as compiler
 
     compiler.compiled("", "sm_0")
@@ -382,7 +382,7 @@ def test_subnormal_numbers_are_kept(cp):
 
 
 @asks_the_stand_in
-@pytest.mark.skipif(sys.platform != "linux", reason="forbids a page by Linux's mprotect")
+@pytest.mark.skipif(sys.platform != "linux", reason="protects a page by Linux's mprotect")
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint8])
 def test_no_memory_behind_an_array_is_accessed(cp, rng, dtype):
     """The arrays end where a page does, and the next one is forbidden: a wrong address ends the process."""
@@ -391,7 +391,7 @@ def test_no_memory_behind_an_array_is_accessed(cp, rng, dtype):
     for k, page in enumerate(pages):
         address = ctypes.addressof(ctypes.c_char.from_buffer(page)) + mmap.PAGESIZE
         assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), mmap.PAGESIZE, 0) == 0
-        kind = np.dtype(np.float32 if dtype is np.uint8 and k != 1 else dtype)  # targets alone are whole numbers
+        kind = np.dtype(np.float32 if dtype is np.uint8 and k != 1 else dtype)  # only targets may be integers
         memory = cp.cuda.UnownedMemory(address - size * kind.itemsize, size * kind.itemsize, page, 0)
         arrays.append(cp.ndarray((size,), kind, cp.cuda.MemoryPointer(memory, 0)))
     a, b, z, t = batch(cp, rng, size, arrays[0].dtype, arrays[1].dtype)
@@ -408,14 +408,14 @@ def test_ties_are_rounded_to_even(cp, dtype):
     np.testing.assert_array_equal(grad.astype(np.float32), 2 * (1 + place * 2 * np.repeat(np.arange(33), 2)[1:65]))
 
 
-def test_a_nan_whose_bits_are_all_low_stays_one(cp):
+def test_a_nan_with_only_low_bits_is_rounded_to_nan(cp):
     loss = fl.elementwise_loss(lambda z, t: (t, t))
     t = np.array([0x7F800001, 0xFF800001], np.uint32).view(np.float32)
     for dtype in (np.float16, ml_dtypes.bfloat16):
         assert np.isnan(loss(cp.asarray(np.zeros(2, dtype)), cp.asarray(t), reduction="none").get().astype(np.float32)).all()
 
 
-def test_a_mixed_batch_is_refused(cp, rng):
+def test_latents_and_images_on_different_devices_are_refused(cp, rng):
     a, b, z, t = batch(cp, rng, (4, 3))
     with pytest.raises(TypeError, match=r"mu is a cupy.ndarray; accepted: numpy.ndarray"):
         fl.vae_loss(a, b, z, t)

@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def code_of(name):
-    """Return an example's code behind its docstring, without its imports."""
+    """Return the lines of an example's code after its docstring, without imports."""
     text = (EXAMPLES / name).read_text().split('"""')[2]
     return [line for line in text.splitlines() if not line.startswith("import")]
 

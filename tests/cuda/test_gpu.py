@@ -15,7 +15,7 @@ SPIN = """extern "C" __global__ void spin(const long long cycles) {
 }"""
 
 
-pytestmark = pytest.mark.only_on("gpu", reason="captures graphs, overlaps streams, fills memory")
+pytestmark = pytest.mark.only_on("gpu", reason="needs captured graphs, concurrent streams or much memory")
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def batch(cp, rng):
 def test_captured_and_replayed(cp, batch, rng, options):
     _, t, x, u = batch
     options = {**options, "mask": cp.asarray(rng.random(x.shape) < 0.5)} if "mask" in options else options
-    LOGISTIC.value_and_grad(x, u, **options)  # compiled now
+    LOGISTIC.value_and_grad(x, u, **options)  # compile the kernel now
     stream = cp.cuda.Stream(non_blocking=True)
     cp.cuda.runtime.deviceSynchronize()
     with stream:
@@ -37,7 +37,7 @@ def test_captured_and_replayed(cp, batch, rng, options):
         graph = stream.end_capture()
     for _ in range(3):
         x[...] = cp.asarray(rng.standard_normal(t.shape).astype(np.float32))
-        scratch = [cp.full(50_000, 7.0) for _ in range(20)]  # what takes memory that is free
+        scratch = [cp.full(50_000, 7.0) for _ in range(20)]  # overwrites free memory, in case the graph uses it
         graph.launch(stream=cp.cuda.Stream.null)
         want, want_grad = LOGISTIC.value_and_grad(x, u, **options)
         np.testing.assert_array_equal(value.get(), want.get())
@@ -71,7 +71,7 @@ def test_a_call_does_not_wait(cp, batch):
         lambda: fl.vae_loss.value_and_grad(x, u, x[:, 0, 0], u[:, 0, 0]),
     ]
     for call in calls:
-        call()  # compiled now
+        call()  # compile the kernel now
         cp.cuda.runtime.deviceSynchronize()
         spin((1,), (1,), (10**9,))  # about half a second
         call()
@@ -81,7 +81,7 @@ def test_a_call_does_not_wait(cp, batch):
         event.synchronize()
 
 
-def test_the_same_bits_in_every_run(cp, batch):
+def test_results_are_bit_identical_in_every_call(cp, batch):
     _, _, x, u = batch
     found = {tuple(float(v) for v in (LOGISTIC(x, u).get(), fl.mse_loss(x, u, reduction="sum").get())) for _ in range(50)}
     assert len(found) == 1
@@ -116,9 +116,9 @@ def test_more_than_2_to_the_31_elements(cp):
     assert float(grad[0].get()) == float(one[1][0])
 
 
-def test_the_next_device_if_there_is_one(cp, batch):
+def test_a_second_device(cp, batch):
     if cp.cuda.runtime.getDeviceCount() < 2:
-        pytest.skip("there is one device")
+        pytest.skip("needs a second device")
     _, _, x, u = batch
     want = LOGISTIC(x, u).get()
     with cp.cuda.Device(1):
@@ -127,7 +127,7 @@ def test_the_next_device_if_there_is_one(cp, batch):
             LOGISTIC(x, u)
 
 
-def test_a_graph_of_pytorch(cp, batch):
+def test_captured_by_a_graph_of_pytorch(cp, batch):
     torch = pytest.importorskip("torch")
     z, t = (torch.from_numpy(x).cuda() for x in batch[:2])
     leaf = z.clone().requires_grad_()

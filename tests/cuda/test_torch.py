@@ -68,7 +68,7 @@ def close(got, want, dtype=None):
 
 
 def on_host(monkeypatch, compute):
-    """Compute without a device."""
+    """Compute without the patches of `device`."""
     with monkeypatch.context() as patched:
         for module in ASK_WHERE_TENSORS_ARE:
             patched.setattr(module, "is_on_gpu", lambda x: x.is_cuda)
@@ -107,7 +107,7 @@ def test_other_dtypes(device, monkeypatch, dtype):
 
 @pytest.mark.parametrize("retain_graph", [False, True])
 @pytest.mark.parametrize("factor", [1.0, 3.0])
-def test_what_comes_down_the_chain(cp, device, factor, retain_graph):
+def test_upstream_gradients(cp, device, factor, retain_graph):
     (z,), (_, t) = on(device, operands("")[0]), operands("")
     t = t.to(device)
     value = BCE(z, t)
@@ -201,7 +201,7 @@ def test_layouts(device):
     assert torch.isnan(fl.mse_loss(z[:0], t[:0]))
 
 
-def test_a_bad_target_is_told_later(device):
+def test_errors_of_targets_are_deferred(device):
     z, t = (x.to(device) for x in operands(""))
     t[1, 2, 3, 4] = 2.0
     BCE(z.requires_grad_(), t, validate=True).backward()

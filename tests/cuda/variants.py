@@ -1,6 +1,6 @@
 """Compile every kind of kernel with NVRTC for one architecture: `python -m tests.cuda.variants 90` prints their resources.
 
-No GPU and no driver is needed. A process of its own, because here CuPy is CuPy, and not what stands in for it.
+Needs neither a GPU nor a driver. Tests run it in a process of its own, because it imports CuPy itself and not the stand-in for it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LOGISTIC = fl.binary_cross_entropy_with_logits
 
 
 def array(dtype: str, shape: tuple[int, ...] = SHAPE) -> Any:
-    """Return an array that is never read."""
+    """Return an uninitialised array, for kernels that are compiled and not launched."""
     if dtype == "bfloat16":
         from ml_dtypes import bfloat16
 
@@ -58,7 +58,7 @@ def launch(
 
 
 def launches() -> Iterator[tuple[str, Launch]]:
-    """Yield every kind of launch, with a name."""
+    """Yield every kind of launch with a name."""
     single, double = (array(dtype) for dtype in ("float32", "float64"))
     for name, loss in ((case.name, case.loss) for case in LOSSES.values() if case.sums_elements):
         one = loss.definition or loss._definition
@@ -80,7 +80,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
 
 
 def options(one: Any) -> Iterator[tuple[str, Launch]]:
-    """Yield every option, and every way through memory."""
+    """Yield launches with every option and every memory layout."""
     z, images, channel = array("float32"), array("uint8"), array("float32", (3, 1, 1))
     value_and_slope: dict[str, Any] = {"summed": ("value",), "wanted": ("slope",)}
     yield "weight", launch(one, z, z, **value_and_slope, weight=z)
@@ -121,7 +121,7 @@ def texts() -> Iterator[tuple[str, str, str]]:
 
 
 def resources(code: bytes) -> dict[str, int]:
-    """Return a kernel's registers, and the bytes of its stack, where registers are spilled to."""
+    """Return a kernel's registers, and the bytes of its stack (for spilled registers) and of its local and shared memory."""
     tool = next(file.locate() for file in files("nvidia-cuda-cuobjdump") or [] if file.name == "cuobjdump")
     Path(tool).chmod(0o755)
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +133,7 @@ def resources(code: bytes) -> dict[str, int]:
 
 
 def main() -> None:
-    """Compile all, and print a line each."""
+    """Compile every kernel, and print a line for each."""
     for what, text, name in texts():
         start = time.perf_counter()
         code = compiled(text, f"sm_{sys.argv[1]}")
