@@ -181,7 +181,7 @@ def rivals(measured: Measured) -> list[tuple[Timing, Timing]]:
 
 
 def ways(results: Results) -> Table:
-    """Return what buffers save, and what dtypes, layouts and options cost."""
+    """Return the cost of buffers, dtypes, layouts and options."""
     headings = ["", "with out=", "fresh gradient / out=", "in place / out=", "out= / plain"]
     table = Table("Cost of buffers, dtypes, layouts and options", headings)
     table.note = "Ratios of times. Plain: float32, contiguous, without an option."
@@ -227,7 +227,7 @@ def aims(results: Results, met: bool) -> Table:
 
 
 def changes(found: list[Change]) -> Table:
-    """Return what changed beyond the noise."""
+    """Return the changes that exceed the noise."""
     table = Table("Changed beyond the noise", ["", "new / old", "interval, also over the limit", ""])
     for change in sorted(found, key=lambda c: -c.ratio):
         if change.verdict != "same":

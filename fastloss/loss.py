@@ -1,4 +1,4 @@
-"""`Loss`, which every elementwise loss is an instance of, and `elementwise_loss`, which makes one from a formula."""
+"""`Loss`, the class of elementwise losses; `TargetLoss`, for quantities of the target; `elementwise_loss`, which makes a loss."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ from fastloss.core.plan import Array
 from fastloss.formula import OPTIONS, Formula
 
 _OPTIONS = ("weight", "reduction", *OPTIONS)
+_TARGET = {"target": "Any shape and strides; float16, bfloat16 (`ml_dtypes`), float32, float64, bool, or integers of 8 to 64 bits."}
+_TARGET_OPTIONS = {
+    "weight": "array that broadcasts against `target`. It multiplies the value; a mean still divides by the number of elements.",
+    "mask": "bool array that broadcasts against `target`. Elements where it is False do not count, also in the number that a mean "
+    "divides by.",
+    "out": 'array for the values, with reduction "none". It may not overlap any other array.',
+}
+_TARGET_RETURNS = "A float64 number, or an array for the reductions that keep an axis."
 VALUE, SLOPE, CURVATURE = ("value",), ("slope",), ("curvature",)
 
 
@@ -53,14 +61,11 @@ class Loss(AbstractLoss):
         self.__signature__ = signature(self.operands, reduction, {**formula.defaults, **OPTIONS})
         self.register(self.definition)
 
-    def complete_doc(self, options: Iterable[str], example: str) -> str:
+    def complete_doc(self, options: Iterable[str], example: str, **texts: Any) -> str:
         """Return the formula's docstring with the options, errors and an example call, in which {} stands for the loss."""
         name = f"fastloss.{self.__name__}" if self.is_own else self.__name__
         doc = self.definition.formula.function.__doc__
-        return complete(doc, options, example.format(name), self.definition.probabilities)
-
-    def __repr__(self) -> str:
-        return f"<loss {self.__name__}{self.__signature__}>"
+        return complete(doc, options, example.format(name), self.definition.probabilities, **texts)
 
     def __call__(self, input: Any, target: Any, weight: Any = None, reduction: str | None = None, **options: Any) -> Any:
         """Return the loss: a float64 number, one number for each sample, or with reduction "none" an array of the input's dtype."""
@@ -104,7 +109,7 @@ class Loss(AbstractLoss):
             raise NotImplementedError(f"{self.__name__} has no {quantity}: its formula returns ({', '.join(names)})")
 
     def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
-        """Compute what the arguments ask for in one pass."""
+        """Compute the requested quantities in one pass."""
         outcome: tuple[Any, list[Any]] = call(self.definition, arguments).compute()
         return outcome
 
@@ -116,7 +121,7 @@ class TargetLoss:
         self._loss = loss
         functools.update_wrapper(self, loss, updated=())
         options = [name for name in _OPTIONS if name != "grad_output"]
-        self.__doc__ = loss.complete_doc(options, "value = {}(target)")
+        self.__doc__ = loss.complete_doc(options, "value = {}(target)", operands=_TARGET, own=_TARGET_OPTIONS, returns=_TARGET_RETURNS)
         parameters = list(loss.__signature__.parameters.values())[1:]
         self.__signature__ = inspect.Signature([p for p in parameters if p.name != "grad_output"])
 
@@ -154,7 +159,7 @@ def elementwise_loss(
             return delta * delta * (v - 1.0), delta * d / v
 
     The first two arguments are an element of the input and an element of the target. The slope is the derivative of the value by the
-    input, the curvature the second derivative. If the target is to have a gradient too, the formula returns six quantities:
+    input, the curvature the second derivative. If the target has a gradient too, the formula returns six quantities:
     (value, slope, curvature, target_slope, cross_curvature, target_curvature), the last three being the derivatives by the target,
     by both, and twice by the target.
 

@@ -14,7 +14,7 @@ from fastloss.core.call import Arguments
 from fastloss.core.checks import count_group_axes
 from fastloss.core.definition import INPUT_AND_TARGET, Definition
 
-LOSSES: dict[str, AbstractLoss] = {}  # by key
+REGISTER: dict[str, AbstractLoss] = {}  # by key
 
 
 class AbstractLoss:
@@ -27,7 +27,11 @@ class AbstractLoss:
     settings: Mapping[str, Any] = {}  # defaults of the options that are not parameters of a formula
     definition: Definition | None = None  # None if the loss is not computed in one pass over input and target
     gradients = 1  # number of operands that have a gradient; a single gradient may overwrite the input
-    key: str  # the key of the loss in LOSSES
+    __signature__: inspect.Signature
+    key: str  # the key of the loss in REGISTER
+
+    def __repr__(self) -> str:
+        return f"<loss {self.__name__}{self.__signature__}>"
 
     def __reduce__(self) -> str:
         return self.__qualname__
@@ -47,7 +51,7 @@ class AbstractLoss:
         text = repr([(d.formula.text, d.bounds, d.probabilities) for d in definitions])
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.key = self.__qualname__ if self.is_own else f"{self.__module__ or ''}.{self.__qualname__} {digest}"
-        LOSSES[self.key] = self
+        REGISTER[self.key] = self
 
     def writes_value(self, reduction: str) -> bool:
         """Whether a pass writes the value of every element to an array instead of summing the values."""

@@ -26,7 +26,7 @@ from fastloss.core.definition import INPUT_AND_TARGET, Definition, operand_of
 from fastloss.core.dtypes import is_float
 
 ANY_NUMBER = (-math.inf, math.inf)
-layout_of = attrgetter("dtype", "shape", "strides")
+get_layout = attrgetter("dtype", "shape", "strides")
 
 
 class Arguments(NamedTuple):
@@ -204,7 +204,7 @@ class Call:
         A cached launch is looked up by this tuple, which takes less time than making a `Request` would. `arrays` holds the
         arrays to read, followed by the outputs.
         """
-        layouts = tuple(map(layout_of, arrays))
+        layouts = tuple(map(get_layout, arrays))
         checked = self.loss.probabilities if validate else ()
         names, numbers = self.names, tuple(self.numbers)
         return self.loss.formula, self.shape, self.group_axes, summed, checked, wanted, self.parameters, numbers, names, layouts

@@ -10,13 +10,13 @@ WIDTH = 100  # characters a line
 
 OPERANDS = {
     "input": "Any shape and strides; float16, bfloat16 (`ml_dtypes`), float32 or float64.",
-    "target": "The input's shape; these dtypes, bool, or integers of 8 to 64 bits.",
+    "target": "The shape of the input; these dtypes, bool, or integers of 8 to 64 bits.",
 }
 OPTIONS = {
-    "weight": "array that broadcasts against the input. It multiplies value and gradient; a mean still divides by the number of elements.",
+    "weight": "array that broadcasts against `{first}`. It multiplies value and gradient; a mean still divides by the number of elements.",
     "reduction": '"mean", "sum", "none" (an array of values), "batchmean" (the sum divided by the length of the first axis), '
     '"sample_mean" or "sample_sum" (one number for each entry of the first axis).',
-    "mask": "bool array that broadcasts against the input. Elements where it is False have gradient 0 and do not count, "
+    "mask": "bool array that broadcasts against `{first}`. Elements where it is False have gradient 0 and do not count, "
     "also in the number that a mean divides by.",
     "ignore_index": "target value whose elements are excluded as if by `mask`.",
     "target_scale": "number that multiplies integer targets, such as 1/255 for uint8 images.",
@@ -48,18 +48,17 @@ def complete(
     own: Mapping[str, str] | None = None,
     returns: str = RETURNS,
 ) -> str:
-    """Add to a loss's docstring what it shares with other losses.
+    """Complete a loss's docstring with the parts that losses share.
 
     The text of an operand is appended to its line under "Args". Options follow the arguments that are there, each with its text
     from OPTIONS or from `own`. "Returns", "Raises" and "Example" go before "Source".
     """
-    validate = OPTIONS["validate"].format(probabilities=" or ".join(probabilities)) if probabilities else NOT_VALIDATED
-    texts = OPTIONS | {"validate": validate} | dict(own or {})
-    named = [name for name in options if name in texts and (name != "validate" or probabilities or not own)]
+    named = {"first": next(iter(operands)), "probabilities": " or ".join(probabilities)}
+    texts = OPTIONS | ({} if probabilities else {"validate": NOT_VALIDATED}) | dict(own or {})
     body, _, source = inspect.cleandoc(doc or "").partition("\nSource:")
     body, _, arguments = body.partition("\nArgs:\n")
     lines = [line if line.startswith("     ") else _with_operand(line, operands) for line in arguments.rstrip().splitlines()]
-    lines += [_item(name, texts[name]) for name in named]
+    lines += [_item(name, texts[name].format_map(named)) for name in options]
     sections = [
         f"{body.rstrip()}\n\nArgs:\n" + "\n".join(lines),
         "Returns:\n" + textwrap.indent(textwrap.fill(returns, WIDTH - 4), "    "),

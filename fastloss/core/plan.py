@@ -1,4 +1,4 @@
-"""`Plan`: what one pass over memory computes, and in which order it visits the elements.
+"""`Plan`: the quantities that one pass over memory computes, and the order in which it visits the elements.
 
 Making a plan reads no element. All errors that can be found without reading elements are raised here, before any output is
 written.

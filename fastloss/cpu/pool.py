@@ -85,7 +85,7 @@ class Affinity:
     """The set of CPUs that a worker may run on, without the CPU of the caller."""
 
     def __init__(self) -> None:
-        self.given: set[int] = set()  # CPUs that the thread may run on, apart from what `leave` has set
+        self.given: set[int] = set()  # CPUs that the thread may run on, before `leave` removes one
         self.last_set: set[int] = set()  # CPUs that `leave` has set last
 
     def leave(self, cpu: int) -> None:

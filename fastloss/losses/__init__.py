@@ -1,5 +1,5 @@
-"""The mathematics: one formula for each loss, which knows nothing of arrays, devices or threads.
+"""The losses, with a module for each family. Their formulas compute one element and know nothing of arrays, devices or threads.
 
-A family of losses is a module, whose `__all__` names them. Each formula becomes a loss where it stands, by the decorator that users
-have too, and enters the table of losses (`table.py`).
+The `__all__` of a module names its losses. Decorators make each formula a loss (for elementwise losses the public
+`elementwise_loss`) and enter the loss into the table of losses (`table.py`).
 """

@@ -1,4 +1,4 @@
-"""The divergence of a variational autoencoder's latent Gaussians from the standard one."""
+"""The divergence of a variational autoencoder's latent distributions from the standard normal distribution."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _EXP_35 = math.exp(35.0)  # an eighth of an ulp off, in float32 and in float64
 class LatentLoss(AbstractLoss):
     """A loss of two arrays, mu and logvar, with gradients to both. Its methods are those of a `Loss`.
 
-    Where a `Loss` returns or takes one gradient, this takes and returns a pair: `grad`, `curvature`, and `out`.
+    `grad` and `curvature` return a pair of arrays, and `out` takes a pair.
     """
 
     operands = ("mu", "logvar")
@@ -53,9 +53,6 @@ class LatentLoss(AbstractLoss):
         self.__doc__ = complete(function.__doc__, ("weight", "reduction", *_OPTIONS), example, (), _OPERANDS, {"out": _OUT}, _RETURNS)
         self.__signature__ = signature(self.operands, "mean", dict.fromkeys(_OPTIONS))
         self.register(self._definition)
-
-    def __repr__(self) -> str:
-        return f"<loss {self.__name__}>"
 
     def __call__(self, mu: Any, logvar: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Any:
         """Return the loss: a float64 number, one number for each sample, or with reduction "none" an array of mu's dtype."""
@@ -87,7 +84,7 @@ class LatentLoss(AbstractLoss):
         return curvatures[0], curvatures[1]
 
     def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
-        """Compute what the arguments ask for in one pass."""
+        """Compute the requested quantities in one pass."""
         mu, logvar = call.as_array("mu", arguments.first), call.as_array("logvar", arguments.second)
         check_shapes("mu", mu.shape, "logvar", logvar.shape)
         check_dtype("mu", mu.dtype)
@@ -106,7 +103,7 @@ class LatentLoss(AbstractLoss):
 )  # fmt: skip
 @LatentLoss
 def gaussian_kl_loss(mu: Any, logvar: Any) -> Any:
-    """Kullback-Leibler divergence of the normal distributions N(mu, exp(logvar)) from the standard one, N(0, 1).
+    """Kullback-Leibler divergence of the normal distributions N(mu, exp(logvar)) from N(0, 1).
 
     Per element:
 
@@ -124,7 +121,7 @@ def gaussian_kl_loss(mu: Any, logvar: Any) -> Any:
     Source: Kullback and Leibler, "On Information and Sufficiency", 1951; Kingma and Welling, "Auto-Encoding Variational
         Bayes", 2013, appendix B.
     """
-    # far out exp(logvar) overflows where its half does not; logvar - 35 is exact there, and e**35 almost
+    # exp(logvar) may overflow where its half does not; for such logvar, logvar - 35 is exact, and e**35 almost
     far = logvar > 80.0
     half_exp = exp(where(far, logvar - 35.0, logvar)) * where(far, 0.5 * _EXP_35, 0.5)
     near = (logvar > -1.0) & (logvar < 1.75)

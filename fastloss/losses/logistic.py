@@ -1,10 +1,10 @@
-"""Losses of a logit `z`, squashed by a sigmoid inside, against a target `t` in [0, 1].
+"""Losses between a target `t` in [0, 1] and a probability, which most of them compute as the sigmoid of a logit `z`.
 
 With e = exp(-|z|) and s = e / (1 + e) = sigmoid(-|z|), let
 
     wrong = 1 - t  if z > 0  else  t
 
-be the probability mass that the target puts on the side that the logit argues against. Then
+be the probability that the target gives to the class that the logit makes the less likely one. Then
 
     sigmoid(z) - t = sign(z) (wrong - s)
 
@@ -52,7 +52,7 @@ def times(magnitude: Any, wrong: Any) -> Any:
     return where(wrong == 0.0, 0.0, magnitude * wrong)
 
 
-def _minus(x: Any, log_x: Any) -> Any:
+def _minus_x_log_x(x: Any, log_x: Any) -> Any:
     """Return -x log x, which is 0 at x = 0."""
     return where(x == 0.0, 0.0, -x * log_x)
 
@@ -68,10 +68,10 @@ def binary_cross_entropy_with_logits(z: Any, t: Any, pos_weight: Any = None, lab
         slope     = p - t
         curvature = p (1 - p)
 
-    The computed form (see the module) is accurate to 2 float32 ulp at every logit, subnormal results included. The form of most
-    libraries, `max(z, 0) - z t + log1p(exp(-|z|))`, loses the value by cancellation, and p - t loses the slope. At infinite
-    logits the value is the limit, not inf - inf. On soft targets the minimum is not 0 but `binary_entropy(target)`, reached at
-    p = t.
+    The computed form (see the docstring of `fastloss.losses.logistic`) is accurate to 2 float32 ulp at every logit, subnormal
+    results included. The form of most libraries, `max(z, 0) - z t + log1p(exp(-|z|))`, loses the value by cancellation, and p - t
+    loses the slope. At infinite logits the value is the limit, not inf - inf. On soft targets the minimum is not 0 but
+    `binary_entropy(target)`, reached at p = t.
 
     Args:
         input: logits.
@@ -232,14 +232,14 @@ def binary_entropy(z: Any, t: Any, pos_weight: Any = None, label_smoothing: Any 
 
     Args:
         target: probabilities.
-        pos_weight: as for `binary_cross_entropy_with_logits`.
-        label_smoothing: as for `binary_cross_entropy_with_logits`.
+        pos_weight: factor c of 0 or more on the positive part of the cross-entropy: a number, or an array that broadcasts.
+        label_smoothing: a in [0, 1]; the target becomes t (1 - a) + a / 2.
 
     Source: Shannon, "A Mathematical Theory of Communication", 1948.
     """
     t = _smooth(t, label_smoothing)
     if pos_weight is None:
-        return _minus(t, log(t)) + _minus(1.0 - t, log1p(-t)), 0.0
+        return _minus_x_log_x(t, log(t)) + _minus_x_log_x(1.0 - t, log1p(-t)), 0.0
     positive, negative = pos_weight * t, 1.0 - t
     mass = positive + negative
-    return _minus(positive, log(positive / mass)) + _minus(negative, log(negative / mass)), 0.0
+    return _minus_x_log_x(positive, log(positive / mass)) + _minus_x_log_x(negative, log(negative / mass)), 0.0

@@ -47,7 +47,7 @@ def mse_loss(z: Any, t: Any) -> Any:
 
     Args:
         input: predictions.
-        target: what they should be.
+        target: true values.
 
     Source: Legendre, "Nouvelles méthodes pour la détermination des orbites des comètes", 1805.
     """
@@ -73,7 +73,7 @@ def l1_loss(z: Any, t: Any) -> Any:
 
     Args:
         input: predictions.
-        target: what they should be.
+        target: true values.
 
     Source: Laplace, "Mémoire sur la probabilité des causes par les évènements", 1774.
     """
@@ -99,7 +99,7 @@ def smooth_l1_loss(z: Any, t: Any, beta: Any = 1.0) -> Any:
 
     Args:
         input: predictions.
-        target: what they should be.
+        target: true values.
         beta: error at which the parabola ends, in the units of the input: a number of 0 or more, or an array that broadcasts.
 
     Source: Girshick, "Fast R-CNN", 2015.
@@ -125,11 +125,11 @@ def huber_loss(z: Any, t: Any, delta: Any = 1.0) -> Any:
         slope     = d         if |d| <= delta  else  delta sign(d)
         curvature = 1         if |d| <= delta  else  0
 
-    The slope is bounded: an outlier pulls no harder than an error of `delta`.
+    The slope is bounded: that of an outlier is no larger than that of an error of `delta`.
 
     Args:
         input: predictions.
-        target: what they should be.
+        target: true values.
         delta: error at which the parabola ends, in the units of the input: a number above 0, or an array that broadcasts.
 
     Source: Huber, "Robust Estimation of a Location Parameter", 1964.
@@ -160,7 +160,7 @@ def log_cosh_loss(z: Any, t: Any) -> Any:
 
     Args:
         input: predictions.
-        target: what they should be.
+        target: true values.
 
     Source: Green, "Iteratively Reweighted Least Squares for Maximum Likelihood Estimation, and some Robust and Resistant
         Alternatives", 1984.
@@ -196,7 +196,7 @@ def charbonnier_loss(z: Any, t: Any, eps: Any = 1e-3) -> Any:
 
     Args:
         input: predictions.
-        target: what they should be.
+        target: true values.
         eps: error at which the parabola around the target bends into straight lines, in the units of the input: a number above 0, or
             an array that broadcasts.
 

@@ -1,7 +1,7 @@
-"""Losses of the overlap of regions, for segmentation: made of sums over a channel, on which the slope of every element depends.
+"""The Dice losses for segmentation: functions of sums over a region, on which the slope of each of its elements depends.
 
-They take two passes over memory, through the loops of every other loss. The first computes the sums. The second writes the
-gradient; what it needs of the sums is passed to its formula as parameters that broadcast.
+They take two passes over memory, with the same loops as other losses. The first computes the sums. The second writes the
+gradient; its formula receives numbers computed from the sums as parameters that broadcast.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ __all__ = ["dice_bce_with_logits_loss", "dice_with_logits_loss"]
 
 _SETTINGS: dict[str, Any] = {"smooth": 1.0, "per_channel": True, "per_sample": True}
 _WEIGHTS: dict[str, Any] = {"dice_weight": 1.0, "bce_weight": 1.0}
-_OPERANDS = {"input": f"Shape (N, C, ...). {OPERANDS['input']}", "target": OPERANDS["target"]}
+_OPERANDS = {"input": OPERANDS["input"].replace("Any shape and", "Shape (N, C, ...), any"), "target": OPERANDS["target"]}
 _OWN = {
-    "weight": "array that broadcasts against the input; it multiplies what an element adds to the sums.",
+    "weight": "array that broadcasts against `input`; it multiplies the terms that an element adds to the sums.",
     "reduction": 'of the regions\' losses: "mean", "sum", "none" (an array (N, C)), "batchmean", "sample_mean" or "sample_sum".',
     "out": "array for the gradient. It may be the input, which is then overwritten, and may not overlap any other array.",
 }
+_REDUCTION_WITH_ENTROPY = 'of both parts: "mean", "sum", "batchmean", "sample_mean" or "sample_sum".'
 _RETURNS = (
     "The call itself returns a float64 number, or arrays for the reductions that keep an axis. `grad` returns an array of the input's "
     "shape and dtype; `value_and_grad` returns the value and the gradient."
@@ -99,11 +100,9 @@ class DiceLoss(AbstractLoss):
         self.first, self.second = (Definition(formula, {}, ("target",), options) for formula in (_SUMS, _SLOPES))
         self.__signature__ = signature(("input", "target"), "mean", {**self.settings, **OPTIONS})
         example = f"value, grad = fastloss.{name}.value_and_grad(input, target)"
-        self.__doc__ = complete(doc, ("weight", "reduction", *OPTIONS), example, ("target",), _OPERANDS, _OWN, _RETURNS)
+        own = _OWN | ({"reduction": _REDUCTION_WITH_ENTROPY} if with_entropy else {})
+        self.__doc__ = complete(doc, ("weight", "reduction", *OPTIONS), example, ("target",), _OPERANDS, own, _RETURNS)
         self.register(self.first, self.second)
-
-    def __repr__(self) -> str:
-        return f"<loss {self.__name__}{self.__signature__}>"
 
     def __call__(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Any:
         """Return the loss: a float64 number, or an array with one number for each sample or region."""
@@ -122,7 +121,7 @@ class DiceLoss(AbstractLoss):
         return value, outputs[0]
 
     def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
-        """Compute what the arguments ask for: sums in one pass, gradients in a second."""
+        """Compute the requested quantities: sums in one pass, gradients in a second."""
         passes = _Passes(self, arguments._replace(options=dict(arguments.options)), call)
         return passes.value() if arguments.summed else None, passes.slopes(arguments.wanted) if arguments.wanted else []
 
@@ -150,7 +149,7 @@ class DiceLoss(AbstractLoss):
 
 
 def leading_axes(settings: Mapping[str, Any]) -> int:
-    """Return how many leading axes the first pass keeps apart."""
+    """Return the number of leading axes for whose entries the first pass computes separate sums."""
     return 2 if settings["per_channel"] else 1 if settings["per_sample"] else 0
 
 
@@ -158,7 +157,7 @@ class _Passes:
     """One call: the first pass, made at once, and from its sums the value and the second pass."""
 
     def __init__(self, loss: DiceLoss, arguments: Arguments, call: Any) -> None:
-        self.loss, self.set, self.reduction = loss, loss.take_settings(arguments.options), arguments.reduction
+        self.loss, self.settings, self.reduction = loss, loss.take_settings(arguments.options), arguments.reduction
         upstream = arguments.options.pop("grad_output", None)
         self.call = call(loss.first, arguments._replace(reduction="sum"))
         self.shape = self.call.shape
@@ -168,16 +167,16 @@ class _Passes:
         self.sum()
 
     def leading_axes(self) -> int:
-        """Return how many leading axes the first pass keeps apart, and refuse an input that lacks them."""
-        needed = leading_axes(self.set)
+        """Return the number of group axes of the first pass. Raise ValueError if the input has fewer axes."""
+        needed = leading_axes(self.settings)
         if len(self.shape) < needed:
             axes, instead = ("two leading axes, samples and channels", "per_channel") if needed == 2 else ("a first axis", "per_sample")
             raise ValueError(f"input has shape {self.shape}; it needs {axes}; or pass {instead}=False")
         return needed
 
     def check_reduction(self) -> None:
-        """Refuse a reduction that these regions do not have."""
-        accepted = [r for r in REDUCTIONS if self.set["per_sample"] or not r.startswith("sample")]
+        """Raise ValueError for a reduction that these regions do not have."""
+        accepted = [r for r in REDUCTIONS if self.settings["per_sample"] or not r.startswith("sample")]
         accepted = [r for r in accepted if r in ("mean", "sum", "none") or self.shape]
         accepted = [r for r in accepted if r != "none" or not self.loss.with_entropy]
         check_reduction(self.reduction, accepted)
@@ -192,7 +191,7 @@ class _Passes:
 
     def shape_of_value(self) -> tuple[int, ...]:
         """Return the shape of the value."""
-        return self.loss.value_shape(self.shape, self.reduction, self.set)
+        return self.loss.value_shape(self.shape, self.reduction, self.settings)
 
     def sum(self) -> None:
         """Make the first pass: the Dice losses, whether each has any element, and the sums of the cross-entropy."""
@@ -204,15 +203,15 @@ class _Passes:
         self.counted = named["count"]
         self.entropy = named.get("entropy", self.counted)
         overlap, missed, counted = (self.over_batch(x) for x in (named["overlap"], named["missed"], self.counted))
-        right = 2 * overlap + self.set["smooth"]
+        right = 2 * overlap + self.settings["smooth"]
         self.present = counted > 0
         with np.errstate(all="ignore"):
             loss = np.where(self.present, missed / (missed + right), 0.0)  # a region without elements does not count
             self.dice = _Dice(loss, right / (missed + right), missed + right)
 
     def over_batch(self, x: Array) -> Array:
-        """Add up samples if only channels are kept apart."""
-        return x.sum(axis=0) if self.set["per_channel"] and not self.set["per_sample"] else x
+        """Add up the samples if a region is a channel of the whole batch."""
+        return x.sum(axis=0) if self.settings["per_channel"] and not self.settings["per_sample"] else x
 
     def value(self) -> Any:
         """Return the reduced value."""
@@ -220,7 +219,7 @@ class _Passes:
             return self.dice.loss[()]
         self.call.warn_of_empty_mean(self.divisor(self.counted))
         parts = [("dice_weight", self.dice.loss, self.present), ("bce_weight", self.entropy, self.counted)]
-        weights = {"dice_weight": 1.0, "bce_weight": 0.0} | self.set
+        weights = {"dice_weight": 1.0, "bce_weight": 0.0} | self.settings
         with np.errstate(all="ignore"):  # a part of weight 0 does not count, even where it is infinite
             terms = [weights[name] * self.reduced(*part) for name, *part in parts if weights[name]]
             return functools.reduce(operator.add, terms or [0.0 * self.over_groups(self.present)])[()]
@@ -250,12 +249,12 @@ class _Passes:
     def slope_parameters(self) -> dict[str, Array]:
         """Return the parameters of the slope's formula, computed from the sums and shaped to broadcast against the input."""
         parameters = {}
-        if weight := self.set.get("dice_weight", 1.0):
+        if weight := self.settings.get("dice_weight", 1.0):
             each = self.spread(np.divide(self.upstream, self.divisor(self.present)))
             # the slope of an empty region is 0; without the limit, p (1 - p) = 0 would be multiplied by infinity
             steepness = np.minimum(1.0 / self.spread_groups(self.dice.size), self.largest_number())
             parameters = {"score": self.spread_groups(self.dice.score), "rate": weight * each * steepness}
-        if weight := self.set.get("bce_weight", 0.0):
+        if weight := self.settings.get("bce_weight", 0.0):
             parameters["entropy_rate"] = self.spread(weight * np.divide(self.upstream, self.divisor(self.counted)))
         return parameters
 
@@ -266,20 +265,25 @@ class _Passes:
 
     def spread(self, x: Any) -> Any:
         """Shape numbers that belong to the value, one for all, for each sample or for each region, to broadcast against the input."""
-        return self.spread_groups(x) if self.reduction == "none" else self.trail(x)
+        return self.spread_groups(x) if self.reduction == "none" else self.append_axes(x)
 
     def spread_groups(self, x: Any) -> Any:
         """Shape numbers that belong to the regions to broadcast against the input."""
-        by_channel = self.set["per_channel"] and not self.set["per_sample"]
-        return self.trail(x[np.newaxis] if by_channel and np.ndim(x) else x)
+        by_channel = self.settings["per_channel"] and not self.settings["per_sample"]
+        return self.append_axes(x[np.newaxis] if by_channel and np.ndim(x) else x)
 
-    def trail(self, x: Any) -> Any:
+    def append_axes(self, x: Any) -> Any:
         """Append axes of length 1 to an array until it has as many axes as the input."""
         if isinstance(x, np.floating):
             x = self.call.as_array("rate", x)
         return x.reshape(x.shape + (1,) * (len(self.shape) - x.ndim))
 
 
+_SETTINGS_DOC = """
+        smooth: number added to numerator and denominator of the Dice loss, 0 or more, in elements.
+        per_channel: whether each channel (the second axis) is a region of its own; if not, all channels of a sample are one region.
+        per_sample: whether each sample has regions of its own; if not, the whole batch is one image.
+""".strip("\n")
 _DICE = """Dice loss of a segmentation: 1 minus the overlap of the predicted and the true region, relative to their sizes.
 
     With p = sigmoid(input) and sums over one channel of one sample, weighted by `weight`:
@@ -295,9 +299,7 @@ _DICE = """Dice loss of a segmentation: 1 minus the overlap of the predicted and
     Args:
         input: logits.
         target: one channel for each class, usually 0 or 1.
-        smooth: number added to numerator and denominator, 0 or more, in elements.
-        per_channel: whether each channel (the second axis) is a region of its own; if not, all channels of a sample are one region.
-        per_sample: whether each sample has regions of its own; if not, the whole batch is one image.
+{settings}
 
     Source: Milletari, Navab and Ahmadi, "V-Net", 2016; Dice, "Measures of the Amount of Ecologic Association Between Species",
         1945.
@@ -313,9 +315,7 @@ _DICE_BCE = """Dice loss plus binary cross-entropy, from the same two passes ove
     Args:
         input: logits.
         target: one channel for each class, usually 0 or 1.
-        smooth: as for `dice_with_logits_loss`.
-        per_channel: as for `dice_with_logits_loss`.
-        per_sample: as for `dice_with_logits_loss`.
+{settings}
         dice_weight: weight of the Dice loss, 0 or more.
         bce_weight: weight of the cross-entropy, 0 or more.
 
@@ -324,8 +324,8 @@ _DICE_BCE = """Dice loss plus binary cross-entropy, from the same two passes ove
 dice_with_logits_loss = row(
     "Dice", "segmentation where small regions should count as much as large ones", input="logits, (N, C, ...)", axes=2, reduction="mean",
     is_elementwise=False, module="DiceWithLogitsLoss",
-)(DiceLoss("dice_with_logits_loss", _DICE, with_entropy=False))  # fmt: skip
+)(DiceLoss("dice_with_logits_loss", _DICE.format(settings=_SETTINGS_DOC), with_entropy=False))  # fmt: skip
 dice_bce_with_logits_loss = row(
     "Dice + BCE", "segmentation as a first choice: Dice, with a gradient that does not vanish in saturated outputs",
     input="logits, (N, C, ...)", axes=2, reduction="mean", is_elementwise=False, module="DiceBCEWithLogitsLoss",
-)(DiceLoss("dice_bce_with_logits_loss", _DICE_BCE, with_entropy=True))  # fmt: skip
+)(DiceLoss("dice_bce_with_logits_loss", _DICE_BCE.format(settings=_SETTINGS_DOC), with_entropy=True))  # fmt: skip

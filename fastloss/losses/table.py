@@ -1,4 +1,4 @@
-"""The table of losses: one row for each, which tests, benchmarks, the documentation and PyTorch's modules are made from.
+"""The table of losses: a row for each loss, from which tests, benchmarks, documentation and PyTorch modules are made.
 
 A loss enters the table where it is defined, by the decorator `row`.
 """
@@ -15,21 +15,21 @@ Limit = float | tuple[float, float]  # a pair is for targets 0 and 1, and for ot
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of a loss besides its formula and its docstring."""
+    """A loss, with the facts about it that are not in its formula or its docstring."""
 
     loss: Any
-    title: str  # its short name in tables and pictures
-    purpose: str  # when to choose it
-    input: str = "logits"  # what its operands are, in words
-    arrays: tuple[str, ...] = ("logits", "targets")  # what each operand is, by the names of `bench.batch.Batch`
+    title: str  # short name in tables and pictures
+    purpose: str  # when to choose the loss
+    input: str = "logits"  # kinds of its operands, in words
+    arrays: tuple[str, ...] = ("logits", "targets")  # kind of each operand: an attribute of `bench.batch.Batch`
     gradients: tuple[int, ...] = (0,)  # positions of the operands that have gradients
-    axes: int = 1  # that its arrays need at least
-    reduction: str | None = None  # the only one that its benchmark uses
+    axes: int = 1  # least number of axes of its arrays
+    reduction: str | None = None  # the reduction of all its benchmarks; None: that of the case
     is_elementwise: bool = True  # a sum over the elements of an input and a target
     ulp: Mapping[str, Limit] = field(default_factory=dict)  # largest errors by quantity, in units in the last place
     half_ulp: float = 1  # largest error of 16-bit results beyond half an ulp of their own, in float32 ulp
     settings: tuple[Mapping[str, float], ...] = ({},)  # parameters at which the errors are measured
-    module: str = ""  # its class in fastloss.torch, where PyTorch has none
+    module: str = ""  # its class in fastloss.torch, if torch.nn has none
 
     @property
     def name(self) -> str:

@@ -44,7 +44,7 @@ _OPTIONS = ("reconstruction", "beta", *_IMAGE_OPTIONS)
 _OPERANDS = {
     "reconstruction_logits": "Shape (N, ...); float16, bfloat16 (`ml_dtypes`), float32 or float64.",
     "images": "The shape of the logits; these dtypes, bool, or integers of 8 to 64 bits.",
-    "mu": OPERANDS["input"],
+    "mu": OPERANDS["input"].replace("Any shape and strides", "Any strides"),
     "logvar": "The shape of mu; the float dtypes.",
 }
 _OWN = {
@@ -71,7 +71,7 @@ class VAELoss:
 
     Args:
         reconstruction_logits: output of the decoder, before the sigmoid.
-        images: what is to be reconstructed, in [0, 1].
+        images: the images to reconstruct, in [0, 1].
         mu: means from the encoder, (N, ...).
         logvar: log-variances from the encoder, (N, ...).
         reconstruction: "bce" or "mse"; both squash the logits by a sigmoid.
@@ -137,7 +137,7 @@ class VAELoss:
         self, reconstruction_logits: Any, images: Any, mu: Any, logvar: Any, *, reconstruction: str, beta: float, grad_output: float,
         out: Any, call: Any, **options: Any
     ) -> tuple[VAEValue, VAEGradient]:  # fmt: skip
-        """Compute the value and the gradients on arrays that calls of a class read."""
+        """Compute the value and the gradients on arrays that the class `call` reads."""
         refuse_unknown(options, (*_OPTIONS, "grad_output", "out"))
         loss, beta = _reconstruction_loss(reconstruction), to_bounded("beta", beta, (0.0, LARGEST))
         upstream = to_float("grad_output", grad_output)
@@ -183,7 +183,7 @@ def _to_latents(logits: Any, mu: Any, logvar: Any, as_array: Callable[[str, Any]
 
 
 def _to_buffers(out: Any, slopes: tuple[Array, Array], reads: dict[str, Array], call: Any) -> list[Any]:
-    """Return the caller's three buffers, or three times None. The reconstruction's loss checks its own buffer further."""
+    """Return the caller's three buffers, or a list of three None. The first buffer is checked further by the reconstruction's loss."""
     if out is None:
         return [None] * 3
     buffers = to_buffers(out, 3, call.check_buffer)

@@ -120,10 +120,15 @@ class OwnLoss(OfInputAndTarget, _Loss):
 
 def make_module(row: Row) -> type[OwnLoss]:
     """Make the module of a row of the table of losses."""
+    parameters = row.loss.__signature__.parameters.values()
+    example = ", ".join(f"{p.name}={p.default}" for p in parameters if type(p.default) in (int, float))
     doc = f"""`fastloss.{row.name}` as a module, with reduction "mean" by default.
 
     The constructor takes `reduction` and the options of the loss that are numbers or flags; a call takes all of them, after its two
     operands. See `fastloss.{row.name}`.
+
+    Example:
+        criterion = fastloss.torch.{row.module}({example})
     """
     return type(row.module, (OwnLoss,), {"function": row.loss, "__doc__": doc, "__module__": __name__})
 

@@ -1,7 +1,7 @@
 """Dice and Dice + BCE written with PyTorch's operations, which are used only for second derivatives.
 
 The Hessian of these losses is not diagonal: every element of a region affects the gradient of all others. Ordinary training does
-not need second derivatives, so they are left to PyTorch's autograd, which allocates temporaries and is less accurate.
+not need second derivatives, so PyTorch's autograd computes them, which allocates temporaries and is less accurate.
 """
 
 from __future__ import annotations

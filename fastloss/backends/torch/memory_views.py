@@ -1,4 +1,4 @@
-"""Conversions between tensors and arrays on the same memory, and the checks of what a tensor may be used for."""
+"""Conversions between tensors and arrays on the same memory, and checks of tensors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The operators `fastloss::loss` and `fastloss::derivatives`, which PyTorch's compilers call in the place of a loss.
 
-The compilers know the shapes of their results and their derivatives, and nothing of their kernels. The two operators handle every
-loss, also one made by a user: the first argument is the loss's key in `LOSSES`.
+The compilers know the shapes of an operator's results and how to differentiate it, but do not look into its kernels. The two
+operators handle every loss, including those that users make: the first argument is the loss's key in `REGISTER`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from fastloss.backends.torch import double_backward
 from fastloss.backends.torch.bound import BoundLoss
 from fastloss.backends.torch.memory_views import to_array, to_tensor
-from fastloss.core.abstract_loss import LOSSES, AbstractLoss
+from fastloss.core.abstract_loss import REGISTER, AbstractLoss
 from fastloss.core.checks import check_shapes, refuse_unknown
 from fastloss.core.definition import operand_of
 
@@ -72,7 +72,7 @@ def unpack_arguments(
     """Make a `BoundLoss` from the arguments of an operator."""
     options = zip(names[len(others) :], numbers, strict=True)
     settings = {name: bool(x) if name in FLAGS else x for name, x in options}
-    return BoundLoss(LOSSES[loss], reduction, tuple(names[: len(others)]), settings, dtype)
+    return BoundLoss(REGISTER[loss], reduction, tuple(names[: len(others)]), settings, dtype)
 
 
 @torch.library.impl(LIBRARY, "loss", "CUDA")
@@ -113,7 +113,7 @@ def _(
     loss: str, reduction: str, first: Any, second: Any, others: list[Any], names: list[str], numbers: list[float], wanted: list[str],
     upstream: Any
 ) -> list[Any]:  # fmt: skip
-    check_arguments(LOSSES[loss], first, second, names)
+    check_arguments(REGISTER[loss], first, second, names)
     return [torch.empty_like(operand_for(name, first, second)) for name in wanted]
 
 
@@ -148,7 +148,7 @@ def differentiate_loss(ctx: Any, upstream: Any) -> tuple[Any, ...]:
     loss, reduction, names, numbers = ctx.call
     wanted = [name for name, needed in zip(SECOND_DERIVATIVES, ctx.needs_input_grad[2:4], strict=True) if needed]
     if "target_slope" in wanted:
-        LOSSES[loss].require("target_slope")
+        REGISTER[loss].require("target_slope")
     computed = torch.ops.fastloss.derivatives(loss, reduction, first, second, others, names, numbers, wanted, upstream)
     slopes = dict(zip(wanted, computed, strict=True))
     return None, None, *map(slopes.get, SECOND_DERIVATIVES), *no_gradients(others, names, numbers), None
@@ -162,7 +162,7 @@ def differentiate_derivatives(ctx: Any, grads: list[Any]) -> tuple[Any, ...]:
         raise NotImplementedError("third derivatives of a loss are not supported; accepted: first and second derivatives")
     if (formula := double_backward.FORMULAS.get(loss)) is not None:
         bound = unpack_arguments(loss, reduction, others, names, numbers, first.dtype)
-        settings = {**LOSSES[loss].settings, **bound.settings, **dict(zip(bound.names, others, strict=True))}
+        settings = {**REGISTER[loss].settings, **bound.settings, **dict(zip(bound.names, others, strict=True))}
         by = double_backward.second_derivatives(formula, reduction, settings, wanted, grads, first, second, upstream)
     else:
         by = diagonal_second_derivatives(ctx, wanted, grads, first, second, upstream, others)
@@ -181,7 +181,7 @@ def diagonal_second_derivatives(
     loss, reduction, names, numbers = ctx.call
 
     def derivative(quantity: str, upstream: Any) -> Any:
-        LOSSES[loss].require(quantity)
+        REGISTER[loss].require(quantity)
         (computed,) = torch.ops.fastloss.derivatives(loss, reduction, first, second, others, names, numbers, [quantity], upstream)
         return computed
 
