@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 import fastloss as fl
-from bench import machine, measure, ours, peers, start
+from bench import machine, measure, ours, peers, startup_time
 from bench.batch import Batch
 from bench.cases import BCE, MSE, Case
 from bench.ours import OURS
@@ -75,6 +75,6 @@ class Suite:
 
     def start(self, rounds: int, peers: Sequence[str]) -> None:
         """Time whole processes up to their first result."""
-        times, compiled = start.measure(peers, rounds)
+        times, compiled = startup_time.measure(peers, rounds)
         self.record.content["start"] = [{"name": name, "seconds": seconds} for name, seconds in times.items()]
         self.record.content["kernels_compiled"] = compiled

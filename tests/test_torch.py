@@ -24,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.library import opcheck  # noqa: E402
 
 import fastloss.torch as ft  # noqa: E402
-from fastloss.backends.torch import reuse as memory  # noqa: E402
+from fastloss.backends.torch import gradient_memory as memory  # noqa: E402
 from fastloss.backends.torch.memory_views import to_array  # noqa: E402
 
 BCE = fl.binary_cross_entropy_with_logits

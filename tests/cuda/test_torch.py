@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 patching = importlib.import_module("fastloss.torch.patching")
 ASK_WHERE_TENSORS_ARE = [
     patching,
-    *(importlib.import_module(f"fastloss.backends.torch.{name}") for name in ("autograd", "bound", "memory_views")),
+    *(importlib.import_module(f"fastloss.backends.torch.{name}") for name in ("autograd", "bound_loss", "memory_views")),
 ]
 
 BCE = fl.binary_cross_entropy_with_logits

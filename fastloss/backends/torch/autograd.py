@@ -16,7 +16,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from fastloss.backends.torch import operators
-from fastloss.backends.torch.bound import BoundLoss
+from fastloss.backends.torch.bound_loss import BoundLoss
 from fastloss.backends.torch.memory_views import is_on_gpu, to_array, to_tensor
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import Arguments

@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from fastloss.backends.protocol import Backend
 from fastloss.backends.torch import operators
 from fastloss.backends.torch.autograd import SmallInputFunction, apply, apply_small
-from fastloss.backends.torch.bound import BoundLoss, as_value, machine_of
+from fastloss.backends.torch.bound_loss import BoundLoss, as_value, machine_of
 from fastloss.backends.torch.memory_views import (
     HALVES,
     check_tensors,

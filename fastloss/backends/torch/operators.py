@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastloss.backends.torch import double_backward
-from fastloss.backends.torch.bound import BoundLoss
+from fastloss.backends.torch.bound_loss import BoundLoss
 from fastloss.backends.torch.memory_views import to_array, to_tensor
 from fastloss.core.abstract_loss import REGISTER, AbstractLoss
 from fastloss.core.checks import check_shapes, refuse_unknown

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastloss.backends.torch.gradient_memory import empty_like
 from fastloss.backends.torch.memory_views import HALVES, is_on_gpu, to_array, to_tensor
-from fastloss.backends.torch.reuse import empty_like
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import Arguments, Call
 from fastloss.core.plan import Array
