@@ -3,7 +3,7 @@
 # the families in the order of the table of losses
 from fastloss.losses import logistic, regression, latent, vae, segmentation  # isort: skip
 from fastloss.backends.find import raise_deferred
-from fastloss.cpu.pool import get_num_threads, set_num_threads
+from fastloss.cpu.threads import get_num_threads, set_num_threads
 from fastloss.loss import Loss, elementwise_loss
 from fastloss.losses.latent import *
 from fastloss.losses.logistic import *

@@ -28,6 +28,12 @@ Reference = str | float
 Operation = tuple[str, tuple[Reference, ...]]
 Trace = tuple[tuple[Operation, ...], tuple[Reference, ...]]  # the operations, and references to the results that are returned
 
+# how many simple operations, such as a product, take as long as one of these; a rough estimate
+COSTS = {
+    "add_log1p": 5, "div": 5, "exp": 15, "expm1": 20, "log": 25, "log1p": 25, "polynomial": 8, "pow": 80, "sigmoid": 15, "sqrt": 5,
+    "tanh": 15,
+}  # fmt: skip
+
 _COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}
 _LOGIC = {"and", "or", "not"}
 
@@ -100,6 +106,10 @@ class Formula:
         operations, quantities = self._traces[parameters]
         results = {f"%{k}" for k, (op, _) in enumerate(operations, 1) if op == "add_log1p"}
         return {name for name, reference in zip(self.names, quantities, strict=True) if reference in results}
+
+    def cost(self, parameters: tuple[str, ...]) -> int:
+        """Estimate how many simple operations an element takes."""
+        return sum(COSTS.get(op, 1) for op, _ in self._traces[parameters][0])
 
     @property
     def text(self) -> str:

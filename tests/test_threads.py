@@ -13,6 +13,7 @@ import pytest
 
 import fastloss as fl
 from fastloss.cpu import pool
+from fastloss.cpu.threads import THREADS
 from tests.ulp import assert_same, flat
 
 LOSS = fl.binary_cross_entropy_with_logits
@@ -23,6 +24,13 @@ def threads():
     before = fl.get_num_threads()
     yield fl.set_num_threads
     fl.set_num_threads(before)
+
+
+@pytest.fixture
+def no_team(monkeypatch):
+    """Compute on the pool also where PyTorch is imported."""
+    monkeypatch.setattr(THREADS, "team", None)
+    monkeypatch.setattr(THREADS, "searches", False)
 
 
 @pytest.fixture
@@ -147,14 +155,12 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), fl.mse_loss(z, z + 1) 
     assert run_python(code) == "0 True"
 
 
-def test_workers_help_and_hold_no_array_afterwards(large, threads, monkeypatch):
-    from fastloss.cpu.pool import POOL
-
+def test_workers_help_and_hold_no_array_afterwards(large, threads, no_team):
     threads(2)
     z, t = (x.copy() for x in large)
     LOSS(z, t)
     assert any(thread.name == "fastloss" for thread in threading.enumerate())
-    assert POOL._workers >= 1
+    assert THREADS.pool._workers >= 1
     for _ in range(1000):
         if sys.getrefcount(z) <= 2:
             break
@@ -162,16 +168,14 @@ def test_workers_help_and_hold_no_array_afterwards(large, threads, monkeypatch):
     assert sys.getrefcount(z) <= 2
 
 
-def test_a_pool_that_cannot_start_threads_works_alone(large, threads, monkeypatch):
-    from fastloss.cpu.pool import POOL
-
+def test_a_pool_that_cannot_start_threads_works_alone(large, threads, no_team, monkeypatch):
     want = LOSS(*large)
 
     def refuse(self):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    threads(POOL._workers + 3)
+    threads(THREADS.pool._workers + 3)
     assert LOSS(*large) == want
 
 
@@ -201,3 +205,104 @@ def test_environment_variable():
         with pytest.raises(subprocess.CalledProcessError) as error:
             run_python(code, FASTLOSS_NUM_THREADS=bad)
         assert f"FASTLOSS_NUM_THREADS is {bad!r}; accepted: an integer of 1 or more" in error.value.stderr
+
+
+TEAM = """
+import os, sys, torch, numpy as np, fastloss as fl
+from fastloss.cpu.threads import THREADS
+torch.set_num_threads(2)
+fl.set_num_threads({threads})
+z = np.linspace(-3, 3, 1_000_000)
+entered = []
+fl.mse_loss(z, z)
+if THREADS.team is not None:
+    run = THREADS.team.run
+    THREADS.team.run = lambda kernel, frame, count: entered.append(count) or run(kernel, frame, count)
+"""
+
+
+def with_torch(code, threads=4, **environment):
+    """Run code in a process that has imported PyTorch, which is set to use two threads."""
+    pytest.importorskip("torch")
+    return run_python(TEAM.format(threads=threads) + code, **environment)
+
+
+@pytest.fixture
+def openmp():
+    torch = pytest.importorskip("torch")
+    if not torch.backends.openmp.is_available():
+        pytest.skip("this build of PyTorch has no OpenMP")
+
+
+def test_pytorchs_team_computes_with_at_most_its_number_of_threads(openmp):
+    code = """
+fl.mse_loss(z, z + 1)
+torch.set_num_threads(3)
+fl.mse_loss(z, z + 1)
+torch.set_num_threads(1)
+fl.mse_loss(z, z + 1)
+print(entered, THREADS.pool._workers)"""
+    assert with_torch(code) == "[2, 3] 0"
+    assert with_torch("torch.set_num_threads(4); fl.mse_loss(z, z + 1); print(entered)", threads=3) == "[3]"
+
+
+def test_pytorchs_team_is_found_when_pytorch_is_imported_after_a_call(openmp):
+    code = """
+import sys, numpy as np, fastloss as fl
+from fastloss.cpu.threads import THREADS
+z = np.zeros(500_000)
+fl.mse_loss(z, z)
+before = THREADS.team, "torch" in sys.modules
+import torch
+fl.mse_loss(z, z)
+print(before, THREADS.team is not None)"""
+    assert run_python(code) == "(None, False) True"
+
+
+def test_the_environment_chooses_pool_or_team(openmp):
+    code = "fl.mse_loss(z, z + 1); print(THREADS.team is not None, THREADS.pool._workers)"
+    assert with_torch(code, FASTLOSS_THREADS="pool") == "False 3"
+    assert with_torch(code, FASTLOSS_THREADS="openmp") == with_torch(code, FASTLOSS_THREADS="") == "True 0"
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        with_torch(code, FASTLOSS_THREADS="many")
+    assert "FASTLOSS_THREADS is 'many'; accepted: pool, openmp" in error.value.stderr
+
+
+def test_bit_identical_on_pool_and_team(openmp):
+    code = "v, g = fl.log_cosh_loss.value_and_grad(z, z * 0.3); print(v.hex(), hash(g.tobytes()))"
+    found = {with_torch(code, threads=n, FASTLOSS_THREADS=kind, PYTHONHASHSEED="0") for n in (1, 2, 4) for kind in ("pool", "openmp")}
+    assert len(found) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_child_after_fork_leaves_pytorchs_team_alone(openmp):
+    code = """
+want = fl.mse_loss(z, z + 1)
+child = os.fork()
+if child == 0:
+    os._exit(0 if fl.mse_loss(z, z + 1) == want and THREADS.team is None else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), fl.mse_loss(z, z + 1) == want, entered)"""
+    assert with_torch(code) == "0 True [2, 2]"
+
+
+def test_pytorchs_team_from_several_python_threads(openmp):
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+want = fl.mse_loss(z, z + 1)
+with ThreadPoolExecutor(6) as callers:
+    got = list(callers.map(lambda _: fl.mse_loss(z, z + 1), range(60)))
+print(set(got) == {want})"""
+    assert with_torch(code) == "True"
+
+
+def test_the_team_is_that_of_the_library_which_pytorch_was_linked_to(openmp):
+    code = """
+import ctypes
+class Info(ctypes.Structure):
+    _fields_ = [("file", ctypes.c_char_p), ("base", ctypes.c_void_p), ("name", ctypes.c_char_p), ("address", ctypes.c_void_p)]
+def file_of(function):
+    info = Info()
+    ctypes.CDLL(None).dladdr(function, ctypes.byref(info))
+    return info.file
+print(file_of(THREADS.team._parallel) == file_of(ctypes.CDLL(torch._C.__file__).GOMP_parallel))"""
+    assert with_torch(code) == "True"

@@ -1,8 +1,8 @@
-"""The two arguments of a kernel, a frame and a layout, in fields of 8 bytes: written by `launch.py`, read by `loop.py`.
+"""The argument of a kernel, a frame, and the layout that it points to, in fields of 8 bytes: written by `launch.py`, read by `loop.py`.
 
 The frame of a call consists of
-    five fields: the next range to take, the number of finished ranges, the store mode (see below), 1 if each group has a scale of
-    its own or 0, and the address of the scales;
+    six fields: the next range to take, the number of finished ranges, the address of the layout, the store mode (see below), 1 if
+    each group has a scale of its own or 0, and the address of the scales;
     the address of each array; the options that are numbers; one scale;
     and for each range its partial sums and its number of bad elements.
 
@@ -24,9 +24,9 @@ from fastloss.core.plan import Plan, Spec
 CACHED, NONTEMPORAL, NONTEMPORAL_LINES, NONTEMPORAL_SHIFTED_LINES = range(4)
 LINE, PIECE = 64, 16  # bytes of a cache line, and of the smallest non-temporal store
 
-STORE_MODE = 2  # field of the store mode in the frame; the fields before it are counters that start at 0
-COUNTERS = 5  # fields of the frame before the addresses
-LAYOUT_COUNTERS = 7  # fields of the layout before the strides
+COUNTERS = 2  # fields at the begin of the frame that start at 0
+FIELDS = 6  # fields of the frame before the addresses
+LAYOUT_FIELDS = 7  # fields of the layout before the strides
 
 
 class Frame(NamedTuple):
@@ -40,9 +40,9 @@ class Frame(NamedTuple):
 
 def frame_of(spec: Spec) -> Frame:
     """Return the positions of the parts of the frames for a spec."""
-    numbers = COUNTERS + len(spec.arrays)
+    numbers = FIELDS + len(spec.arrays)
     scale = numbers + len(spec.numbers)
-    return Frame(COUNTERS, numbers, scale, scale + 1)
+    return Frame(FIELDS, numbers, scale, scale + 1)
 
 
 def count_partials(spec: Spec) -> int:
@@ -52,7 +52,7 @@ def count_partials(spec: Spec) -> int:
 
 def layout_of(plan: Plan) -> list[int]:
     """Return the fields of the layout of a plan."""
-    counters = [plan.ranges, plan.ranges_per_group, plan.range_size, plan.group_size, plan.row_size, plan.inner_size, len(plan.axes)]
-    assert len(counters) == LAYOUT_COUNTERS
+    fields = [plan.ranges, plan.ranges_per_group, plan.range_size, plan.group_size, plan.row_size, plan.inner_size, len(plan.axes)]
+    assert len(fields) == LAYOUT_FIELDS
     strides = [*plan.inner_strides, *plan.outer_strides, *plan.starts]
-    return [*counters, *strides, *(x for length, by in plan.axes for x in (length, *by))]
+    return [*fields, *strides, *(x for length, by in plan.axes for x in (length, *by))]

@@ -23,7 +23,7 @@ from fastloss.core.plan import Spec
 from fastloss.kernel.cache import cache_folder, fingerprint, read, write
 
 SYMBOL = "fastloss_kernel"
-PROTOTYPE = ctypes.CFUNCTYPE(None)  # called with ctypes arrays, unchecked (0.2 us a call, 0.4 us with addresses); a call releases the GIL
+PROTOTYPE = ctypes.CFUNCTYPE(None)  # called with a ctypes array, unchecked (0.2 us a call, 0.4 us with an address); a call releases the GIL
 
 statistics = {"compiled": 0, "loaded": 0}  # how many kernels this process has compiled, and loaded from disk
 _lock = threading.Lock()

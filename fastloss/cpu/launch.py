@@ -11,21 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from fastloss.core.plan import ONE_RANGE, Plan
+from fastloss.core.plan import Plan
 from fastloss.cpu.abi import (
     CACHED,
+    COUNTERS,
     LINE,
     NONTEMPORAL,
     NONTEMPORAL_LINES,
     NONTEMPORAL_SHIFTED_LINES,
     PIECE,
-    STORE_MODE,
     count_partials,
     frame_of,
     layout_of,
 )
 from fastloss.cpu.compile import kernel
-from fastloss.cpu.pool import POOL
+from fastloss.cpu.threads import THREADS
 
 NONTEMPORAL_FROM = 4 << 20  # bytes of output from which non-temporal stores are faster
 
@@ -38,9 +38,10 @@ class Launch:
         self.kernel = kernel(plan.spec)
         fields = layout_of(plan)
         self.layout = (ctypes.c_int64 * len(fields))(*fields)
-        self.ranges, self.by_group, self.is_small = plan.ranges, plan.group_axes > 0, plan.size <= ONE_RANGE
+        self.layout_at = ctypes.addressof(self.layout)
+        self.ranges, self.work, self.by_group = plan.ranges, plan.work, plan.group_axes > 0
         frame = frame_of(plan.spec)
-        self.write = struct.Struct(f"{frame.numbers - STORE_MODE}q{frame.partials - frame.numbers}d").pack_into
+        self.write = struct.Struct(f"{frame.numbers - COUNTERS}q{frame.partials - frame.numbers}d").pack_into
         self.scale_at, self.partials_at = 8 * frame.scale, 8 * frame.partials
         self.partials = count_partials(plan.spec)
         self.frame_type = ctypes.c_int64 * (frame.partials + self.partials * plan.ranges)
@@ -58,11 +59,11 @@ class Launch:
             stride, scales, number = 1, scale.ctypes.data, 0.0
         else:
             stride, scales, number = 0, ctypes.addressof(frame) + self.scale_at, scale
-        self.write(frame, 8 * STORE_MODE, store_mode, stride, scales, *addresses, *numbers, number)
-        if self.is_small:
-            self.kernel(frame, self.layout)
+        self.write(frame, 8 * COUNTERS, self.layout_at, store_mode, stride, scales, *addresses, *numbers, number)
+        if self.ranges == 1:
+            self.kernel(frame)
         else:
-            POOL.run(self.kernel, frame, self.layout, self.ranges, [references, scale])
+            THREADS.run(self.kernel, frame, self.ranges, self.work, [references, scale])
         if self.by_group:
             shape = (self.plan.groups, -1, self.partials)
             partials = np.frombuffer(memoryview(frame), np.float64, self.partials * self.ranges, self.partials_at).reshape(shape)

@@ -26,8 +26,8 @@ from fastloss.core.dtypes import BY_CODE
 from fastloss.core.plan import Operand, Spec
 from fastloss.cpu.abi import (
     CACHED,
-    COUNTERS,
-    LAYOUT_COUNTERS,
+    FIELDS,
+    LAYOUT_FIELDS,
     LINE,
     NONTEMPORAL_LINES,
     NONTEMPORAL_SHIFTED_LINES,
@@ -455,20 +455,20 @@ def float64_pointer(typingctx: Any, pointer: Any, index: Any) -> Any:
 
 
 @intrinsic
-def float64_pointer_at(typingctx: Any, address: Any) -> Any:
-    """Return an address as a pointer to float64."""
-    result = types.CPointer(types.float64)
+def pointer_at(typingctx: Any, element: Any, address: Any) -> Any:
+    """Return an address as a pointer to elements of a type."""
+    result = types.CPointer(element.dtype)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], DOUBLE.as_pointer())
+        return builder.inttoptr(args[1], context.get_value_type(result))
 
-    return result(address), codegen
+    return result(element, address), codegen
 
 
 def build(key: str) -> Any:
     """Compile the loop for a spec.
 
-    Each thread calls the function with the same two arguments, the frame of the call and the layout of its plan; see `abi.py`.
+    Each thread calls the function with the same argument, the frame of the call; see `abi.py`.
     A thread takes its next range from an atomic counter. The number of finished ranges is an atomic counter as well, whose
     increment makes non-temporal stores visible to other threads.
     """
@@ -477,12 +477,13 @@ def build(key: str) -> Any:
     block = BLOCK * lanes
     addresses_at, numbers_at, scale_at, partials_at = frame_of(spec)
     numbers = max(1, scale_at - numbers_at)  # Numba has no empty homogeneous tuples; without numbers, one unused field is read
-    inner_at, outer_at, starts_at, axes_at = (LAYOUT_COUNTERS + k * arrays for k in range(4))
+    inner_at, outer_at, starts_at, axes_at = (LAYOUT_FIELDS + k * arrays for k in range(4))
 
-    @cfunc(types.void(types.CPointer(types.int64), types.CPointer(types.int64)), error_model="numpy")
-    def kernel(frame: Any, layout: Any) -> None:
-        _, _, mode, scale_stride, scales = read(COUNTERS, frame, 0)
-        ranges, per_group, range_size, group_size, row_size, inner_size, axes = read(LAYOUT_COUNTERS, layout, 0)
+    @cfunc(types.void(types.CPointer(types.int64)), error_model="numpy")
+    def kernel(frame: Any) -> None:
+        _, _, layout_at, mode, scale_stride, scales = read(FIELDS, frame, 0)
+        layout = pointer_at(types.int64, layout_at)
+        ranges, per_group, range_size, group_size, row_size, inner_size, axes = read(LAYOUT_FIELDS, layout, 0)
         inner_strides, outer_strides = read(arrays, layout, inner_at), read(arrays, layout, outer_at)
         base = advance(read(arrays, frame, addresses_at), read(arrays, layout, starts_at), 1)
         options = read(numbers, float64_pointer(frame, numbers_at), 0)
@@ -492,7 +493,7 @@ def build(key: str) -> Any:
             group = index // per_group
             at = group * group_size + (index - group * per_group) * range_size
             stop = min(at + range_size, (group + 1) * group_size)
-            scale = float64_pointer_at(scales)[group * scale_stride]
+            scale = pointer_at(types.float64, scales)[group * scale_stride]
             totals = zeros(key, "range")
             while at < stop:
                 row = at // row_size

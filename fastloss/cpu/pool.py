@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import operator
 import os
 import threading
 import time
@@ -28,14 +27,13 @@ yield_cpu: Callable[[], object] = os.sched_yield if hasattr(os, "sched_yield") e
 # and does not come back.
 get_cpu: Callable[[], int] | None = getattr(ctypes.PyDLL(None), "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
 
-Job = tuple[Callable[..., None], Any, Any, int, Any]
+Job = tuple[Callable[..., None], Any, int, Any]
 
 
 class Pool:
     """Worker threads that wait for jobs. They start when first needed and end with the process."""
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    def __init__(self) -> None:
         self.forget_workers()
 
     def forget_workers(self) -> None:
@@ -44,20 +42,20 @@ class Pool:
         self._workers = 0
         self._starting = threading.Lock()
 
-    def run(self, kernel: Callable[..., None], frame: Any, layout: Any, ranges: int, references: list[Any]) -> None:
-        """Call `kernel(frame, layout)` on the caller's thread and on workers; return when all ranges are finished.
+    def run(self, kernel: Callable[..., None], frame: Any, ranges: int, threads: int, references: list[Any]) -> None:
+        """Call `kernel(frame)` on the caller's thread and on `threads - 1` workers; return when all ranges are finished.
 
         `frame[1]` counts finished ranges. `references` holds the objects whose memory the frame points to. Jobs hold it too, so that
         the memory outlives a caller that is interrupted. It is cleared at the end, so that no worker drops the last reference to an
         array: freeing a PyTorch tensor releases the GIL, and a thread that acquires it again while Python exits ends the process.
         """
-        helpers = min(self.threads, ranges) - 1
+        helpers = threads - 1
         if helpers > self._workers:
             self._start(helpers)
         cpu = get_cpu() if get_cpu else -1
         for _ in range(min(helpers, self._workers)):
-            self._jobs.put((kernel, frame, layout, cpu, references))
-        kernel(frame, layout)
+            self._jobs.put((kernel, frame, cpu, references))
+        kernel(frame)
         while frame[1] < ranges:  # at most as long as one range takes, which a worker is finishing
             yield_cpu()
         references.clear()
@@ -74,10 +72,10 @@ class Pool:
         """Take jobs and call their kernels until the process ends."""
         affinity = Affinity()
         while True:
-            kernel, frame, layout, cpu, _references = jobs.get()
+            kernel, frame, cpu, _references = jobs.get()
             if get_cpu and get_cpu() == cpu:
                 affinity.leave(cpu)
-            kernel(frame, layout)
+            kernel(frame)
             del frame, _references  # a worker that waits for the next job must not keep arrays alive
 
 
@@ -97,36 +95,3 @@ class Affinity:
             with contextlib.suppress(OSError):  # if the system does not permit it, the thread stays
                 os.sched_setaffinity(0, others)
                 self.last_set = others
-
-
-def _default_threads() -> int:
-    """Return FASTLOSS_NUM_THREADS if it is set, otherwise the number of CPUs that this process may use."""
-    given = os.environ.get("FASTLOSS_NUM_THREADS")
-    if given is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not given.isdecimal() or int(given) < 1:
-        raise ValueError(f"the environment variable FASTLOSS_NUM_THREADS is {given!r}; accepted: an integer of 1 or more")
-    return int(given)
-
-
-POOL = Pool(_default_threads())
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=POOL.forget_workers)
-
-
-def set_num_threads(n: int) -> None:
-    """Set how many threads a call may use, including the caller's; 1 computes on the caller's thread alone.
-
-    Results do not depend on the number of threads. Raises `TypeError` if n is not an integer, `ValueError` if it is below 1.
-    """
-    if isinstance(n, bool) or not hasattr(n, "__index__"):
-        raise TypeError(f"the number of threads must be an int, not {n!r}")
-    n = operator.index(n)
-    if n < 1:
-        raise ValueError(f"the number of threads is {n}; accepted: 1 or more")
-    POOL.threads = n
-
-
-def get_num_threads() -> int:
-    """Return how many threads a call may use. The default is FASTLOSS_NUM_THREADS, or the number of CPUs this process may use."""
-    return POOL.threads

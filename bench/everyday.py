@@ -1,0 +1,184 @@
+"""Compare fastloss on tensors with PyTorch's own losses on batches of everyday size, each call right behind another operator.
+
+python -m bench.everyday                                  (needs the extras torch and bench; three minutes)
+python -m bench.everyday --json FILE --write docs/benchmarks.md
+python -m bench.everyday --show FILE --write docs/benchmarks.md    (measures nothing)
+
+A cell is a loss, an option, a shape, and a pass: forward and backward, or the value without a gradient. Its two rows, eager PyTorch
+and `fastloss.torch`, are called by turns in random order, each after a `torch.relu` of the same size: PyTorch's threads are then
+awake, as in a training step. Only the loss is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from rich.console import Console
+from rich.progress import track
+
+import fastloss as fl
+import fastloss.torch as ft
+from bench import machine
+from bench.measure import no_garbage_collection
+from bench.page import replace_block
+from bench.report import Table
+
+SHAPES = ((1024,), (128, 1, 28, 28), (128, 3, 32, 32), (64, 3, 64, 64), (8, 1, 256, 256))
+PASSES = ("forward + backward", "value")
+COMMON = ("mean", "sum", "none", "bfloat16", "float64")
+OPTIONS = {
+    "binary_cross_entropy_with_logits": (*COMMON, "weight", "pos_weight"),
+    "binary_cross_entropy": (*COMMON, "weight"),
+    "mse_loss": (*COMMON, "weight"),
+    "l1_loss": COMMON,
+    "smooth_l1_loss": COMMON,
+    "huber_loss": COMMON,
+}
+BUDGET, LEAST, MOST = 0.3, 15, 400  # seconds for each cell, and bounds of its rounds
+BLOCK = ("everyday batches", "python -m bench.everyday --write")  # the name of its block in a page, and the command that writes it
+
+
+class Cell(NamedTuple):
+    """What is timed."""
+
+    loss: str
+    option: str
+    shape: tuple[int, ...]
+    part: str
+
+
+def cells() -> Iterator[Cell]:
+    """Yield every cell."""
+    for shape in SHAPES:
+        for loss, options in OPTIONS.items():
+            for option in options:
+                for part in PASSES:
+                    yield Cell(loss, option, shape, part)
+
+
+def row(cell: Cell, functions: Any) -> Callable[[], Any]:
+    """Return a call of a cell's loss in a module of functions."""
+    dtype = getattr(torch, cell.option, torch.float32) if "float" in cell.option else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    target, factor = (torch.rand(cell.shape, generator=generator).to(dtype) for _ in range(2))
+    drawn = torch.randn(cell.shape, generator=generator)
+    input = (drawn.sigmoid() if cell.loss == "binary_cross_entropy" else 3 * drawn).to(dtype)
+    reduction = cell.option if cell.option in ("sum", "none") else "mean"
+    options = {cell.option: factor} if cell.option in ("weight", "pos_weight") else {}
+    function = getattr(functions, cell.loss)
+    if cell.part == "value":
+
+        def value() -> Any:
+            with torch.no_grad():
+                return function(input, target, reduction=reduction, **options)
+
+        return value
+    upstream = torch.ones_like(input) if reduction == "none" else None
+    input.requires_grad_()
+
+    def forward_backward() -> Any:
+        function(input, target, reduction=reduction, **options).backward(upstream)
+        input.grad = None
+
+    return forward_backward
+
+
+def measure_cell(cell: Cell, order: np.random.Generator) -> tuple[list[float], list[float]]:
+    """Return the seconds of eager PyTorch and of fastloss in every round."""
+    rows, busy = [row(cell, F), row(cell, ft)], torch.randn(cell.shape)
+    for run in rows * 3:
+        run()
+    begin = time.perf_counter()
+    for run in rows:
+        torch.relu(busy)
+        run()
+    rounds = int(np.clip(BUDGET / (time.perf_counter() - begin), LEAST, MOST))
+    seconds: tuple[list[float], list[float]] = ([], [])
+    with no_garbage_collection():
+        for _ in range(rounds):
+            for k in order.permutation(2):
+                torch.relu(busy)
+                begin = time.perf_counter()
+                rows[k]()
+                seconds[k].append(time.perf_counter() - begin)
+    return seconds
+
+
+def measure(threads: int, chosen: list[Cell]) -> dict[str, Any]:
+    """Measure cells, and return the medians in microseconds."""
+    torch.set_num_threads(threads)
+    fl.set_num_threads(threads)
+    order, entries = np.random.default_rng(0), []
+    for cell in track(chosen, "everyday batches", console=Console(stderr=True)):
+        eager, ours = (round(statistics.median(times) * 1e6, 2) for times in measure_cell(cell, order))
+        entries.append({**cell._asdict(), "eager": eager, "fastloss": ours})
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"date": date, "machine": machine.description(threads), "cells": entries}
+
+
+def tables(content: dict[str, Any], source: Path | str) -> str:
+    """Return the tables of a results file in Markdown, with the machine it was measured on."""
+    found = {(e["loss"], e["option"], tuple(e["shape"]), e["part"]): e["eager"] / e["fastloss"] for e in content["cells"]}
+    shapes = [shape for shape in SHAPES if any(key[2] == shape for key in found)]
+    texts = []
+    for part in PASSES:
+        made = Table(f"Eager PyTorch's time over fastloss's, {part}", ["", *("x".join(map(str, shape)) for shape in shapes)])
+        for loss, option in dict.fromkeys(key[:2] for key in found):
+            ratios = [found.get((loss, option, shape, part)) for shape in shapes]
+            made.rows.append([f"{loss}, {option}", *(f"{ratio:.2f}" if ratio else "" for ratio in ratios)])
+        texts.append(made.markdown())
+    for name, group in (("1,024 elements", SHAPES[:1]), ("larger batches", SHAPES[1:])):
+        ratios = [ratio for key, ratio in found.items() if key[2] in group]
+        if ratios:
+            slower = sum(ratio < 1 for ratio in ratios)
+            texts.append(
+                f"Of {len(ratios)} cells with {name}, {slower} are slower than eager PyTorch; "
+                f"the median is {statistics.median(ratios):.2f} x, the smallest {min(ratios):.2f} x."
+            )
+    texts.append(f"{machine.sentence(content['machine'])}; {content['date'][:10]}; microseconds of every cell are in `{source}`.")
+    return "\n\n".join(texts)
+
+
+def filled(page: Path, text: str) -> str:
+    """Return a page's text with the tables between its marks."""
+    return replace_block(page.read_text(), *BLOCK, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure or read, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m bench.everyday", description="Compare with PyTorch on batches of everyday size.")
+    parser.add_argument("--threads", type=int, choices=range(1, machine.cpus() + 1), default=machine.cpus())
+    parser.add_argument("--loss", action="append", choices=OPTIONS, help="only this loss; may be given several times")
+    parser.add_argument("--option", action="append", choices=sorted({o for given in OPTIONS.values() for o in given}), help="only this option")
+    parser.add_argument("--elements", type=int, action="append", help="only batches of so many elements")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the medians there")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing: the tables of a file")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="write the tables between this page's marks")
+    options = parser.parse_args(arguments)
+    chosen = [
+        cell for cell in cells()
+        if (not options.loss or cell.loss in options.loss) and (not options.option or cell.option in options.option)
+        and (not options.elements or prod(cell.shape) in options.elements)
+    ]  # fmt: skip
+    content = json.loads(options.show.read_text()) if options.show else measure(options.threads, chosen)
+    if options.json:
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    text = tables(content, options.show or options.json or "memory")
+    print(text)
+    if options.write:
+        options.write.write_text(filled(options.write, text))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The threads that compute a call: the team of PyTorch's OpenMP runtime where that is loaded, otherwise a pool of our own.
+
+Results do not depend on the threads: each range leaves a partial sum of its own, and partial sums are added in the order of the
+ranges.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import sys
+from typing import Any
+
+from fastloss.cpu.pool import Pool
+from fastloss.cpu.team import Team, find_team
+
+CHOICES = ("pool", "openmp")
+# Estimated nanoseconds of work for which a further thread is woken. PyTorch's threads are mostly awake. With less work than this,
+# two threads were slower than one.
+POOL_WORK, TEAM_WORK = 50_000.0, 6_000.0
+
+
+class Threads:
+    """How many threads a call may use, and which."""
+
+    def __init__(self) -> None:
+        self.count = default_count()
+        self.choice = default_choice()
+        self.pool = Pool()
+        self.team: Team | None = None
+        self.searches = self.choice != "pool"  # whether to look for a team in the next call
+
+    def run(self, kernel: Any, frame: Any, ranges: int, work: float, references: list[Any]) -> None:
+        """Call `kernel(frame)` on as many threads as the work is worth, the caller's among them; return when all ranges are finished."""
+        if self.searches and "torch" in sys.modules:
+            self.search()
+        team = self.team
+        count = min(self.count, ranges, 1 + int(work / (POOL_WORK if team is None else TEAM_WORK)))
+        if team is not None:
+            count = min(count, team.limit())
+        if count == 1:
+            kernel(frame)
+        elif team is not None:
+            team.run(kernel, frame, count)
+        else:
+            self.pool.run(kernel, frame, ranges, count, references)
+
+    def search(self) -> None:
+        """Look for PyTorch's team once PyTorch is imported."""
+        if hasattr(sys.modules["torch"], "get_num_threads"):  # not while PyTorch is still being imported
+            self.team, self.searches = find_team(), False
+
+    def after_fork(self) -> None:
+        """Forget threads that do not survive a fork. An OpenMP runtime that has been used before does not work in the child."""
+        self.pool.forget_workers()
+        self.team, self.searches = None, False
+
+
+def default_count() -> int:
+    """Return FASTLOSS_NUM_THREADS if it is set, otherwise the number of CPUs that this process may use."""
+    given = os.environ.get("FASTLOSS_NUM_THREADS")
+    if given is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"the environment variable FASTLOSS_NUM_THREADS is {given!r}; accepted: an integer of 1 or more")
+    return int(given)
+
+
+def default_choice() -> str | None:
+    """Return FASTLOSS_THREADS if it is set: "pool" or "openmp"."""
+    given = os.environ.get("FASTLOSS_THREADS") or None
+    if given not in (None, *CHOICES):
+        raise ValueError(f"the environment variable FASTLOSS_THREADS is {given!r}; accepted: {', '.join(CHOICES)}")
+    return given
+
+
+THREADS = Threads()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=THREADS.after_fork)
+
+
+def set_num_threads(n: int) -> None:
+    """Set how many threads a call may use, including the caller's; 1 computes on the caller's thread alone.
+
+    Where PyTorch is loaded, a call uses no more threads than PyTorch is set to use either. Results do not depend on the number of
+    threads. Raises `TypeError` if n is not an integer, `ValueError` if it is below 1.
+    """
+    if isinstance(n, bool) or not hasattr(n, "__index__"):
+        raise TypeError(f"the number of threads must be an int, not {n!r}")
+    n = operator.index(n)
+    if n < 1:
+        raise ValueError(f"the number of threads is {n}; accepted: 1 or more")
+    THREADS.count = n
+
+
+def get_num_threads() -> int:
+    """Return how many threads a call may use. The default is FASTLOSS_NUM_THREADS, or the number of CPUs this process may use."""
+    return THREADS.count
