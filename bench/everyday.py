@@ -73,7 +73,7 @@ def row(cell: Cell, functions: Any) -> Callable[[], Any]:
     generator = torch.Generator().manual_seed(0)
     target, factor = (torch.rand(cell.shape, generator=generator).to(dtype) for _ in range(2))
     drawn = torch.randn(cell.shape, generator=generator)
-    input = (drawn.sigmoid() if cell.loss == "binary_cross_entropy" else 3 * drawn).to(dtype)
+    logits = (drawn.sigmoid() if cell.loss == "binary_cross_entropy" else 3 * drawn).to(dtype)
     reduction = cell.option if cell.option in ("sum", "none") else "mean"
     options = {cell.option: factor} if cell.option in ("weight", "pos_weight") else {}
     function = getattr(functions, cell.loss)
@@ -81,15 +81,15 @@ def row(cell: Cell, functions: Any) -> Callable[[], Any]:
 
         def value() -> Any:
             with torch.no_grad():
-                return function(input, target, reduction=reduction, **options)
+                return function(logits, target, reduction=reduction, **options)
 
         return value
-    upstream = torch.ones_like(input) if reduction == "none" else None
-    input.requires_grad_()
+    upstream = torch.ones_like(logits) if reduction == "none" else None
+    logits.requires_grad_()
 
     def forward_backward() -> Any:
-        function(input, target, reduction=reduction, **options).backward(upstream)
-        input.grad = None
+        function(logits, target, reduction=reduction, **options).backward(upstream)
+        logits.grad = None
 
     return forward_backward
 
@@ -135,8 +135,8 @@ def tables(content: dict[str, Any], source: Path | str) -> str:
     for part in PASSES:
         made = Table(f"Eager PyTorch's time over fastloss's, {part}", ["", *("x".join(map(str, shape)) for shape in shapes)])
         for loss, option in dict.fromkeys(key[:2] for key in found):
-            ratios = [found.get((loss, option, shape, part)) for shape in shapes]
-            made.rows.append([f"{loss}, {option}", *(f"{ratio:.2f}" if ratio else "" for ratio in ratios)])
+            of_shapes = [found.get((loss, option, shape, part)) for shape in shapes]
+            made.rows.append([f"{loss}, {option}", *(f"{ratio:.2f}" if ratio else "" for ratio in of_shapes)])
         texts.append(made.markdown())
     for name, group in (("1,024 elements", SHAPES[:1]), ("larger batches", SHAPES[1:])):
         ratios = [ratio for key, ratio in found.items() if key[2] in group]
@@ -160,7 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.everyday", description="Compare with PyTorch on batches of everyday size.")
     parser.add_argument("--threads", type=int, choices=range(1, machine.cpus() + 1), default=machine.cpus())
     parser.add_argument("--loss", action="append", choices=OPTIONS, help="only this loss; may be given several times")
-    parser.add_argument("--option", action="append", choices=sorted({o for given in OPTIONS.values() for o in given}), help="only this option")
+    parser.add_argument(
+        "--option", action="append", choices=sorted({o for given in OPTIONS.values() for o in given}), help="only this option"
+    )
     parser.add_argument("--elements", type=int, action="append", help="only batches of so many elements")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the medians there")
     parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing: the tables of a file")

@@ -107,6 +107,10 @@ class Formula:
         results = {f"%{k}" for k, (op, _) in enumerate(operations, 1) if op == "add_log1p"}
         return {name for name, reference in zip(self.names, quantities, strict=True) if reference in results}
 
+    def is_zero(self, quantity: str) -> bool:
+        """Whether a formula returns a quantity that is the number 0 for every element."""
+        return quantity in self.names and all(quantities[self.names.index(quantity)] == 0.0 for _, quantities in self._traces.values())
+
     def cost(self, parameters: tuple[str, ...]) -> int:
         """Estimate how many simple operations an element takes."""
         return sum(COSTS.get(op, 1) for op, _ in self._traces[parameters][0])

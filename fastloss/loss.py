@@ -70,7 +70,8 @@ class Loss(AbstractLoss):
     def __call__(self, input: Any, target: Any, weight: Any = None, reduction: str | None = None, **options: Any) -> Any:
         """Return the loss: a float64 number, one number for each sample, or with reduction "none" an array of the input's dtype."""
         reduction = self._reduction if reduction is None else reduction
-        refuse_grad_output(options)
+        if options:
+            refuse_grad_output(options)
         if reduction == "none":
             return find_backend(input).compute(self, Arguments((), VALUE, input, target, weight, reduction, options))[1][0]
         if options.get("out") is not None:

@@ -17,8 +17,8 @@ import fastloss as fl
 from bench.batch import SCALE, Array, Batch
 from bench.formulas import FORMULAS, reduced
 from bench.row import Result, Row
-from fastloss.backends.torch.gradient_memory import empty_cache
 from fastloss.backends.torch.memory_views import to_array, to_tensor
+from fastloss.cpu.memory import empty_cache
 
 XP = SimpleNamespace(
     abs=torch.abs, exp=torch.exp, log=torch.log, log1p=torch.log1p, sigmoid=torch.sigmoid, softplus=F.softplus, sqrt=torch.sqrt,

@@ -41,6 +41,11 @@ class AbstractLoss:
         """Whether the loss is part of the package. Code that exec runs may define one without a module."""
         return (self.__module__ or "").partition(".")[0] == "fastloss"
 
+    @property
+    def is_piecewise_linear(self) -> bool:
+        """Whether the slopes are constant wherever they have a derivative, as those of the absolute error are."""
+        return self.definition is not None and self.definition.formula.is_zero("curvature")
+
     def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
         """Compute the requested quantities with a subclass of `Call`: return the reduced value or None, and the written arrays."""
         raise NotImplementedError

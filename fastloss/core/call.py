@@ -216,14 +216,19 @@ class Call:
             setattr(other, name, getattr(self, name))
         return other
 
-    def scan(self, summed: tuple[str, ...], validate: bool, *needed: str) -> Any:
-        """Make a pass that computes no loss and reads only the arrays and numbers named in `needed`; return the sums."""
-        scan = self.copy()
+    def narrowed(self, *needed: str) -> Self:
+        """Make a call that computes no loss and reads only the arrays and numbers named in `needed`."""
+        other = self.copy()
         chosen = [k for k, name in enumerate(self.names) if name in needed]
-        scan.names, scan.arrays = tuple(self.names[k] for k in chosen), [self.arrays[k] for k in chosen]
-        scan.numbers = {name: x for name, x in self.numbers.items() if name in needed}
-        scan.parameters = ()
-        return scan.run(summed, (), [], validate=validate)
+        other.names, other.arrays = tuple(self.names[k] for k in chosen), [self.arrays[k] for k in chosen]
+        other.numbers = {name: x for name, x in self.numbers.items() if name in needed}
+        other.parameters = ()
+        return other
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """The names of the arrays and numbers that decide which elements count."""
+        return ("target", "mask", "ignore_index") if "ignore_index" in self.numbers else ("mask",)
 
     def derive(self, loss: Definition, arrays: Mapping[str, Any]) -> Call:
         """Make a call of another formula on the same arrays and options, with `arrays` as the formula's parameters."""
@@ -241,8 +246,7 @@ class Call:
     def count(self) -> Any:
         """Return the number that the reduction divides by: one number, or an array with one for each group."""
         if self.must_count:
-            needed = ("target", "mask", "ignore_index") if "ignore_index" in self.numbers else ("mask",)
-            return self.scan(("count",), False, *needed)[0]
+            return self.narrowed(*self.counted).run(("count",), (), [])[0]
         if self.reduction == "mean":
             return math.prod(self.shape)
         if self.reduction == "sample_mean":

@@ -15,6 +15,7 @@ import numpy as np
 from fastloss.core.call import Call
 from fastloss.core.checks import describe_bad_element, warn_of_empty_mean
 from fastloss.core.plan import Array, Request, make_plan
+from fastloss.cpu import memory
 
 SEARCHED = 1 << 20  # elements in a part of the batch, when searching for the first element outside [0, 1]
 FOREIGN = ("torch", "cupy", "dask", "jax", "jaxlib", "tensorflow")  # packages whose arrays NumPy would convert slowly or incorrectly
@@ -65,7 +66,7 @@ class HostCall(Call):
     @staticmethod
     def empty_like(array: Any) -> Any:
         """Allocate an output with the shape, dtype and memory order of an array."""
-        return np.empty_like(array)
+        return memory.empty_like(array)
 
     @staticmethod
     def as_upstream(array: Any) -> Any:
@@ -125,7 +126,8 @@ class HostCall(Call):
 
     def check_elements(self) -> None:
         """Make a pass that writes no array, and raise ValueError if an element is outside [0, 1]."""
-        self.scan((), True, *self.loss.probabilities, "target", "mask", "ignore_index", "target_scale")
+        needed = (*self.loss.probabilities, "target", "mask", "ignore_index", "target_scale")
+        self.narrowed(*needed).run((), (), [], validate=True)
 
     def refuse_bad_element(self) -> None:
         """Find the first element outside [0, 1], searching one part of the batch at a time, and raise the error that names it."""

@@ -12,7 +12,7 @@ are read and written in place.
 
 from typing import TYPE_CHECKING, Any
 
-from fastloss.backends.torch.gradient_memory import empty_cache
+from fastloss.cpu.memory import empty_cache
 from fastloss.losses.table import LOSSES
 from fastloss.torch import functional, modules
 from fastloss.torch.functional import (

@@ -119,21 +119,24 @@ def sigmoid_focal_loss(
 
 def compute(loss: Any, input: Tensor, target: Tensor, weight: Any, reduction: str, **options: Any) -> Tensor:
     """Call a loss, and turn its ValueError into the RuntimeError that PyTorch's kernels raise."""
-    if isinstance(input, Tensor) and (input.layout is not torch.strided or not (input.is_floating_point() or input.is_complex())):
-        raise NotImplementedError(
-            f"input has dtype {input.dtype} and layout {input.layout}; accepted: a floating-point dtype and layout torch.strided"
-        )
     try:
         return loss(input, target, weight, reduction, **options)
     except ValueError as error:
         raise RuntimeError(str(error)) from error
+    except TypeError as error:
+        if isinstance(input, Tensor) and (input.layout is not torch.strided or not (input.is_floating_point() or input.is_complex())):
+            raise NotImplementedError(
+                f"input has dtype {input.dtype} and layout {input.layout}; accepted: a floating-point dtype and layout torch.strided"
+            ) from error
+        raise
 
 
 def compute_weighted_mean(
     loss: Any, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, options: dict[str, Any]
 ) -> Tensor:
     """Call a loss, and divide a weighted mean by the sum of the weights, as PyTorch does. Other reductions are unchanged."""
-    check_weight(input, weight)
+    if weight is not None:
+        check_shapes("input", input.shape, "weight", weight.shape)
     z, t = broadcast_operands(input, target)
     if weight is None or reduction != "mean":
         return compute(loss, z, t, weight, reduction, **options)
@@ -144,6 +147,8 @@ def compute_weighted_mean(
 
 def resolve_reduction(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> str:
     """Return the reduction, also if it is given by the deprecated arguments `size_average` and `reduce`."""
+    if size_average is None and reduce is None and (reduction == "mean" or reduction == "sum" or reduction == "none"):
+        return reduction
     if size_average is not None or reduce is not None:
         return str(_reduction.legacy_get_string(size_average, reduce))
     check_reduction(reduction, REDUCTIONS)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
 
 from fastloss.backends.protocol import Backend
 from fastloss.backends.torch import operators
-from fastloss.backends.torch.autograd import SmallInputFunction, apply, apply_small
-from fastloss.backends.torch.bound_loss import BoundLoss, as_value, machine_of
+from fastloss.backends.torch.autograd import function_of
+from fastloss.backends.torch.bound_loss import VALUE, BoundLoss, PreparedLoss, as_value, machine_of
 from fastloss.backends.torch.memory_views import (
     HALVES,
+    PROPERTIES,
     check_tensors,
+    form_of,
     has_memory,
+    is_plain,
+    is_traced,
     refuse_gradient,
     refuse_leaf,
     refuse_transforms,
@@ -26,10 +32,14 @@ from fastloss.backends.torch.memory_views import (
 )
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import Arguments
-from fastloss.core.checks import to_validate
+from fastloss.core.checks import to_bounded, to_validate
 from fastloss.core.plan import Array
 
+NO_ARRAYS: list[Any] = []
+NUMBERS = (float, int, bool)
 SPECIAL = ("grad_output", "inplace_grad", "out")  # options that are not passed on to `Arguments` unchanged
+MOST_BOUND = 1024  # kinds of calls that are remembered
+ANY_NUMBER = (-math.inf, math.inf)
 
 
 class TorchBackend(Backend):
@@ -37,33 +47,86 @@ class TorchBackend(Backend):
 
     options = ("inplace_grad",)
 
+    def __init__(self) -> None:
+        self.bound: dict[Any, PreparedLoss] = {}  # by everything of a call but its tensors' elements and the values of parameters
+
     def compute(self, loss: AbstractLoss, arguments: Arguments) -> tuple[Any, list[Any]]:
         """Compute the requested quantities as tensors. If only the value is requested, it has autograd attached."""
+        if is_compiling():
+            return self.compute_unprepared(loss, arguments)
+        summed, wanted, first, second, weight, reduction, options = arguments
+        if not isinstance(second, Tensor) or is_traced():
+            return self.compute_unprepared(loss, arguments)
+        is_cast = first.dtype in HALVES and torch.is_autocast_enabled(first.device.type)
+        key: tuple[Any, ...] = (  # with `form_of` of both, without its calls
+            loss, reduction, is_cast, PROPERTIES(first), first.stride(), first.is_neg(),
+            PROPERTIES(second), second.stride(), second.is_neg(),
+        )  # fmt: skip
+        tensors: tuple[Any, ...] = (first, second)
+        settings: dict[str, Any] = {}
+        if weight is not None or options:
+            sorted_ = sort_plain(loss, weight, options)
+            if sorted_ is None:
+                return self.compute_unprepared(loss, arguments)
+            others, settings, kinds = sorted_
+            tensors, key = (*tensors, *others), (*key, *kinds)
+        bound = self.bound.get(key) or self.bind(key, tensors)
+        if bound is None:
+            return self.compute_unprepared(loss, arguments)
+        if (summed and wanted) or (wanted and wanted != VALUE):
+            return bound.compute(summed, wanted, tensors, settings)
+        if is_grad_enabled() and (first.requires_grad or second.requires_grad):
+            value = differentiable_value(bound, tensors, settings)
+        else:
+            value = bound.value(tensors, settings)
+        return (value, NO_ARRAYS) if summed else (None, [value])
+
+    def bind(self, key: tuple[Any, ...], tensors: Sequence[Any]) -> PreparedLoss | None:
+        """Bind a loss to the kinds of the arguments of a call and remember it; return None if no pass can be prepared."""
+        loss, reduction, is_cast, *_ = key
+        kinds = key[9:]
+        names = tuple(name for name, kind in kinds if isinstance(kind, tuple))
+        if loss.definition is None or not all(map(is_plain, tensors)) or not tensors[0].numel():
+            return None
+        if reduction not in ("mean", "sum", "batchmean") and (reduction != "none" or is_cast):
+            return None
+        bound = PreparedLoss(loss, reduction, names, torch.float32 if is_cast else tensors[0].dtype, tensors)
+        bound.apply = function_of(loss)
+        if len(self.bound) >= MOST_BOUND:
+            self.bound.clear()
+        self.bound[key] = bound
+        return bound
+
+    def compute_unprepared(self, loss: AbstractLoss, arguments: Arguments) -> tuple[Any, list[Any]]:
+        """Compute what no pass can be prepared for: traced tensors, those on a GPU, and losses or options that take several passes."""
         summed, wanted, first, second, weight, reduction, options = arguments
         tensors = [first, second]
         names: list[str] = []
         settings: dict[str, Any] = {}
         special: dict[str, Any] = {}
-        plain = not options and weight is None
-        if not plain:
-            sort({"weight": weight, **options}, names, tensors, settings, special)
+        sort({"weight": weight, **options}, names, tensors, settings, special)
         if not (with_memory := has_memory(tensors)):
             check_tensors(zip((*loss.operands, *names), tensors, strict=True))
             refuse_transforms(tensors)
-        elif plain and summed == ("value",) and not wanted and SmallInputFunction.accepts(loss, reduction, first, second):
-            return apply_small(loss, reduction, first, second), []
-        bound = BoundLoss(loss, reduction, tuple(names), settings, value_dtype(first))
-        if (*summed, *wanted) != ("value",):
+        bound = BoundLoss(loss, reduction, tuple(names), value_dtype(first))
+        if (*summed, *wanted) != VALUE:
             if special.get("inplace_grad"):
                 raise ValueError("inplace_grad is an option of calls for the value alone; pass out= to choose where a gradient is written")
-            return (evaluate if with_memory else operators.evaluate)(bound, summed, wanted, tensors, special)
+            return (evaluate if with_memory else operators.evaluate)(bound, summed, wanted, tensors, settings, special)
         if "out" in special:
             raise ValueError("out is not supported in a call for the value of tensors; accepted: out in a call of grad or value_and_grad")
         for name, x in zip(names, tensors[2:], strict=True):
             refuse_gradient(name, x)
-        if bound.dtype is not first.dtype and loss.writes_value(reduction):
+        if bound.dtype is not first.dtype and bound.writes_value:
             tensors[0] = first.to(bound.dtype)
-        value = compute_value(bound, tensors, bool(special.get("inplace_grad"))) if with_memory else operators.value(bound, tensors)
+        if with_memory:
+            bound.plan_backward(*tensors[:2])
+            bound.apply = function_of(loss)
+            requires_grad = is_grad_enabled() and (tensors[0].requires_grad or tensors[1].requires_grad)
+            in_place = bool(special.get("inplace_grad"))
+            value = differentiable_value(bound, tensors, settings, in_place) if requires_grad else bound.value(tensors, settings)
+        else:
+            value = operators.value(bound, tensors, settings)
         return (value, []) if summed else (None, [value])
 
     def as_array(self, name: str, value: Any) -> Any:
@@ -108,6 +171,38 @@ class TorchBackend(Backend):
         return torch.zeros((), dtype=dtype, device=target.device).expand(target.shape)
 
 
+def sort_plain(
+    loss: AbstractLoss, weight: Any, options: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any], list[tuple[str, Any]]] | None:
+    """Sort options into tensors, and numbers and flags; also return the kind of each by name. Return None if there are others."""
+    tensors: list[Any] = []
+    settings: dict[str, Any] = {}
+    kinds: list[tuple[str, Any]] = []
+    for name, x in options.items() if weight is None else [("weight", weight), *options.items()]:
+        if x is None or (x is False and name == "inplace_grad"):
+            continue
+        if name in SPECIAL:
+            return None
+        if isinstance(x, Tensor) and x.dim() and not x.requires_grad:
+            kinds.append((name, form_of(x)))
+            tensors.append(x)
+        elif type(x) in NUMBERS:
+            kinds.append((name, kind_of(loss, name, x)))
+            settings[name] = x
+        else:
+            return None
+    return tensors, settings, kinds
+
+
+def kind_of(loss: AbstractLoss, name: str, number: float) -> str:
+    """Return what of a number decides how a call is computed: of a parameter of a formula, whether it is the default; else all of it."""
+    definition = loss.definition
+    if definition is None or name not in definition.formula.defaults:
+        return repr(number)
+    is_default = to_bounded(name, number, definition.bounds.get(name, ANY_NUMBER)) == definition.formula.defaults[name]
+    return "default" if is_default else "number"
+
+
 def sort(options: Mapping[str, Any], names: list[str], tensors: list[Any], settings: dict[str, Any], special: dict[str, Any]) -> None:
     """Sort the options that are not None into tensors with their names, numbers and flags, and the options of `SPECIAL`."""
     for name, x in options.items():
@@ -129,36 +224,34 @@ def value_dtype(first: Any) -> torch.dtype:
     return torch.float32 if first.dtype in HALVES and torch.is_autocast_enabled(first.device.type) else first.dtype
 
 
-def compute_value(bound: BoundLoss, tensors: list[Any], inplace_grad: bool) -> Any:
-    """Compute the value, with autograd attached if an operand requires a gradient."""
-    first, second = tensors[:2]
-    if not ((first.requires_grad or second.requires_grad) and torch.is_grad_enabled()):
-        return bound.value(tensors)
+def differentiable_value(bound: BoundLoss, tensors: Sequence[Any], settings: Mapping[str, Any], inplace_grad: bool = False) -> Any:
+    """Compute the value with autograd attached."""
     if inplace_grad and bound.loss.gradients > 1:
         raise TypeError(f"inplace_grad is not supported by {bound.loss.__name__}, which has two gradients")
-    if inplace_grad and first.requires_grad:
-        refuse_leaf("inplace_grad=True: the input", first)
-    if second.requires_grad:
+    if inplace_grad and tensors[0].requires_grad:
+        refuse_leaf("inplace_grad=True: the input", tensors[0])
+    if tensors[1].requires_grad:
         bound.loss.require("target_slope")
-    return apply(bound, inplace_grad, *tensors)
+    return bound.apply((bound, settings, inplace_grad), *tensors)
 
 
 def evaluate(
-    bound: BoundLoss, summed: tuple[str, ...], wanted: tuple[str, ...], tensors: list[Any], special: Mapping[str, Any]
-) -> tuple[Any, list[Any]]:
+    bound: BoundLoss, summed: tuple[str, ...], wanted: tuple[str, ...], tensors: list[Any], settings: Mapping[str, Any],
+    special: Mapping[str, Any],
+) -> tuple[Any, list[Any]]:  # fmt: skip
     """Compute value and derivatives without autograd, and write the derivatives to `out` if the caller passed it."""
-    upstream, out = special.get("grad_output"), special.get("out")
-    options: dict[str, Any] = {} if upstream is None else {"grad_output": to_array(upstream) if isinstance(upstream, Tensor) else upstream}
+    out = special.get("out")
+    options: dict[str, Any] = {"grad_output": special.get("grad_output")}
     buffers: list[Any] = []
     if out is not None:
         several = isinstance(out, (tuple, list))
         buffers = list(out) if several else [out]
         arrays = view_buffers(buffers, [f"out[{k}]" for k in range(len(buffers))] if several else ["out"])
         options["out"] = arrays if several else arrays[0]
-    value, computed = bound.compute(summed, wanted, tensors, **options)
+    value, computed = bound.compute(summed, wanted, tensors, settings, **options)
     for x in buffers:
         increment_version(x)
-    return (bound.as_value(value) if summed else None), [*buffers, *map(to_tensor, computed[len(buffers) :])]
+    return value, [*buffers, *computed[len(buffers) :]]
 
 
 def view_buffers(out: Sequence[Any], names: Sequence[str]) -> tuple[Array, ...]:

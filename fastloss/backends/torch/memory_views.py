@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ from torch._ops import _len_torch_dispatch_stack_pre_dispatch as pre_dispatch_mo
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from fastloss.backends.torch.dtypes import bfloat16
+from fastloss.backends.torch.dtypes import bfloat16, numpy_dtype
 from fastloss.core.plan import Array
+from fastloss.cpu import memory
 
+PROPERTIES = attrgetter("__class__", "dtype", "shape", "layout", "is_cpu")
 PLAIN, STRIDED = (torch.Tensor, torch.nn.Parameter), torch.strided
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -55,6 +58,28 @@ def to_tensor(array: Array) -> Any:
     return torch.from_numpy(array)
 
 
+def allocator_for(tensor: Any) -> Callable[[Any], Any]:
+    """Return a function that allocates as `torch.empty_like` does. A large tensor on the CPU reuses the memory of freed gradients."""
+    is_dense = tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+    return empty_from_cache if is_dense and memory.is_cached(tensor.numel() * tensor.element_size()) else torch.empty_like
+
+
+def empty_from_cache(tensor: Any) -> Any:
+    """Allocate a tensor of the same dtype, shape and strides from the memory of freed gradients."""
+    dtype = numpy_dtype(tensor.dtype)
+    return to_tensor(memory.empty(tuple(tensor.shape), dtype, tuple([dtype.itemsize * stride for stride in tensor.stride()])))
+
+
+def form_of(tensor: Any) -> tuple[Any, ...]:
+    """Return all that decides how a tensor is read: class, dtype, shape, layout and place, strides, and whether it is negated lazily."""
+    return PROPERTIES(tensor), tensor.stride(), tensor.is_neg()
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether a tensor's values lie in the memory of the CPU, at the places that its strides say."""
+    return type(tensor) in PLAIN and tensor.is_cpu and tensor.layout is STRIDED and not tensor.is_neg()
+
+
 def check_tensors(named: Iterable[tuple[str, Any]]) -> None:
     """Refuse arguments that are not tensors, and tensors that are sparse or on different devices."""
     place: Any = None
@@ -78,7 +103,12 @@ def has_memory(tensors: Sequence[Any]) -> bool:
             return False
         if not x.is_cpu and not (is_on_gpu(x) and x.device == tensors[0].device):
             return False
-    return not (is_transform_active() or dispatch_modes() or pre_dispatch_modes())
+    return not is_traced()
+
+
+def is_traced() -> bool:
+    """Whether a transform or a dispatch mode is active, which may replace tensors that look plain."""
+    return bool(forward_ad._current_level >= 0 or transforms_active() or tracing_state() or dispatch_modes() or pre_dispatch_modes())
 
 
 def is_transform_active() -> bool:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fastloss.backends.torch import double_backward
 from fastloss.backends.torch.bound_loss import BoundLoss
-from fastloss.backends.torch.memory_views import to_array, to_tensor
 from fastloss.core.abstract_loss import REGISTER, AbstractLoss
 from fastloss.core.checks import check_shapes, refuse_unknown
 from fastloss.core.definition import operand_of
@@ -31,27 +30,28 @@ LIBRARY.define(f"loss({CALL}, ScalarType dtype) -> Tensor", tags=TAGS)
 LIBRARY.define(f"derivatives({CALL}, str[] wanted, Tensor? upstream) -> Tensor[]", tags=TAGS)
 
 
-def pack_arguments(bound: BoundLoss, tensors: Sequence[Any]) -> tuple[Any, ...]:
+def pack_arguments(bound: BoundLoss, tensors: Sequence[Any], settings: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return a call as the arguments that both operators begin with."""
     first, second, *others = tensors
-    names = [*bound.names, *bound.settings]
-    return bound.loss.key, bound.reduction, first, second, others, names, [float(x) for x in bound.settings.values()]
+    names = [*bound.names, *settings]
+    return bound.loss.key, bound.reduction, first, second, others, names, [float(x) for x in settings.values()]
 
 
-def value(bound: BoundLoss, tensors: Sequence[Any]) -> Any:
+def value(bound: BoundLoss, tensors: Sequence[Any], settings: Mapping[str, Any]) -> Any:
     """Call the operator `fastloss::loss` for the value, which autograd can differentiate."""
-    return torch.ops.fastloss.loss(*pack_arguments(bound, tensors), bound.dtype)
+    return torch.ops.fastloss.loss(*pack_arguments(bound, tensors, settings), bound.dtype)
 
 
-def derivatives(bound: BoundLoss, wanted: Sequence[str], upstream: Any, tensors: Sequence[Any]) -> list[Any]:
+def derivatives(bound: BoundLoss, settings: Mapping[str, Any], wanted: Sequence[str], upstream: Any, tensors: Sequence[Any]) -> list[Any]:
     """Call the operator `fastloss::derivatives` for first or second derivatives. Autograd can differentiate first derivatives."""
-    grads: list[Any] = torch.ops.fastloss.derivatives(*pack_arguments(bound, tensors), list(wanted), upstream)
+    grads: list[Any] = torch.ops.fastloss.derivatives(*pack_arguments(bound, tensors, settings), list(wanted), upstream)
     return grads
 
 
 def evaluate(
-    bound: BoundLoss, summed: Sequence[str], wanted: Sequence[str], tensors: Sequence[Any], special: Mapping[str, Any]
-) -> tuple[Any, list[Any]]:
+    bound: BoundLoss, summed: Sequence[str], wanted: Sequence[str], tensors: Sequence[Any], settings: Mapping[str, Any],
+    special: Mapping[str, Any],
+) -> tuple[Any, list[Any]]:  # fmt: skip
     """Compute value and derivatives with the operators, without autograd: the reduced value or None, and the quantities in `wanted`."""
     if "out" in special:
         raise NotImplementedError("out is not supported in compiled code, where the compiler allocates memory; leave it out")
@@ -61,18 +61,18 @@ def evaluate(
         upstream = torch.scalar_tensor(upstream, dtype=torch.float64, device=tensors[0].device)
     upstream = None if upstream is None else upstream.detach()
     slopes = [name for name in wanted if name != "value"]
-    computed_value = value(bound, tensors) if summed or "value" in wanted else None
-    computed = derivatives(bound, slopes, upstream, tensors)
+    computed_value = value(bound, tensors, settings) if summed or "value" in wanted else None
+    computed = derivatives(bound, settings, slopes, upstream, tensors)
     return (computed_value, computed) if summed else (None, [*computed, *([computed_value] if "value" in wanted else [])])
 
 
 def unpack_arguments(
     loss: str, reduction: str, others: Sequence[Any], names: Sequence[str], numbers: Sequence[float], dtype: torch.dtype
-) -> BoundLoss:
-    """Make a `BoundLoss` from the arguments of an operator."""
+) -> tuple[BoundLoss, dict[str, Any]]:
+    """Make a `BoundLoss` and its settings from the arguments of an operator."""
     options = zip(names[len(others) :], numbers, strict=True)
     settings = {name: bool(x) if name in FLAGS else x for name, x in options}
-    return BoundLoss(REGISTER[loss], reduction, tuple(names[: len(others)]), settings, dtype)
+    return BoundLoss(REGISTER[loss], reduction, tuple(names[: len(others)]), dtype), settings
 
 
 @torch.library.impl(LIBRARY, "loss", "CUDA")
@@ -80,8 +80,8 @@ def unpack_arguments(
 def _loss(
     loss: str, reduction: str, first: Any, second: Any, others: list[Any], names: list[str], numbers: list[float], dtype: torch.dtype
 ) -> Any:
-    bound = unpack_arguments(loss, reduction, others, names, numbers, dtype)
-    computed = bound.value([first, second, *others])
+    bound, settings = unpack_arguments(loss, reduction, others, names, numbers, dtype)
+    computed = bound.value([first, second, *others], settings)
     return with_declared_strides(computed, first) if bound.loss.writes_value(reduction) else computed
 
 
@@ -89,11 +89,11 @@ def _loss(
 def _(
     loss: str, reduction: str, first: Any, second: Any, others: list[Any], names: list[str], numbers: list[float], dtype: torch.dtype
 ) -> Any:
-    bound = unpack_arguments(loss, reduction, others, names, numbers, dtype)
+    bound, settings = unpack_arguments(loss, reduction, others, names, numbers, dtype)
     check_arguments(bound.loss, first, second, names)
     if bound.loss.writes_value(reduction):
         return torch.empty_like(first)
-    return first.new_empty(bound.loss.value_shape(first.shape, reduction, bound.settings), dtype=dtype)
+    return first.new_empty(bound.loss.value_shape(first.shape, reduction, settings), dtype=dtype)
 
 
 @torch.library.impl(LIBRARY, "derivatives", "CUDA")
@@ -102,10 +102,9 @@ def _derivatives(
     loss: str, reduction: str, first: Any, second: Any, others: list[Any], names: list[str], numbers: list[float], wanted: list[str],
     upstream: Any
 ) -> list[Any]:  # fmt: skip
-    bound = unpack_arguments(loss, reduction, others, names, numbers, first.dtype)
-    options = {} if upstream is None else {"grad_output": to_array(upstream)}
-    computed = bound.compute((), tuple(wanted), [first, second, *others], **options)[1]
-    return [with_declared_strides(to_tensor(x), operand_for(name, first, second)) for name, x in zip(wanted, computed, strict=True)]
+    bound, settings = unpack_arguments(loss, reduction, others, names, numbers, first.dtype)
+    computed = bound.compute((), tuple(wanted), [first, second, *others], settings, grad_output=upstream)[1]
+    return [with_declared_strides(x, operand_for(name, first, second)) for name, x in zip(wanted, computed, strict=True)]
 
 
 @torch.library.register_fake("fastloss::derivatives", lib=LIBRARY)
@@ -161,8 +160,8 @@ def differentiate_derivatives(ctx: Any, grads: list[Any]) -> tuple[Any, ...]:
     if not SECOND_DERIVATIVES.keys() >= set(wanted):
         raise NotImplementedError("third derivatives of a loss are not supported; accepted: first and second derivatives")
     if (formula := double_backward.FORMULAS.get(loss)) is not None:
-        bound = unpack_arguments(loss, reduction, others, names, numbers, first.dtype)
-        settings = {**REGISTER[loss].settings, **bound.settings, **dict(zip(bound.names, others, strict=True))}
+        bound, settings = unpack_arguments(loss, reduction, others, names, numbers, first.dtype)
+        settings = {**REGISTER[loss].settings, **settings, **dict(zip(bound.names, others, strict=True))}
         by = double_backward.second_derivatives(formula, reduction, settings, wanted, grads, first, second, upstream)
     else:
         by = diagonal_second_derivatives(ctx, wanted, grads, first, second, upstream, others)
