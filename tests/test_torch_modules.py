@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
@@ -470,3 +471,77 @@ def test_traced_code_uses_new_inputs(name):
     with ft.patch():
         traced = torch.jit.trace(lambda z, t: getattr(F, name)(z, t), (z, t))
     assert_tensor(traced(z / 2, t), getattr(F, name)(z / 2, t))
+
+
+class Training(torch.nn.Module):
+    """A user's module with a criterion of `torch.nn`, which also calls a function by name."""
+
+    def __init__(self, criterion):
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, z, t):
+        return self.criterion(z, t) + F.l1_loss(z, t, reduction="sum")
+
+
+def script_bce(z, t):
+    return F.binary_cross_entropy(z, t, reduction="sum")
+
+
+def script_bce_with_logits(z, t):
+    return F.binary_cross_entropy_with_logits(z, t, pos_weight=t)
+
+
+def script_huber(z, t):
+    return torch.nn.functional.huber_loss(z, t, delta=0.5)
+
+
+def script_l1(z, t):
+    return F.l1_loss(z, t)
+
+
+def script_mse(z, t):
+    return F.mse_loss(z, t, reduction="none")
+
+
+def script_smooth_l1(z, t):
+    return F.smooth_l1_loss(z, t, beta=0.25)
+
+
+SCRIPTED = {  # a function for each name, because torch.jit compiles a function's text
+    "binary_cross_entropy": script_bce,
+    "binary_cross_entropy_with_logits": script_bce_with_logits,
+    "huber_loss": script_huber,
+    "l1_loss": script_l1,
+    "mse_loss": script_mse,
+    "smooth_l1_loss": script_smooth_l1,
+}
+
+
+@pytest.mark.parametrize("patches", [1, 2])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_scripted_functions_are_those_of_torch(name, patches):
+    (z, t), function = operands(name), SCRIPTED[name]
+    want = function(z, t)
+    with contextlib.ExitStack() as stack:
+        for _ in range(patches):
+            stack.enter_context(ft.patch())
+        scripted = torch.jit.script(function), torch.jit.script(getattr(F, name))
+        got = scripted[0](z, t)
+        assert is_ours(function(z, t))  # eager calls are still served
+    assert not is_ours(got)
+    assert_identical(got, want)
+    assert_identical(scripted[1](z, t), getattr(F, name)(z, t))
+
+
+@pytest.mark.parametrize(("name", "options"), MADE, ids=said)
+def test_scripted_modules_are_those_of_torch(name, options):
+    z, t = operands(name)
+    module = getattr(torch.nn, name)(**options)
+    want = module(z, t), Training(module)(z, t)
+    with ft.patch():
+        scripted = torch.jit.script(module), torch.jit.script(Training(module))
+        for got, wanted in zip([f(z, t) for f in scripted], want, strict=True):
+            assert not is_ours(got)
+            assert_identical(got, wanted)
+        assert is_ours(module(z, t)) == (options != {"beta": 0.0})

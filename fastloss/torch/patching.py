@@ -55,8 +55,8 @@ def patch() -> Patch:
 
     Calls that fastloss does not support still go to PyTorch's functions: other devices (also GPUs if CuPy is not installed), other
     or mixed dtypes, operands of different shapes, subclasses of `torch.Tensor` other than parameters, a weight that requires a
-    gradient, transforms of torch.func, and torch.jit.trace. torch.jit.script is not supported. Functions that were imported by name
-    before the patch (`from torch.nn.functional import mse_loss`) are not replaced.
+    gradient, transforms of torch.func, and torch.jit.trace. torch.jit.script compiles PyTorch's functions. Functions that were
+    imported by name before the patch (`from torch.nn.functional import mse_loss`) are not replaced.
     """
     return Patch()
 
@@ -71,6 +71,8 @@ def with_fallback(original: Callable[..., Any], ours: Callable[..., Any]) -> Cal
         function = ours if known and is_supported(input, target, dict(zip(names, args, strict=False)) | options) else original
         return function(input, target, *args, **options)
 
+    # torch.jit.script compiles the function that this hook returns; under a second patch, `wraps` has copied the hook of the first
+    vars(dispatch).setdefault("__prepare_scriptable__", lambda: original)
     return dispatch
 
 
