@@ -545,3 +545,35 @@ def test_scripted_modules_are_those_of_torch(name, options):
             assert not is_ours(got)
             assert_identical(got, wanted)
         assert is_ours(module(z, t)) == (options != {"beta": 0.0})
+
+
+OTHER_SHAPE = "^Using a target size|^input has shape"
+NONE_COUNTS = "^mean of no elements"
+
+
+@pytest.mark.parametrize(
+    ("call", "patches", "message"),
+    [
+        pytest.param(call, patches, message, id=f"{case}, {patches} patches")
+        for case, call, patched, message in [
+            ("function of fastloss.torch", lambda z, t: ft.mse_loss(z, t[:1]), False, OTHER_SHAPE),
+            ("module of fastloss.torch", lambda z, t: ft.MSELoss()(z, t[:1]), False, OTHER_SHAPE),
+            ("function", lambda z, t: F.mse_loss(z, t[:1]), True, OTHER_SHAPE),
+            ("function, weighted", lambda z, t: F.huber_loss(z[:1], t, weight=t[:1]), True, OTHER_SHAPE),
+            ("function, subclass", lambda z, t: F.l1_loss(z.as_subclass(Marked), t[:1]), True, OTHER_SHAPE),
+            ("module", lambda z, t: torch.nn.SmoothL1Loss()(z, t[:1]), True, OTHER_SHAPE),
+            ("function of a masked mean", lambda z, t: ft.mse_loss(z, t, mask=MASK & ~MASK), False, NONE_COUNTS),
+            ("module of a masked mean", lambda z, t: ft.HuberLoss(mask=MASK & ~MASK)(z, t), False, NONE_COUNTS),
+            ("masked mean without a gradient", lambda z, t: ft.HuberLoss()(z.detach(), t, mask=MASK & ~MASK), False, NONE_COUNTS),
+        ]
+        for patches in ([1, 2] if patched else [0])
+    ],
+)
+def test_warnings_name_the_users_line(call, patches, message):
+    z, t = operands("mse_loss")
+    with contextlib.ExitStack() as stack:
+        for _ in range(patches):
+            stack.enter_context(ft.patch())
+        with pytest.warns(match=message) as caught:
+            call(z, t)
+    assert [(x.filename, x.lineno) for x in caught] == [(__file__, call.__code__.co_firstlineno)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastloss.backends.torch.memory_views import HALVES, has_memory, is_on_gpu, is_transformed
+from fastloss.core.checks import caller_level
 from fastloss.torch import functional
 
 NAMES = ("binary_cross_entropy", "binary_cross_entropy_with_logits", "huber_loss", "l1_loss", "mse_loss", "smooth_l1_loss")
@@ -68,12 +70,25 @@ def with_fallback(original: Callable[..., Any], ours: Callable[..., Any]) -> Cal
     @functools.wraps(original)
     def dispatch(input: Any, target: Any, *args: Any, **options: Any) -> Any:
         known = len(args) <= len(names) and options.keys() <= set(names)
-        function = ours if known and is_supported(input, target, dict(zip(names, args, strict=False)) | options) else original
-        return function(input, target, *args, **options)
+        if known and is_supported(input, target, dict(zip(names, args, strict=False)) | options):
+            return ours(input, target, *args, **options)
+        if torch.compiler.is_compiling() or getattr(input, "shape", None) == getattr(target, "shape", None):
+            return original(input, target, *args, **options)
+        return call_from_users_line(functools.partial(original, input, target, *args, **options))
 
     # torch.jit.script compiles the function that this hook returns; under a second patch, `wraps` has copied the hook of the first
     vars(dispatch).setdefault("__prepare_scriptable__", lambda: original)
     return dispatch
+
+
+def call_from_users_line(function: Callable[[], Any]) -> Any:
+    """Call a function from a frame with the file, line and globals of the user's call.
+
+    If the shapes of the operands differ, PyTorch's functions warn with `stacklevel=2`, which names the line of that frame.
+    """
+    user = sys._getframe(caller_level() - 1)
+    code = compile("function()", user.f_code.co_filename, "eval")
+    return eval(code.replace(co_firstlineno=user.f_lineno, co_name=user.f_code.co_name), user.f_globals, {"function": function})
 
 
 def is_supported(input: Any, target: Any, options: dict[str, Any]) -> bool:
