@@ -63,7 +63,8 @@ def check_tensors(named: Iterable[tuple[str, Any]]) -> None:
     place: Any = None
     for name, x in named:
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__qualname__}, but the input is a tensor; accepted: torch.Tensor")
+            found = f"{type(x).__module__}.{type(x).__qualname__}"
+            raise TypeError(f"{name} is a {found}, but the input is a tensor; accepted: torch.Tensor; pass torch.as_tensor({name})")
         if not (x.is_cpu or x.is_meta or is_on_gpu(x)):
             raise NotImplementedError(f"{name} is on {x.device}; accepted: tensors on the CPU or on a CUDA device")
         if x.device != (place := x.device if place is None else place):
