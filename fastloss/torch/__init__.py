@@ -8,6 +8,9 @@
 
 The functions of `fastloss` itself also accept tensors. Tensors may be on the CPU or, if CuPy is installed, on an NVIDIA GPU. They
 are read and written in place.
+
+Raises:
+    ImportError: PyTorch cannot be imported; the message says how to install it.
 """
 
 import importlib

@@ -164,4 +164,5 @@ def call_from_users_line(function: Callable[[], Any]) -> Any:
     """
     user = sys._getframe(caller_level() - 1)
     code = compile("function()", user.f_code.co_filename, "eval")
-    return eval(code.replace(co_firstlineno=user.f_lineno, co_name=user.f_code.co_name), user.f_globals, {"function": function})
+    code = code.replace(co_firstlineno=user.f_lineno or 1, co_name=user.f_code.co_name)  # generated code may have no lines
+    return eval(code, user.f_globals, {"function": function})
