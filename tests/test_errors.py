@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -155,10 +157,76 @@ def test_calls_for_the_value_refuse_grad_output_and_out():
         LOSS(Z, T, out=np.zeros_like(Z))
 
 
-def test_arrays_of_unsupported_libraries_are_refused():
-    tensor = type("Tensor", (), {"__module__": "torch"})()
-    with pytest.raises(TypeError, match=r"input is a torch\.Tensor; accepted: numpy\.ndarray"):
-        LOSS(tensor, T)
+FOREIGN = [  # types of arrays, by their modules, and the message about them
+    ("jaxlib._jax.ArrayImpl", "numpy.ndarray; pass numpy.from_dlpack({name}), and inside jax.jit call the loss through jax.pure_callback"),
+    ("jax._src.core.Tracer", "numpy.ndarray; pass numpy.from_dlpack({name}), and inside jax.jit call the loss through jax.pure_callback"),
+    ("dask.array.core.Array", "numpy.ndarray; pass {name}.compute(), or call the loss on each block through dask.array.map_blocks"),
+    (
+        "tensorflow.python.framework.ops.EagerTensor",
+        "numpy.ndarray; pass {name}.numpy(), and inside tf.function call the loss through tf.numpy_function",
+    ),
+    ("torch.Tensor", "numpy.ndarray, or torch.Tensor if the input is one; pass {name}.numpy(force=True), or every array as a tensor"),
+    ("cupy.ndarray", "numpy.ndarray, or cupy.ndarray if the input is one; pass cupy.asnumpy({name}), or every array through cupy.asarray"),
+]
+
+
+@pytest.mark.parametrize(("kind", "accepted"), FOREIGN, ids=[kind for kind, _ in FOREIGN])
+def test_arrays_of_unsupported_libraries_are_refused(kind, accepted):
+    module, _, name = kind.rpartition(".")
+    array = type(name, (), {"__module__": module, "shape": Z.shape, "ndim": Z.ndim, "dtype": Z.dtype})()
+    calls = [
+        ("input", lambda: LOSS(array, T)),
+        ("input", lambda: LOSS.grad(array, array)),
+        ("target", lambda: LOSS.value_and_grad(Z, array)),
+        ("weight", lambda: LOSS(Z, T, array)),
+        ("mask", lambda: LOSS(Z, T, mask=array)),
+        ("pos_weight", lambda: LOSS(Z, T, pos_weight=array)),
+        ("target", lambda: fl.binary_entropy(array)),
+        ("mu", lambda: fl.gaussian_kl_loss(array, Z)),
+        ("input", lambda: fl.dice_with_logits_loss(array, T)),
+        ("reconstruction_logits", lambda: fl.vae_loss(array, T, Z, T)),
+        ("logvar", lambda: fl.vae_loss.value_and_grad(Z, T, Z, array)),
+    ]
+    for argument, call in calls:
+        with pytest.raises(TypeError, match="^" + re.escape(f"{argument} is a {kind}; accepted: {accepted.format(name=argument)}") + "$"):
+            call()
+
+
+def test_arrays_of_jax_are_refused_with_a_conversion_that_works():
+    jax = pytest.importorskip("jax")
+    z, t = jax.numpy.asarray(Z), jax.numpy.asarray(T)
+    with pytest.raises(TypeError, match=r"^input is a jaxlib\..*; pass numpy.from_dlpack\(input\)"):
+        LOSS(z, t)
+    assert LOSS(np.from_dlpack(z), np.from_dlpack(t)) == LOSS(Z, T)
+    with pytest.raises(TypeError, match=r"^input is a jax\..*; .* inside jax.jit call the loss through jax.pure_callback"):
+        jax.jit(lambda z, t: LOSS(z, t))(z, t)
+    value = jax.ShapeDtypeStruct((), np.float32)
+    callback = jax.jit(lambda z, t: jax.pure_callback(lambda *x: np.float32(LOSS(*map(np.from_dlpack, x))), value, z, t))
+    assert callback(z, t) == np.float32(LOSS(Z, T))
+
+
+@pytest.mark.parametrize(
+    ("package", "module", "message"),
+    [
+        (
+            "torch",
+            "fastloss.torch",
+            r"^fastloss.torch needs PyTorch, .*; pip install 'fastloss\[torch\]', .* --index-url https://download.pytorch.org/whl/cpu$",
+        ),
+        (
+            "cupy",
+            "fastloss.cuda",
+            r"^losses of arrays on a GPU need CuPy, .*; pip install 'fastloss\[cuda13\]', or 'fastloss\[cuda12\]' for a driver of CUDA 12$",
+        ),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named_with_its_extra(package, module, message, monkeypatch):
+    for name in [name for name in sys.modules if f"{name}.".startswith(f"{module}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(fl, module.rpartition(".")[2], None, raising=False)  # puts the attribute back that an import sets
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=message):
+        importlib.import_module(module)
 
 
 @pytest.mark.usefixtures("device")

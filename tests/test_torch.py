@@ -765,10 +765,15 @@ def test_gradients_by_options_are_refused(option):
 def test_bad_arguments():
     z, t = operands("")
     cases = [
-        (TypeError, "target is a numpy.ndarray, but the input is a tensor; accepted: torch.Tensor", (z, to_array(t)), {}),
+        (
+            TypeError,
+            r"target is a numpy.ndarray, but the input is a tensor; accepted: torch.Tensor; pass torch.as_tensor\(target\)$",
+            (z, to_array(t)),
+            {},
+        ),
         (TypeError, "weight is a numpy.ndarray", (z, t), {"weight": np.ones(7)}),
         (TypeError, "mask is a builtins.list", (z, t), {"mask": [True] * 7}),
-        (TypeError, "target is a torch.Tensor; accepted: numpy.ndarray", (to_array(z), t), {}),
+        (TypeError, r"target is a torch.Tensor; accepted: .*; pass target.numpy\(force=True\), or", (to_array(z), t), {}),
         (TypeError, "input has layout torch.sparse_coo; accepted: torch.strided", (z.detach().to_sparse(), t), {}),
         (TypeError, "input has dtype int64; accepted: float16", (t.long(), t), {}),
         (TypeError, "input has dtype complex64", (z.detach() * 1j, t), {}),
@@ -791,6 +796,17 @@ def test_unsupported_device_is_refused(monkeypatch):
     z, t = (x.detach() for x in operands(""))
     with pytest.raises(NotImplementedError, match=r"^target is on xpu:0; accepted: tensors on the CPU or on a CUDA device$"):
         BCE(z, t.as_subclass(Elsewhere))
+
+
+def test_tensors_on_a_gpu_without_cupy_are_refused_with_the_name_of_the_extra(monkeypatch):
+    z, t = (x.detach() for x in operands(""))
+    for name in [name for name in sys.modules if name.startswith(("fastloss.cuda", "fastloss.backends.torch.gpu"))]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in [name for name in sys.modules if name.startswith("fastloss.backends.torch.")]:
+        monkeypatch.setattr(sys.modules[name], "is_on_gpu", lambda x: True, raising=False)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ImportError, match=r"GPU need CuPy, .*; pip install 'fastloss\[cuda13\]', or 'fastloss\[cuda12\]'"):
+        BCE(z, t)
 
 
 # processes

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib
 import inspect
 import math
 import pickle
@@ -13,12 +15,14 @@ import warnings
 import pytest
 
 import fastloss as fl
+from tests.test_threads import run_python
 from tests.ulp import assert_tensor
 
 torch = pytest.importorskip("torch")
 
 import torch.nn.functional as F  # noqa: E402, N812
 from torch.nn.functional import mse_loss as imported_before  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import fastloss.torch as ft  # noqa: E402
 from fastloss.backends.torch.autograd import LossFunction  # noqa: E402
@@ -471,3 +475,223 @@ def test_traced_code_uses_new_inputs(name):
     with ft.patch():
         traced = torch.jit.trace(lambda z, t: getattr(F, name)(z, t), (z, t))
     assert_tensor(traced(z / 2, t), getattr(F, name)(z / 2, t))
+
+
+class Training(torch.nn.Module):
+    """A user's module with a criterion of `torch.nn`, which also calls a function by name."""
+
+    def __init__(self, criterion):
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, z, t):
+        return self.criterion(z, t) + F.l1_loss(z, t, reduction="sum")
+
+
+def script_bce(z, t):
+    return F.binary_cross_entropy(z, t, reduction="sum")
+
+
+def script_bce_with_logits(z, t):
+    return F.binary_cross_entropy_with_logits(z, t, pos_weight=t)
+
+
+def script_huber(z, t):
+    return torch.nn.functional.huber_loss(z, t, delta=0.5)
+
+
+def script_l1(z, t):
+    return F.l1_loss(z, t)
+
+
+def script_mse(z, t):
+    return F.mse_loss(z, t, reduction="none")
+
+
+def script_smooth_l1(z, t):
+    return F.smooth_l1_loss(z, t, beta=0.25)
+
+
+SCRIPTED = {  # a function for each name, because torch.jit compiles a function's text
+    "binary_cross_entropy": script_bce,
+    "binary_cross_entropy_with_logits": script_bce_with_logits,
+    "huber_loss": script_huber,
+    "l1_loss": script_l1,
+    "mse_loss": script_mse,
+    "smooth_l1_loss": script_smooth_l1,
+}
+
+
+@pytest.mark.parametrize("patches", [1, 2])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_scripted_functions_are_those_of_torch(name, patches):
+    (z, t), function = operands(name), SCRIPTED[name]
+    want = function(z, t)
+    with contextlib.ExitStack() as stack:
+        for _ in range(patches):
+            stack.enter_context(ft.patch())
+        scripted = torch.jit.script(function), torch.jit.script(getattr(F, name))
+        got = scripted[0](z, t)
+        assert is_ours(function(z, t))  # eager calls are still served
+    assert not is_ours(got)
+    assert_identical(got, want)
+    assert_identical(scripted[1](z, t), getattr(F, name)(z, t))
+
+
+@pytest.mark.parametrize(("name", "options"), MADE, ids=said)
+def test_scripted_modules_are_those_of_torch(name, options):
+    z, t = operands(name)
+    module = getattr(torch.nn, name)(**options)
+    want = module(z, t), Training(module)(z, t)
+    with ft.patch():
+        scripted = torch.jit.script(module), torch.jit.script(Training(module))
+        for got, wanted in zip([f(z, t) for f in scripted], want, strict=True):
+            assert not is_ours(got)
+            assert_identical(got, wanted)
+        assert is_ours(module(z, t)) == (options != {"beta": 0.0})
+
+
+OTHER_SHAPE = "^Using a target size|^input has shape"
+NONE_COUNTS = "^mean of no elements"
+
+
+@pytest.mark.parametrize(
+    ("call", "patches", "message"),
+    [
+        pytest.param(call, patches, message, id=f"{case}, {patches} patches")
+        for case, call, patched, message in [
+            ("function of fastloss.torch", lambda z, t: ft.mse_loss(z, t[:1]), False, OTHER_SHAPE),
+            ("module of fastloss.torch", lambda z, t: ft.MSELoss()(z, t[:1]), False, OTHER_SHAPE),
+            ("function", lambda z, t: F.mse_loss(z, t[:1]), True, OTHER_SHAPE),
+            ("function, weighted", lambda z, t: F.huber_loss(z[:1], t, weight=t[:1]), True, OTHER_SHAPE),
+            ("function, subclass", lambda z, t: F.l1_loss(z.as_subclass(Marked), t[:1]), True, OTHER_SHAPE),
+            ("module", lambda z, t: torch.nn.SmoothL1Loss()(z, t[:1]), True, OTHER_SHAPE),
+            ("function of a masked mean", lambda z, t: ft.mse_loss(z, t, mask=MASK & ~MASK), False, NONE_COUNTS),
+            ("module of a masked mean", lambda z, t: ft.HuberLoss(mask=MASK & ~MASK)(z, t), False, NONE_COUNTS),
+            ("masked mean without a gradient", lambda z, t: ft.HuberLoss()(z.detach(), t, mask=MASK & ~MASK), False, NONE_COUNTS),
+        ]
+        for patches in ([1, 2] if patched else [0])
+    ],
+)
+def test_warnings_name_the_users_line(call, patches, message):
+    z, t = operands("mse_loss")
+    with contextlib.ExitStack() as stack:
+        for _ in range(patches):
+            stack.enter_context(ft.patch())
+        with pytest.warns(match=message) as caught:
+            call(z, t)
+    assert [(x.filename, x.lineno) for x in caught] == [(__file__, call.__code__.co_firstlineno)]
+
+
+def in_forward_mode(z, t):
+    with torch.autograd.forward_ad.dual_level():
+        return F.mse_loss(z, t)
+
+
+def under_a_dispatch_mode(z, t):
+    with FlopCounterMode(display=False):
+        return F.mse_loss(z, t)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning", "ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    ("call", "obstacle"),
+    [
+        (lambda z, t: F.mse_loss(z, t[:1]), "input and target have different shapes"),
+        (lambda z, t: F.mse_loss(z, t.half()), "target has dtype torch.float16, and ml_dtypes is not installed"),
+        (lambda z, t: F.mse_loss(z.cfloat(), t.cfloat()), "input has dtype torch.complex64"),
+        (lambda z, t: F.mse_loss(z, t.double()), "target has dtype torch.float64, and input torch.float32"),
+        (lambda z, t: F.mse_loss(z, t, weight=t.double(), reduction="none"), "weight has dtype torch.float64, and input torch.float32"),
+        (lambda z, t: F.mse_loss(z, t, None, None, "mean", z), "weight requires a gradient"),
+        (lambda z, t: F.mse_loss(z, t, weight=EACH[0, :, :2]), "weight does not broadcast to the shape of input"),
+        (lambda z, t: F.mse_loss(z.as_subclass(Marked), t), "input is a Marked, a subclass of torch.Tensor"),
+        (lambda z, t: F.mse_loss(z, t.numpy()), "target is a ndarray, not a torch.Tensor"),
+        (lambda z, t: F.mse_loss(z, t.to_sparse()), "target has layout torch.sparse_coo"),
+        (lambda z, t: F.mse_loss(z.to("meta"), t.to("meta")), "input is on a device of type meta"),
+        (lambda z, t: F.mse_loss(z, negated(-t)), "target is negated lazily"),
+        (lambda z, t: F.mse_loss(z, t, reduction="average"), "reduction is 'average'"),
+        (lambda z, t: F.mse_loss(z, t, reduction=None), "reduction is not a string"),
+        (lambda z, t: F.mse_loss(z, t, delta=1.0), "delta is not an argument of PyTorch's function"),
+        (lambda z, t: F.huber_loss(z, t, delta=-1), "delta is not a number above 0"),
+        (lambda z, t: torch.func.grad(F.mse_loss)(z.detach(), t), "under a transform of torch.func"),
+        (lambda z, t: torch.jit.trace(lambda z: F.mse_loss(z, t), z.detach(), check_trace=False), "under torch.jit.trace"),
+        (in_forward_mode, "under forward-mode differentiation"),
+        (under_a_dispatch_mode, "under a TorchDispatchMode"),
+    ],
+)
+def test_calls_that_go_to_torch_are_counted_by_their_obstacle(call, obstacle, monkeypatch):
+    z, t = operands("mse_loss")
+    if "ml_dtypes" in obstacle:
+        monkeypatch.setattr(importlib.import_module("fastloss.torch.obstacles"), "DTYPES", (torch.float32, torch.float64))
+    with ft.patch() as patched:
+        for _ in range(3):
+            with contextlib.suppress(*KINDS):
+                call(z, t)
+        F.mse_loss(z, t)
+    calls = patched.calls()
+    assert [x.by_torch for x in calls.values() if x.by_torch] == [{obstacle: 3}]
+    assert (calls["mse_loss"].by_fastloss, calls["l1_loss"].by_fastloss) == (1, 0)
+
+
+def test_calls_of_several_threads_are_counted():
+    def run():
+        for _ in range(200):
+            F.l1_loss(z, t)
+            F.l1_loss(z, t.double())
+
+    z, t = operands("l1_loss")
+    with ft.patch() as patched:
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        before = patched.calls()["l1_loss"]
+        F.l1_loss(z, t)
+    assert (before.by_fastloss, sum(before.by_torch.values())) == (800, 800)  # a copy, which later calls do not change
+    assert patched.calls()["l1_loss"].by_fastloss == 801
+
+
+REPORT = """\
+calls under fastloss.torch.patch()
+function                             fastloss    PyTorch  reason
+binary_cross_entropy                        0          1  weight requires a gradient
+mse_loss                                1,001          2  input is a Marked, a subclass of torch.Tensor
+                                                       1  target has dtype torch.float64, and input torch.float32
+smooth_l1_loss                              1          0
+"""
+
+
+def test_report(capsys):
+    (z, t), nothing = operands("mse_loss"), "calls under fastloss.torch.patch(): none"
+    with ft.patch(report=True) as patched:
+        assert patched.report() == nothing
+        for _ in range(1001):
+            F.mse_loss(z, t)
+        F.mse_loss(z, t.double())
+        for _ in range(2):
+            F.mse_loss(z.as_subclass(Marked), t)
+        torch.nn.SmoothL1Loss()(z, t)
+        with pytest.raises(RuntimeError):
+            F.binary_cross_entropy(t, t, weight=z)
+        assert patched.report() + "\n" == REPORT
+        assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", REPORT)
+    patched.undo()
+    assert capsys.readouterr() == ("", "")
+    with ft.patch() as silent:
+        pass
+    assert silent.report() == nothing
+    assert capsys.readouterr() == ("", "")
+
+
+def test_report_of_a_patch_that_ends_with_the_process():
+    code = """
+import sys, torch, fastloss.torch as ft
+sys.stderr = sys.stdout
+ft.patch(report=True)
+torch.nn.MSELoss()(torch.ones(3), torch.zeros(3))
+ft.patch(report=True).undo()
+print("last line")"""
+    title, head, row = "calls under fastloss.torch.patch()", "function fastloss PyTorch reason", "mse_loss 1 0"
+    assert [" ".join(line.split()) for line in run_python(code).splitlines()] == [f"{title}: none", "last line", title, head, row]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from fastloss.core.dtypes import FLOATS, NAMES, is_float
 
 REDUCTIONS = ("mean", "sum", "none", "batchmean", "sample_mean", "sample_sum")
 SMALLEST, LARGEST = math.nextafter(0.0, 1.0), sys.float_info.max  # bounds of "positive" and "finite"
+INTERNAL = ("fastloss", "torch")  # packages whose lines no warning names: torch.nn.Module calls a loss for its user
 
 ArrayInfo = tuple[str, np.dtype[Any], tuple[int, ...], tuple[int, ...]]  # name, dtype, shape, strides
 
@@ -182,14 +182,13 @@ def describe_bad_element(name: str, index: tuple[int, ...], found: Any, is_scale
 
 
 def warn_of_empty_mean() -> None:
-    """Warn that the mean of no elements is NaN; the warning names the line of the caller outside the package."""
+    """Warn that the mean of no elements is NaN; the warning names the line of the user's call."""
     warnings.warn("mean of no elements: the input is empty, or all of it is masked", RuntimeWarning, stacklevel=caller_level())
 
 
 def caller_level() -> int:
-    """Return the stack level, for `warnings.warn`, of the first caller outside the package."""
-    package = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
+    """Return the stack level, for `warnings.warn`, of the first caller outside this package and outside PyTorch's modules."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in INTERNAL:
         level, frame = level + 1, frame.f_back
     return level

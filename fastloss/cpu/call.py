@@ -18,8 +18,15 @@ from fastloss.core.plan import Array, Request, make_plan
 from fastloss.cpu import memory
 
 SEARCHED = 1 << 20  # elements in a part of the batch, when searching for the first element outside [0, 1]
-FOREIGN = ("torch", "cupy", "dask", "jax", "jaxlib", "tensorflow")  # packages whose arrays NumPy would convert slowly or incorrectly
-
+_JAX = "numpy.ndarray; pass numpy.from_dlpack({name}), and inside jax.jit call the loss through jax.pure_callback"
+FOREIGN = {  # packages whose arrays NumPy would convert slowly or incorrectly: what is accepted instead, and how to convert {name}
+    "torch": "numpy.ndarray, or torch.Tensor if the input is one; pass {name}.numpy(force=True), or every array as a tensor",
+    "cupy": "numpy.ndarray, or cupy.ndarray if the input is one; pass cupy.asnumpy({name}), or every array through cupy.asarray",
+    "jax": _JAX,
+    "jaxlib": _JAX,
+    "dask": "numpy.ndarray; pass {name}.compute(), or call the loss on each block through dask.array.map_blocks",
+    "tensorflow": "numpy.ndarray; pass {name}.numpy(), and inside tf.function call the loss through tf.numpy_function",
+}
 
 # An array's data pointer is the first field after the object header (NumPy's C API, PyArrayObject). Reading that field takes
 # 0.15 us; `array.ctypes.data` makes an object and takes 0.9 us.
@@ -40,9 +47,8 @@ class HostCall(Call):
             return value
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError(f"{name} is a masked array, whose mask would be lost; pass {name}.data, and mask=~{name}.mask")
-        if type(value).__module__.partition(".")[0] in FOREIGN:
-            found = f"{type(value).__module__}.{type(value).__qualname__}"
-            raise TypeError(f"{name} is a {found}; accepted: numpy.ndarray, or anything that numpy.asarray converts to it")
+        if accepted := FOREIGN.get(type(value).__module__.partition(".")[0]):
+            raise TypeError(f"{name} is a {type(value).__module__}.{type(value).__qualname__}; accepted: {accepted.format(name=name)}")
         return np.asarray(value)
 
     @staticmethod

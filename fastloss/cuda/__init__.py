@@ -4,6 +4,6 @@ try:
     import cupy as cupy
 except ImportError as error:
     raise ImportError(
-        "losses on a GPU need CuPy, which cannot be imported; install fastloss[cuda12] or fastloss[cuda13], whichever matches the CUDA "
-        f"version of the driver ({error})"
+        f"losses of arrays on a GPU need CuPy, which cannot be imported ({error}); pip install 'fastloss[cuda13]', or 'fastloss[cuda12]' "
+        "for a driver of CUDA 12"
     ) from error

@@ -8,9 +8,21 @@
 
 The functions of `fastloss` itself also accept tensors. Tensors may be on the CPU or, if CuPy is installed, on an NVIDIA GPU. They
 are read and written in place.
+
+Raises:
+    ImportError: PyTorch cannot be imported; the message says how to install it.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
+
+try:
+    importlib.import_module("torch")
+except ImportError as error:
+    raise ImportError(
+        f"fastloss.torch needs PyTorch, which cannot be imported ({error}); pip install 'fastloss[torch]', and without a GPU first "
+        "PyTorch's CPU build: pip install torch --index-url https://download.pytorch.org/whl/cpu"
+    ) from error
 
 from fastloss.cpu.memory import empty_cache
 from fastloss.losses.table import LOSSES

@@ -2,31 +2,71 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
-import importlib.util
 import inspect
+import sys
+import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch._C import _is_torch_function_enabled as is_torch_function_enabled
+from torch._C import _is_tracing as is_tracing
+from torch.compiler import is_compiling
 
-from fastloss.backends.torch.memory_views import HALVES, has_memory, is_on_gpu, is_transformed
+from fastloss.core.checks import caller_level
 from fastloss.torch import functional
+from fastloss.torch.obstacles import find_obstacle
 
 NAMES = ("binary_cross_entropy", "binary_cross_entropy_with_logits", "huber_loss", "l1_loss", "mse_loss", "smooth_l1_loss")
-DTYPES = (torch.float32, torch.float64, *(HALVES if importlib.util.find_spec("ml_dtypes") else ()))
+
+
+class Calls:
+    """How many calls of one function fastloss has computed, and how many PyTorch, by the obstacle to fastloss.
+
+    Attributes:
+        by_fastloss: the number of calls that fastloss has computed.
+        by_torch: the number of calls that went on to PyTorch's function, for each obstacle.
+    """
+
+    lock = threading.Lock()
+
+    def __init__(self) -> None:
+        self.by_fastloss = 0  # incremented without the lock: an increment of an attribute is not interrupted by another thread of CPython
+        self.by_torch: dict[str, int] = {}
+
+    def __repr__(self) -> str:
+        return f"Calls(by_fastloss={self.by_fastloss}, by_torch={self.by_torch})"
+
+    def add_obstacle(self, obstacle: str) -> None:
+        """Count a call that goes on to PyTorch."""
+        with self.lock:
+            self.by_torch[obstacle] = self.by_torch.get(obstacle, 0) + 1
+
+    def copy(self) -> Calls:
+        """Return the numbers so far."""
+        copied = Calls()
+        with self.lock:
+            copied.by_fastloss, copied.by_torch = self.by_fastloss, dict(self.by_torch)
+        return copied
 
 
 class Patch:
     """An active patch of `torch.nn.functional`. It ends when its `with` block is left, or when `undo` is called."""
 
-    def __init__(self) -> None:
+    def __init__(self, report: bool = False) -> None:
         self._originals = {name: getattr(torch.nn.functional, name) for name in NAMES}
-        self._installed = {name: with_fallback(original, getattr(functional, name)) for name, original in self._originals.items()}
+        self._calls = {name: Calls() for name in NAMES}
+        self._installed = {
+            name: with_fallback(original, getattr(functional, name), self._calls[name]) for name, original in self._originals.items()
+        }
         for name, function in self._installed.items():
             setattr(torch.nn.functional, name, function)
+        self._prints_report = report
+        if report:
+            atexit.register(self._print_report)
 
     def undo(self) -> None:
         """Restore the functions that the patch replaced. Further calls do nothing.
@@ -39,6 +79,30 @@ class Patch:
         for name in self._installed:
             setattr(torch.nn.functional, name, self._originals[name])
         self._installed = {}
+        if self._prints_report:
+            self._prints_report = False
+            atexit.unregister(self._print_report)
+            self._print_report()
+
+    def calls(self) -> dict[str, Calls]:
+        """Return the numbers of calls so far, for each function that the patch replaces. Calls in compiled code are not counted."""
+        return {name: calls.copy() for name, calls in self._calls.items()}
+
+    def report(self) -> str:
+        """Return a table of the functions that have been called, and of the reasons why calls went on to PyTorch."""
+        lines = [("function", "fastloss", "PyTorch", "reason")]
+        for name, calls in self.calls().items():
+            by_torch = sorted(calls.by_torch.items(), key=lambda item: -item[1])
+            if calls.by_fastloss or by_torch:
+                obstacle, count = by_torch[0] if by_torch else ("", 0)
+                lines.append((name, f"{calls.by_fastloss:,}", f"{count:,}", obstacle))
+                lines += [("", "", f"{count:,}", obstacle) for obstacle, count in by_torch[1:]]
+        title = "calls under fastloss.torch.patch()" + ("" if lines[1:] else ": none")
+        return "\n".join([title, *(f"{a:<34}{b:>11}{c:>11}  {d}".rstrip() for a, b, c, d in lines if lines[1:])])
+
+    def _print_report(self) -> None:
+        """Print the report to the standard error stream, which the program's own output does not go to."""
+        print(self.report(), file=sys.stderr)
 
     def __enter__(self) -> Patch:
         return self
@@ -47,7 +111,7 @@ class Patch:
         self.undo()
 
 
-def patch() -> Patch:
+def patch(report: bool = False) -> Patch:
     """Replace the losses of `torch.nn.functional`, which the modules of `torch.nn` call too, with those of fastloss, in all threads.
 
         patched = fastloss.torch.patch()      # until patched.undo()
@@ -55,61 +119,50 @@ def patch() -> Patch:
 
     Calls that fastloss does not support still go to PyTorch's functions: other devices (also GPUs if CuPy is not installed), other
     or mixed dtypes, operands of different shapes, subclasses of `torch.Tensor` other than parameters, a weight that requires a
-    gradient, transforms of torch.func, and torch.jit.trace. torch.jit.script is not supported. Functions that were imported by name
-    before the patch (`from torch.nn.functional import mse_loss`) are not replaced.
+    gradient, transforms of torch.func, and torch.jit.trace. torch.jit.script compiles PyTorch's functions. Functions that were
+    imported by name before the patch (`from torch.nn.functional import mse_loss`) are not replaced.
+
+    Args:
+        report: whether to print, to the standard error stream, how many calls of each function fastloss has computed, how many PyTorch,
+            and why, when the patch ends, or with the process. `Patch.report()` and `Patch.calls()` return the same at any time.
+
+    Returns:
+        A `Patch`, whose `undo` puts PyTorch's functions back.
     """
-    return Patch()
+    return Patch(report)
 
 
-def with_fallback(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function that calls fastloss's loss if it supports the arguments, and PyTorch's otherwise."""
-    names = list(inspect.signature(original).parameters)[2:]
+def with_fallback(original: Callable[..., Any], ours: Callable[..., Any], calls: Calls) -> Callable[..., Any]:
+    """Make a function that calls fastloss's loss if it supports the arguments, and PyTorch's otherwise, and that counts both."""
+    names = tuple(inspect.signature(original).parameters)[2:]
 
     @functools.wraps(original)
     def dispatch(input: Any, target: Any, *args: Any, **options: Any) -> Any:
-        known = len(args) <= len(names) and options.keys() <= set(names)
-        function = ours if known and is_supported(input, target, dict(zip(names, args, strict=False)) | options) else original
-        return function(input, target, *args, **options)
+        given = (*zip(names, args, strict=False), *options.items()) if args else options.items()
+        compiling = is_compiling()
+        if not (obstacle := find_obstacle(input, target, given, names, compiling)):
+            if not compiling:
+                calls.by_fastloss += 1
+            return ours(input, target, *args, **options)
+        if compiling:
+            return original(input, target, *args, **options)
+        if is_torch_function_enabled():  # if not, a subclass of torch.Tensor has been called, and calls the function again
+            calls.add_obstacle(obstacle)
+        if is_tracing() or getattr(input, "shape", None) == getattr(target, "shape", None):  # a tracer warns of comparisons of shapes
+            return original(input, target, *args, **options)
+        return call_from_users_line(functools.partial(original, input, target, *args, **options))
 
+    # torch.jit.script compiles the function that this hook returns; under a second patch, `wraps` has copied the hook of the first
+    vars(dispatch).setdefault("__prepare_scriptable__", lambda: original)
     return dispatch
 
 
-def is_supported(input: Any, target: Any, options: dict[str, Any]) -> bool:
-    """Whether fastloss supports a call and computes the same as PyTorch."""
-    weights = [options[name] for name in ("weight", "pos_weight") if options.get(name) is not None]
-    tensors = [input, target, *weights]
-    if not all(isinstance(x, Tensor) and is_on_supported_device(x) and x.layout is torch.strided and x.dtype in DTYPES for x in tensors):
-        return False
-    if not torch.compiler.is_compiling() and (is_transformed(tensors) or not has_memory(tensors)):
-        return False
-    numbers = [options[name] for name in ("beta", "delta") if name in options]
-    return (
-        input.shape == target.shape
-        and all(have_one_dtype(input, x) for x in tensors)
-        and all(not x.requires_grad and broadcasts_to(x.shape, input.shape) for x in weights)
-        and all(isinstance(x, (int, float)) and x > 0 for x in numbers)
-        and options.get("reduction", "mean") in ("mean", "sum", "none")
-    )
+def call_from_users_line(function: Callable[[], Any]) -> Any:
+    """Call a function from a frame with the file, line and globals of the user's call.
 
-
-def is_on_supported_device(tensor: Any) -> bool:
-    """Whether fastloss supports the device of a tensor: a CPU, or a GPU if CuPy is installed."""
-    return bool(tensor.is_cpu) or (is_on_gpu(tensor) and has_cupy())
-
-
-@functools.cache
-def has_cupy() -> bool:
-    """Whether CuPy is installed."""
-    return importlib.util.find_spec("cupy") is not None
-
-
-def have_one_dtype(input: Any, other: Any) -> bool:
-    """Whether two tensors have the same dtype, or get the same dtype under autocast."""
-    widened = torch.is_autocast_enabled(input.device.type) and torch.float64 not in (input.dtype, other.dtype)
-    return input.dtype is other.dtype or widened
-
-
-def broadcasts_to(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    """Whether an array of one shape broadcasts to exactly another shape."""
-    pairs = zip(reversed(shape), reversed(to), strict=False)
-    return len(shape) <= len(to) and all(a in (1, b) for a, b in pairs)
+    If the shapes of the operands differ, PyTorch's functions warn with `stacklevel=2`, which names the line of that frame.
+    """
+    user = sys._getframe(caller_level() - 1)
+    code = compile("function()", user.f_code.co_filename, "eval")
+    code = code.replace(co_firstlineno=user.f_lineno or 1, co_name=user.f_code.co_name)  # generated code may have no lines
+    return eval(code, user.f_globals, {"function": function})

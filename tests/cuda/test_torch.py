@@ -15,9 +15,9 @@ from tests.table import LOSSES
 from tests.ulp import PEER, SUM, assert_close
 
 torch = pytest.importorskip("torch")
-patching = importlib.import_module("fastloss.torch.patching")
+obstacles = importlib.import_module("fastloss.torch.obstacles")
 ASK_WHERE_TENSORS_ARE = [
-    patching,
+    obstacles,
     *(importlib.import_module(f"fastloss.backends.torch.{name}") for name in ("autograd", "bound_loss", "memory_views")),
 ]
 
@@ -34,7 +34,7 @@ def device(cp, monkeypatch):
         return torch.device("cuda")
     for module in ASK_WHERE_TENSORS_ARE:
         monkeypatch.setattr(module, "is_on_gpu", lambda x: True)
-    monkeypatch.setattr(patching, "has_cupy", lambda: True)
+    monkeypatch.setattr(obstacles, "has_cupy", lambda: True)
 
     def allocate(size, device, stream):
         block = np.empty(size + 64, np.uint8)

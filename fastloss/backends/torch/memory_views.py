@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, _dispatch_tls_is_dispatch_key_included
 from torch._C import _are_functorch_transforms_active as transforms_active
-from torch._C import _get_tracing_state as tracing_state
+from torch._C import _is_tracing as is_tracing
 from torch._C import _len_torch_dispatch_stack as dispatch_modes
-from torch._ops import _len_torch_dispatch_stack_pre_dispatch as pre_dispatch_modes
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -23,6 +24,8 @@ from fastloss.cpu import memory
 PROPERTIES = attrgetter("__class__", "dtype", "shape", "layout", "is_cpu")
 PLAIN, STRIDED = (torch.Tensor, torch.nn.Parameter), torch.strided
 HALVES = (torch.float16, torch.bfloat16)
+# whether there are dispatch modes of that kind; torch._ops counts them in 0.25 us, and this takes 0.09
+has_pre_dispatch_modes = functools.partial(_dispatch_tls_is_dispatch_key_included, DispatchKey.PreDispatch)
 
 
 def is_on_gpu(tensor: Any) -> bool:
@@ -85,7 +88,8 @@ def check_tensors(named: Iterable[tuple[str, Any]]) -> None:
     place: Any = None
     for name, x in named:
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__qualname__}, but the input is a tensor; accepted: torch.Tensor")
+            found = f"{type(x).__module__}.{type(x).__qualname__}"
+            raise TypeError(f"{name} is a {found}, but the input is a tensor; accepted: torch.Tensor; pass torch.as_tensor({name})")
         if not (x.is_cpu or x.is_meta or is_on_gpu(x)):
             raise NotImplementedError(f"{name} is on {x.device}; accepted: tensors on the CPU or on a CUDA device")
         if x.device != (place := x.device if place is None else place):
@@ -108,12 +112,12 @@ def has_memory(tensors: Sequence[Any]) -> bool:
 
 def is_traced() -> bool:
     """Whether a transform or a dispatch mode is active, which may replace tensors that look plain."""
-    return bool(forward_ad._current_level >= 0 or transforms_active() or tracing_state() or dispatch_modes() or pre_dispatch_modes())
+    return is_transform_active() or dispatch_modes() > 0 or has_pre_dispatch_modes()
 
 
 def is_transform_active() -> bool:
     """Whether a transform of torch.func, forward-mode differentiation or torch.jit.trace is active."""
-    return forward_ad._current_level >= 0 or transforms_active() or tracing_state() is not None
+    return forward_ad._current_level >= 0 or transforms_active() or is_tracing()
 
 
 def is_transformed(tensors: Sequence[Any]) -> bool:
