@@ -92,8 +92,8 @@ class Row(NamedTuple):
 class StepEmitter:
     """Emits the loads and stores of one step: the elements of a row from `start` on, of which `left` remain."""
 
-    def __init__(self, spec: Spec, builder: ir.IRBuilder, row: Row, start: ir.Value, left: ir.Value) -> None:
-        self.spec, self.builder, self.row, self.start, self.left = spec, builder, row, start, left
+    def __init__(self, spec: Spec, builder: ir.IRBuilder, row: Row, start: ir.Value, left: ir.Value, prefetches: ir.Value) -> None:
+        self.spec, self.builder, self.row, self.start, self.left, self.prefetches = spec, builder, row, start, left, prefetches
         self.lanes = lanes_of(spec)
         self.ids = ir.Constant(ir.VectorType(I64, self.lanes), list(range(self.lanes)))
         self.all = ir.Constant(ir.VectorType(I1, self.lanes), [1] * self.lanes)
@@ -124,9 +124,15 @@ class StepEmitter:
     def load_all(self) -> dict[str, Vector]:
         """Load a vector of each operand."""
         operands = list(enumerate(self.spec.operands))
-        vectors = self.branch_on_full(
-            lambda: [self.load(k, op, None) for k, op in operands], lambda: [self.load(k, op, self.row_mask()) for k, op in operands]
-        )
+
+        def load_full() -> list[ir.Value]:
+            with self.builder.if_then(self.builder.icmp_signed("!=", self.prefetches, I64(0))):
+                for k, op in operands:
+                    if op.access == "contiguous":
+                        self.prefetch(self.first_pointer(k, op), self.lanes * op.size)
+            return [self.load(k, op, None) for k, op in operands]
+
+        vectors = self.branch_on_full(load_full, lambda: [self.load(k, op, self.row_mask()) for k, op in operands])
         return {op.name: Vector(self.builder, vector) for (_, op), vector in zip(operands, vectors, strict=True)}
 
     def zero_past_row(self, vectors: list[Vector]) -> list[Vector]:
@@ -186,15 +192,14 @@ class StepEmitter:
         vector_pointer = builder.bitcast(pointer, vector.as_pointer())
         if mask is not None:
             return call(builder, f"llvm.masked.load.{mangle(vector)}.p0", vector, vector_pointer, align, mask, zero)
-        self.prefetch(pointer, self.lanes * operand.size)
         return builder.load(vector_pointer, align=align.constant)
 
     def prefetch(self, pointer: ir.Value, size: int) -> None:
         """Prefetch the cache lines that a later step will load.
 
         The formula between two loads is so long that out-of-order execution does not reach the next load: without prefetching,
-        the value of BCE took 1.48 times as long as a dot product, and with it 1.05 times. With arrays in the cache, no cost was
-        measured.
+        the value of BCE took 1.48 times as long as a dot product, and with it 1.05 times. With arrays in the second or third cache,
+        MSE took 1.15 times as long with it, so small batches go without.
         """
         builder, flags = self.builder, [ir.IntType(32)(n) for n in (0, 3, 1)]  # for reading, high locality, data
         bytes_pointer = builder.bitcast(pointer, ir.IntType(8).as_pointer())
@@ -389,20 +394,20 @@ def zeros(typingctx: Any, key: Any, level: Any) -> Any:
 @intrinsic(prefer_literal=True)
 def compute_step(
     typingctx: Any, key: Any, addresses: Any, inner_strides: Any, outer_strides: Any, inner_size: Any, start: Any, stop: Any,
-    numbers: Any, scale: Any, mode: Any, sums: Any
+    numbers: Any, scale: Any, mode: Any, prefetches: Any, sums: Any
 ) -> Any:  # fmt: skip
     """Compute one step, a vector's width of elements from `start` on; see `emit_step`."""
     spec = SPECS[key.literal_value]
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        addresses_, inner_, outer_, numbers_, sums_ = (cgutils.unpack_tuple(builder, args[k]) for k in (1, 2, 3, 7, 10))
-        inner_size_, start_, stop_, scale_, mode_ = (args[k] for k in (4, 5, 6, 8, 9))
+        addresses_, inner_, outer_, numbers_, sums_ = (cgutils.unpack_tuple(builder, args[k]) for k in (1, 2, 3, 7, 11))
+        inner_size_, start_, stop_, scale_, mode_, prefetches_ = (args[k] for k in (4, 5, 6, 8, 9, 10))
         named = dict(zip(spec.numbers, numbers_, strict=False))
-        one = StepEmitter(spec, builder, Row(addresses_, inner_, outer_, inner_size_), start_, builder.sub(stop_, start_))
+        one = StepEmitter(spec, builder, Row(addresses_, inner_, outer_, inner_size_), start_, builder.sub(stop_, start_), prefetches_)
         new_sums = emit_step(one, named, scale_, mode_, [Vector(builder, v) for v in sums_])
         return context.make_tuple(builder, sums, [v.value for v in new_sums])
 
-    return sums(key, addresses, inner_strides, outer_strides, inner_size, start, stop, numbers, scale, mode, sums), codegen
+    return sums(key, addresses, inner_strides, outer_strides, inner_size, start, stop, numbers, scale, mode, prefetches, sums), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -483,7 +488,7 @@ def build(key: str) -> Any:
     def kernel(frame: Any) -> None:
         _, _, layout_at, mode, scale_stride, scales = read(FIELDS, frame, 0)
         layout = pointer_at(types.int64, layout_at)
-        ranges, per_group, range_size, group_size, row_size, inner_size, axes = read(LAYOUT_FIELDS, layout, 0)
+        ranges, per_group, range_size, group_size, row_size, inner_size, prefetches, axes = read(LAYOUT_FIELDS, layout, 0)
         inner_strides, outer_strides = read(arrays, layout, inner_at), read(arrays, layout, outer_at)
         base = advance(read(arrays, frame, addresses_at), read(arrays, layout, starts_at), 1)
         options = read(numbers, float64_pointer(frame, numbers_at), 0)
@@ -510,7 +515,9 @@ def build(key: str) -> Any:
                     sums = zeros(key, "block")
                     last = min(first + block, column + count)
                     for start in range(first, last, lanes):
-                        sums = compute_step(key, here, inner_strides, outer_strides, inner_size, start, last, options, scale, mode, sums)
+                        sums = compute_step(
+                            key, here, inner_strides, outer_strides, inner_size, start, last, options, scale, mode, prefetches, sums
+                        )
                     totals = fold(key, totals, sums)
                 at += count
             store_sums(partials, partial_count * index, totals)

@@ -179,6 +179,17 @@ class PreparedLoss(BoundLoss):
             return super().compute(summed, wanted, tensors, settings)  # raises the error that names the element
         return (self.as_value(value) if summed else None), outputs
 
+    def value(self, tensors: Sequence[Any], settings: Mapping[str, Any]) -> Any:
+        """Compute the value as a tensor."""
+        summed, wanted = ((), VALUE) if self.writes_value else (VALUE, ())
+        made = self.passes.get((summed, wanted, None))
+        if made is None:
+            return super().value(tensors, settings)
+        value, bad, outputs = made.run_on(tensors, settings, 1.0)
+        if bad:
+            return super().compute(summed, wanted, tensors, settings)  # raises the error that names the element
+        return outputs[0] if outputs else self.as_value(value)
+
     def value_and_slopes(
         self, wanted: tuple[str, ...], tensors: Sequence[Any], settings: Mapping[str, Any], unit: float
     ) -> tuple[Any, list[Any]]:
