@@ -19,6 +19,9 @@ from tests.ulp import DIFFERENCE, PEER, assert_close
 
 torch = pytest.importorskip("torch")
 
+from functorch.compile import make_boxed_func  # noqa: E402
+from torch._dynamo.backends.common import aot_autograd  # noqa: E402
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.library import opcheck  # noqa: E402
@@ -577,6 +580,8 @@ def test_opcheck(name, reduction, view):
     loss, (z, t) = getattr(fl, name), (VIEWS[view](x.detach()).requires_grad_() for x in operands(name))
     weight = torch.rand(z.shape[-1])
     opcheck(torch.ops.fastloss.loss.default, (loss.key, reduction, z, t, [weight], ["weight"], [], torch.float32))
+    arguments = (loss.key, reduction, z, t, [weight], ["weight"], [], torch.float32, ["slope", "target_slope"])
+    opcheck(torch.ops.fastloss.loss_and_slopes.default, arguments)
     upstream = torch.rand(loss(z, t, weight, reduction).shape, requires_grad=True)
     arguments = (loss.key, reduction, z, t, [weight], ["weight"], [], ["slope", "target_slope"], upstream)
     opcheck(torch.ops.fastloss.derivatives.default, arguments)
@@ -607,6 +612,64 @@ def test_compiled(name, reduction):
     wants, gots = (torch.autograd.grad(f(z, t, weight), (z, t)) for f in (step, compiled(step)))
     for got, want in zip(gots, wants, strict=True):
         assert_close(got, want, PEER[np.dtype(np.float32)])
+
+
+def operators_of(function):
+    """Return the names of our operators that the forward and the backward pass of a compiled function call, and their other nodes."""
+    seen = []
+
+    def backend(graph, _):
+        names = [node.target.__name__.partition(".")[0] for node in graph.graph.nodes if node.op == "call_function"]
+        seen.append(names)
+        return make_boxed_func(graph.forward)
+
+    torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=backend, bw_compiler=backend))().backward()
+    return seen
+
+
+def test_compiled_code_makes_one_pass_and_multiplies_the_gradient_itself():
+    z, t = operands("")
+    forward, backward = operators_of(lambda: BCE(z * 2, t.detach()) * 3)
+    assert forward.count("loss_and_slopes") == 1
+    assert "derivatives" not in forward
+    assert {"loss_and_slopes", "derivatives", "loss"}.isdisjoint(backward)
+    assert "mul" in backward
+
+
+def test_compiled_code_computes_gradients_of_16_bits_from_the_upstream_gradient():
+    z, t = (x.detach().half().requires_grad_() for x in operands(""))
+    forward, backward = operators_of(lambda: BCE(z, t))
+    assert "loss" in forward
+    assert "derivatives" in backward
+
+
+def test_compiled_second_derivatives_of_the_operator():
+    z, t = operands("", torch.float64)
+    arguments = BCE.key, "mean", z, t, [], [], [], torch.float64, ["slope", "target_slope"]
+
+    def loss(z, t):
+        return torch.ops.fastloss.loss_and_slopes(*arguments[:2], z, t, *arguments[4:])[0]
+
+    assert gradcheck(loss, (z, t))
+    assert gradgradcheck(loss, (z, t))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z, t, x: fl.smooth_l1_loss(z, t, beta=x),
+        lambda z, t, x: ft.huber_loss(z, t, delta=x, reduction="sum"),
+        lambda z, t, x: ft.sigmoid_focal_loss(z, t, gamma=x, reduction="mean"),
+    ],
+)
+def test_a_changed_number_compiles_once_more_and_not_again(function):
+    z, t = operands("")
+    counter = CompileCounterWithBackend("aot_eager")
+    changing = torch.compile(function, fullgraph=True, backend=counter)
+    for x in (0.5, 0.25, 0.375, 0.75):
+        got, want = (torch.autograd.grad(f(z, t, x), z)[0] for f in (changing, function))
+        assert_close(got, want, PEER[np.dtype(np.float32)])
+    assert counter.frame_count <= 2
 
 
 @needs_compiler

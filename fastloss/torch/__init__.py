@@ -24,6 +24,7 @@ except ImportError as error:
         "PyTorch's CPU build: pip install torch --index-url https://download.pytorch.org/whl/cpu"
     ) from error
 
+from fastloss.backends.torch import backend  # noqa: F401  # registers the operators
 from fastloss.cpu.memory import empty_cache
 from fastloss.losses.table import LOSSES
 from fastloss.torch import functional, modules

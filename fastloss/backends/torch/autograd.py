@@ -17,6 +17,7 @@ from torch.autograd.graph import increment_version
 from fastloss.backends.torch import operators
 from fastloss.backends.torch.bound_loss import VALUE, BoundLoss
 from fastloss.backends.torch.memory_views import to_array
+from fastloss.backends.torch.operators import append_axes
 from fastloss.core.abstract_loss import AbstractLoss
 
 has_storage: Callable[[Any], bool] = torch._C._has_storage
@@ -154,11 +155,6 @@ def times_upstream(slope: Any, upstream: Any, unit: float) -> Any:
         if factor == 1.0:
             return slope.clone() if is_retained else slope
     return slope * factor if is_retained else slope.mul_(factor)
-
-
-def append_axes(upstream: Any, slope: Any) -> Any:
-    """Append axes of length 1 to an upstream gradient, so that it broadcasts against the gradient of an operand."""
-    return upstream.reshape(upstream.shape + (1,) * (slope.dim() - upstream.dim()))
 
 
 # whether the graph of the current backward pass is retained (`retain_graph=True`), so that the pass may run again

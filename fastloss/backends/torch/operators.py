@@ -1,7 +1,11 @@
-"""The operators `fastloss::loss` and `fastloss::derivatives`, which PyTorch's compilers call in the place of a loss.
+"""The operators that PyTorch's compilers call in the place of a loss.
 
-The compilers know the shapes of an operator's results and how to differentiate it, but do not look into its kernels. The two
-operators handle every loss, including those that users make: the first argument is the loss's key in `REGISTER`.
+The compilers know the shapes of an operator's results and how to differentiate it, but do not look into its kernels. The operators
+handle every loss, including those that users make: the first argument is the loss's key in `REGISTER`.
+
+`fastloss::loss_and_slopes` computes the value and the gradients in one pass. The product of a gradient and what comes down the
+chain is left to the compiler, which fuses it with its neighbours. `fastloss::loss` computes the value alone, and
+`fastloss::derivatives` the gradients from an upstream gradient; the two also compute what is differentiated in 16 bits.
 """
 
 from __future__ import annotations
@@ -14,12 +18,14 @@ from torch import Tensor
 
 from fastloss.backends.torch import double_backward
 from fastloss.backends.torch.bound_loss import BoundLoss
+from fastloss.backends.torch.memory_views import HALVES
 from fastloss.core.abstract_loss import REGISTER, AbstractLoss
 from fastloss.core.checks import check_shapes, refuse_unknown
 from fastloss.core.definition import operand_of
 
 CALL = "str loss, str reduction, Tensor first, Tensor second, Tensor[] others, str[] names, float[] numbers"
 FLAGS = ("validate", "per_channel", "per_sample")  # options that are True or False; operators receive them as numbers
+SLOPES = ("slope", "target_slope")  # gradients with respect to the first operand and to the second
 # the derivatives of each gradient with respect to the first operand and to the second
 SECOND_DERIVATIVES = {"slope": ("curvature", "cross_curvature"), "target_slope": ("cross_curvature", "target_curvature")}
 
@@ -27,19 +33,36 @@ LIBRARY = torch.library.Library("fastloss", "DEF")
 # `mode="reduce-overhead"` captures CUDA graphs, which must own all their memory; kernels use workspaces that belong to streams
 TAGS = [tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch._C.Tag, name, None)) is not None]
 LIBRARY.define(f"loss({CALL}, ScalarType dtype) -> Tensor", tags=TAGS)
+LIBRARY.define(f"loss_and_slopes({CALL}, ScalarType dtype, str[] wanted) -> Tensor[]", tags=TAGS)
 LIBRARY.define(f"derivatives({CALL}, str[] wanted, Tensor? upstream) -> Tensor[]", tags=TAGS)
 
 
 def pack_arguments(bound: BoundLoss, tensors: Sequence[Any], settings: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return a call as the arguments that both operators begin with."""
+    """Return a call as the arguments that the operators begin with."""
     first, second, *others = tensors
-    names = [*bound.names, *settings]
-    return bound.loss.key, bound.reduction, first, second, others, names, [float(x) for x in settings.values()]
+    names = list(bound.names)
+    numbers: dict[str, float] = {}
+    parameters = bound.loss.definition.formula.defaults if bound.loss.definition is not None else ()
+    for name, x in settings.items():
+        if name in parameters and isinstance(x, float) and torch.compiler.is_compiling():
+            # As a constant of the compiled code, the number could not change without another compilation. Of the ways to make a
+            # tensor of it, a product is one that the compiler takes as an operation on a variable.
+            others.append(torch.ones((), dtype=torch.float64) * x)
+            names.append(name)
+        else:
+            numbers[name] = x
+    return bound.loss.key, bound.reduction, first, second, others, [*names, *numbers], [float(x) for x in numbers.values()]
 
 
 def value(bound: BoundLoss, tensors: Sequence[Any], settings: Mapping[str, Any]) -> Any:
-    """Call the operator `fastloss::loss` for the value, which autograd can differentiate."""
-    return torch.ops.fastloss.loss(*pack_arguments(bound, tensors, settings), bound.dtype)
+    """Call an operator for the value, which autograd can differentiate."""
+    arguments = *pack_arguments(bound, tensors, settings), bound.dtype
+    first, second = tensors[:2]
+    wanted = [name for name, x in zip(SLOPES, (first, second), strict=True) if x.requires_grad and torch.is_grad_enabled()]
+    bound.plan_backward(first, second)
+    if wanted and bound.has_early_slopes and first.dtype not in HALVES and second.dtype not in HALVES:
+        return torch.ops.fastloss.loss_and_slopes(*arguments, wanted)[0]
+    return torch.ops.fastloss.loss(*arguments)
 
 
 def derivatives(bound: BoundLoss, settings: Mapping[str, Any], wanted: Sequence[str], upstream: Any, tensors: Sequence[Any]) -> list[Any]:
@@ -61,6 +84,9 @@ def evaluate(
         upstream = torch.scalar_tensor(upstream, dtype=torch.float64, device=tensors[0].device)
     upstream = None if upstream is None else upstream.detach()
     slopes = [name for name in wanted if name != "value"]
+    if len(slopes) < len((*summed, *wanted)) and set(slopes) <= set(SLOPES) and upstream is None:
+        both = torch.ops.fastloss.loss_and_slopes(*pack_arguments(bound, tensors, settings), bound.dtype, slopes)
+        return (both[0], both[1:]) if summed else (None, [*both[1:], both[0]])
     computed_value = value(bound, tensors, settings) if summed or "value" in wanted else None
     computed = derivatives(bound, settings, slopes, upstream, tensors)
     return (computed_value, computed) if summed else (None, [*computed, *([computed_value] if "value" in wanted else [])])
@@ -86,14 +112,36 @@ def _loss(
 
 
 @torch.library.register_fake("fastloss::loss", lib=LIBRARY)
-def _(
+def fake_value(
     loss: str, reduction: str, first: Any, second: Any, others: list[Any], names: list[str], numbers: list[float], dtype: torch.dtype
 ) -> Any:
+    """Return a value of the shape and dtype that the operator returns."""
     bound, settings = unpack_arguments(loss, reduction, others, names, numbers, dtype)
     check_arguments(bound.loss, first, second, names)
     if bound.loss.writes_value(reduction):
         return torch.empty_like(first)
     return first.new_empty(bound.loss.value_shape(first.shape, reduction, settings), dtype=dtype)
+
+
+@torch.library.impl(LIBRARY, "loss_and_slopes", "CUDA")
+@torch.library.impl(LIBRARY, "loss_and_slopes", "CPU")
+def _loss_and_slopes(
+    loss: str, reduction: str, first: Any, second: Any, others: list[Any], names: list[str], numbers: list[float], dtype: torch.dtype,
+    wanted: list[str]
+) -> list[Any]:  # fmt: skip
+    bound, settings = unpack_arguments(loss, reduction, others, names, numbers, dtype)
+    computed, slopes = bound.value_and_slopes(tuple(wanted), [first, second, *others], settings, 1.0)
+    computed = with_declared_strides(computed, first) if bound.writes_value else computed
+    return [computed, *(with_declared_strides(x, operand_for(name, first, second)) for name, x in zip(wanted, slopes, strict=True))]
+
+
+@torch.library.register_fake("fastloss::loss_and_slopes", lib=LIBRARY)
+def _(
+    loss: str, reduction: str, first: Any, second: Any, others: list[Any], names: list[str], numbers: list[float], dtype: torch.dtype,
+    wanted: list[str]
+) -> list[Any]:  # fmt: skip
+    computed = fake_value(loss, reduction, first, second, others, names, numbers, dtype)
+    return [computed, *(torch.empty_like(operand_for(name, first, second)) for name in wanted)]
 
 
 @torch.library.impl(LIBRARY, "derivatives", "CUDA")
@@ -139,6 +187,32 @@ def save_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.call, ctx.rest = (loss, reduction, names, numbers), rest[:1]
     upstream = rest[1] if len(rest) > 1 else None
     ctx.save_for_backward(first, second, upstream, *others)
+
+
+def save_slopes(ctx: Any, inputs: tuple[Any, ...], output: list[Any]) -> None:
+    """Save the gradients that `fastloss::loss_and_slopes` has computed, and its arguments for second derivatives."""
+    loss, reduction, first, second, others, names, numbers, _, wanted = inputs
+    ctx.call = loss, reduction, names, numbers, wanted
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:], first, second, *others)
+
+
+def multiply_slopes(ctx: Any, grads: list[Any]) -> tuple[Any, ...]:
+    """Return the gradients of `fastloss::loss_and_slopes` with respect to the two operands."""
+    loss, reduction, names, numbers, wanted = ctx.call
+    slopes, (first, second, *others) = ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :]
+    upstream = grads[0]
+    if torch.is_grad_enabled():  # the gradient will be differentiated again
+        slopes = torch.ops.fastloss.derivatives(loss, reduction, first, second, others, names, numbers, wanted, upstream)
+    else:
+        slopes = [slope * append_axes(upstream, slope).to(slope.dtype) for slope in slopes]
+    named = dict(zip(wanted, slopes, strict=True))
+    return None, None, *map(named.get, SLOPES), *no_gradients(others, names, numbers), None, None if wanted else []
+
+
+def append_axes(upstream: Any, slope: Any) -> Any:
+    """Append axes of length 1 to an upstream gradient, so that it broadcasts against the gradient of an operand."""
+    return upstream.reshape(upstream.shape + (1,) * (slope.dim() - upstream.dim()))
 
 
 def differentiate_loss(ctx: Any, upstream: Any) -> tuple[Any, ...]:
@@ -196,4 +270,5 @@ def diagonal_second_derivatives(
 
 
 torch.library.register_autograd("fastloss::loss", differentiate_loss, setup_context=save_arguments, lib=LIBRARY)
+torch.library.register_autograd("fastloss::loss_and_slopes", multiply_slopes, setup_context=save_slopes, lib=LIBRARY)
 torch.library.register_autograd("fastloss::derivatives", differentiate_derivatives, setup_context=save_arguments, lib=LIBRARY)
