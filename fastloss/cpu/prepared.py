@@ -7,10 +7,15 @@ spends most of its time on finding it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
+from fastloss.core.abstract_loss import AbstractLoss
+from fastloss.core.call import ANY_NUMBER
+from fastloss.core.checks import to_bounded
 from fastloss.cpu.call import HostCall, find_launch
+
+MOST_PREPARED = 1024  # kinds of calls that a framework remembers
 
 
 class PreparedPass:
@@ -35,7 +40,7 @@ class PreparedPass:
         self.varying = [name for name in call.numbers if name in call.parameters]
 
     def run(self, addresses: Sequence[int], numbers: Mapping[str, float], upstream: float, references: Any) -> tuple[float, bool]:
-        """Compute; return the value, and whether an element lies outside [0, 1].
+        """Compute; return the value, and whether an element lies outside [0, 1] or a mean is one of no elements.
 
         `addresses` are those of the arrays to read and of the outputs. `numbers` holds the parameters that are passed as numbers.
         """
@@ -49,8 +54,49 @@ class PreparedPass:
         if self.counter is not None:
             arrays, counted = [addresses[k] for k in self.counter_arrays], [given[name] for name in self.counter_names]
             divisor = self.counter.run(arrays, counted, 1.0, references)[0][0]
-        scale = upstream / divisor if divisor else math.nan  # if no element counts, every gradient is 0 whatever the factor is
-        sums, bad = self.launch.run(addresses, given.values(), scale, references)
+        if not divisor:
+            return math.nan, True
+        sums, bad = self.launch.run(addresses, given.values(), upstream / divisor, references)
         if self.must_count and self.counter is None:
             divisor = sums[1]
-        return (sums[0] / divisor if divisor else math.nan), bad
+        return (sums[0] / divisor, bad) if divisor else (math.nan, True)
+
+
+def sort_options(
+    loss: AbstractLoss, weight: Any, options: Mapping[str, Any], form_of: Callable[[Any], Any], refused: Container[str], skipped: str
+) -> tuple[tuple[str, ...], list[Any], dict[str, float], tuple[Any, ...]] | None:
+    """Sort options into arrays with their names, and numbers and flags. Also return all that decides how they are read.
+
+    `form_of` returns the form of an array, or None if it needs a conversion. Return None if there is such an option, or one of those
+    in `refused`. The option `skipped` is left to the caller.
+    """
+    names: tuple[str, ...] = ()
+    arrays: list[Any] = []
+    settings: dict[str, float] = {}
+    forms: tuple[Any, ...] = ()
+    parameters = loss.definition.formula.defaults if loss.definition is not None else {}
+    for name, x in options.items() if weight is None else [("weight", weight), *options.items()]:
+        if x is None or name == skipped:
+            continue
+        if name in refused:
+            return None
+        kind = type(x)
+        if kind is float or kind is int or kind is bool:
+            settings[name] = x
+            # a parameter equal to its default is a constant of the kernel; any other number only has to be within the bounds
+            forms += (name, kind, is_default(loss, name, x) if name in parameters else x)
+        elif (form := form_of(x)) is not None:
+            names += (name,)
+            arrays.append(x)
+            forms += (name, form)
+        else:
+            return None
+    return names, arrays, settings, forms
+
+
+def is_default(loss: AbstractLoss, name: str, number: float) -> bool:
+    """Whether a parameter of a loss's formula has its default. Raise an error if it is out of bounds."""
+    definition = loss.definition
+    assert definition is not None
+    default: Any = definition.formula.defaults[name]
+    return to_bounded(name, number, definition.bounds.get(name, ANY_NUMBER)) == default

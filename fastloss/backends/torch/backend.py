@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,14 +31,13 @@ from fastloss.backends.torch.memory_views import (
 )
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import Arguments
-from fastloss.core.checks import to_bounded, to_validate
+from fastloss.core.checks import to_validate
 from fastloss.core.plan import Array
+from fastloss.cpu.prepared import MOST_PREPARED, sort_options
 
 NO_ARRAYS: list[Any] = []
-NUMBERS = (float, int, bool)
 SPECIAL = ("grad_output", "inplace_grad", "out")  # options that are not passed on to `Arguments` unchanged
-MOST_BOUND = 1024  # kinds of calls that are remembered
-ANY_NUMBER = (-math.inf, math.inf)
+UNPREPARED = ("grad_output", "out")  # options of calls for which no pass is prepared
 
 
 class TorchBackend(Backend):
@@ -64,13 +62,14 @@ class TorchBackend(Backend):
         )  # fmt: skip
         tensors: tuple[Any, ...] = (first, second)
         settings: dict[str, Any] = {}
+        names: tuple[str, ...] = ()
         if weight is not None or options:
-            sorted_ = sort_plain(loss, weight, options)
-            if sorted_ is None:
+            found = sort_options(loss, weight, options, form_of_option, UNPREPARED, "inplace_grad")
+            if found is None or options.get("inplace_grad"):
                 return self.compute_unprepared(loss, arguments)
-            others, settings, kinds = sorted_
-            tensors, key = (*tensors, *others), (*key, *kinds)
-        bound = self.bound.get(key) or self.bind(key, tensors)
+            names, others, settings, forms = found
+            tensors, key = (*tensors, *others), (*key, forms)
+        bound = self.bound.get(key) or self.bind(key, tensors, names)
         if bound is None:
             return self.compute_unprepared(loss, arguments)
         if (summed and wanted) or (wanted and wanted != VALUE):
@@ -81,18 +80,16 @@ class TorchBackend(Backend):
             value = bound.value(tensors, settings)
         return (value, NO_ARRAYS) if summed else (None, [value])
 
-    def bind(self, key: tuple[Any, ...], tensors: Sequence[Any]) -> PreparedLoss | None:
+    def bind(self, key: tuple[Any, ...], tensors: Sequence[Any], names: tuple[str, ...]) -> PreparedLoss | None:
         """Bind a loss to the kinds of the arguments of a call and remember it; return None if no pass can be prepared."""
         loss, reduction, is_cast, *_ = key
-        kinds = key[9:]
-        names = tuple(name for name, kind in kinds if isinstance(kind, tuple))
         if loss.definition is None or not all(map(is_plain, tensors)) or not tensors[0].numel():
             return None
         if reduction not in ("mean", "sum", "batchmean") and (reduction != "none" or is_cast):
             return None
         bound = PreparedLoss(loss, reduction, names, torch.float32 if is_cast else tensors[0].dtype, tensors)
         bound.apply = function_of(loss)
-        if len(self.bound) >= MOST_BOUND:
+        if len(self.bound) >= MOST_PREPARED:
             self.bound.clear()
         self.bound[key] = bound
         return bound
@@ -171,36 +168,9 @@ class TorchBackend(Backend):
         return torch.zeros((), dtype=dtype, device=target.device).expand(target.shape)
 
 
-def sort_plain(
-    loss: AbstractLoss, weight: Any, options: Mapping[str, Any]
-) -> tuple[list[Any], dict[str, Any], list[tuple[str, Any]]] | None:
-    """Sort options into tensors, and numbers and flags; also return the kind of each by name. Return None if there are others."""
-    tensors: list[Any] = []
-    settings: dict[str, Any] = {}
-    kinds: list[tuple[str, Any]] = []
-    for name, x in options.items() if weight is None else [("weight", weight), *options.items()]:
-        if x is None or (x is False and name == "inplace_grad"):
-            continue
-        if name in SPECIAL:
-            return None
-        if isinstance(x, Tensor) and x.dim() and not x.requires_grad:
-            kinds.append((name, form_of(x)))
-            tensors.append(x)
-        elif type(x) in NUMBERS:
-            kinds.append((name, kind_of(loss, name, x)))
-            settings[name] = x
-        else:
-            return None
-    return tensors, settings, kinds
-
-
-def kind_of(loss: AbstractLoss, name: str, number: float) -> str:
-    """Return what of a number decides how a call is computed: of a parameter of a formula, whether it is the default; else all of it."""
-    definition = loss.definition
-    if definition is None or name not in definition.formula.defaults:
-        return repr(number)
-    is_default = to_bounded(name, number, definition.bounds.get(name, ANY_NUMBER)) == definition.formula.defaults[name]
-    return "default" if is_default else "number"
+def form_of_option(x: Any) -> Any:
+    """Return the form of a tensor that is an option; None if it is not a tensor, a number, or requires a gradient."""
+    return form_of(x) if isinstance(x, Tensor) and x.dim() and not x.requires_grad else None
 
 
 def sort(options: Mapping[str, Any], names: list[str], tensors: list[Any], settings: dict[str, Any], special: dict[str, Any]) -> None:
