@@ -11,13 +11,10 @@ layer. With the linear layer, the time of the same step with a constant gradient
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,14 +25,12 @@ from rich.progress import track
 
 import fastloss as fl
 import fastloss.torch as ft
-from bench import machine
 from bench.measure import no_garbage_collection
-from bench.page import replace_block
+from bench.page import Measurement
 from bench.report import Table, duration
 
 SHAPE = (64, 3, 256, 256)
 ROUNDS = 31
-BLOCK = ("compiled", "python -m bench.compiled --write")  # the name of its block in a page, and the command that writes it
 LOSSES: dict[str, tuple[Any, Any]] = {
     "BCE": (F.binary_cross_entropy_with_logits, ft.binary_cross_entropy_with_logits),
     "MSE": (F.mse_loss, ft.mse_loss),
@@ -77,10 +72,10 @@ def forward_backward(compiled: Callable[[], Any], leaves: list[Any], upstream: A
         leaf.grad = None
 
 
-def measure(threads: int) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Return the seconds of every row in every round."""
-    torch.set_num_threads(threads)
-    fl.set_num_threads(threads)
+    torch.set_num_threads(options.threads)
+    fl.set_num_threads(options.threads)
     torch._dynamo.config.recompile_limit = 64  # the rows share two pieces of code
     rows: dict[tuple[str, str, str], Callable[[], Any]] = {}
     for place in PLACES:
@@ -98,13 +93,11 @@ def measure(threads: int) -> dict[str, Any]:
                 begin = time.perf_counter()
                 rows[keys[k]]()
                 seconds[keys[k]].append(round(time.perf_counter() - begin, 6))
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    entries = [{"loss": key[0], "place": key[1], "way": key[2], "seconds": times} for key, times in seconds.items()]
-    return {"date": date, "machine": machine.description(threads), "rows": entries}
+    return {"rows": [{"loss": key[0], "place": key[1], "way": key[2], "seconds": times} for key, times in seconds.items()]}
 
 
-def table(content: dict[str, Any], source: Path | str) -> str:
-    """Return the table of a results file in Markdown, with the machine it was measured on."""
+def table(content: dict[str, Any]) -> str:
+    """Return the table of results in Markdown."""
     medians = {(row["loss"], row["place"], row["way"]): statistics.median(row["seconds"]) for row in content["rows"]}
     made = Table("Forward and backward under torch.compile", ["", *WAYS, "speed-up"])
     for name in LOSSES:
@@ -112,31 +105,12 @@ def table(content: dict[str, Any], source: Path | str) -> str:
             rest = medians["", place, "constant gradient"] if place == "behind a linear layer" else 0.0
             theirs, ours = (medians[name, place, way] - rest for way in WAYS)
             made.rows.append([f"{name}, {place}", duration(theirs), duration(ours), f"{theirs / ours:.2f} x"])
-    sentence = machine.sentence(content["machine"])
-    return f"{made.markdown()}\n\n{sentence}; {content['date'][:10]}; every round is in `{source}`."
+    return made.markdown()
 
 
-def filled(page: Path, text: str) -> str:
-    """Return a page's text with the table between its marks."""
-    return replace_block(page.read_text(), *BLOCK, text)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure or read, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m bench.compiled", description="Compare with torch.compile's own code.")
-    parser.add_argument("--threads", type=int, choices=range(1, machine.cpus() + 1), default=machine.cpus())
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing: the table of a file")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="write the table between this page's marks")
-    options = parser.parse_args(arguments)
-    content = json.loads(options.show.read_text()) if options.show else measure(options.threads)
-    if options.json:
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
-    text = table(content, options.show or options.json or "memory")
-    print(text)
-    if options.write:
-        options.write.write_text(filled(options.write, text))
-
+MEASUREMENT = Measurement(
+    "bench.compiled", "Compare fastloss under torch.compile with torch.compile's own code.", "compiled", measure, table
+)
 
 if __name__ == "__main__":
-    main()
+    MEASUREMENT.run()

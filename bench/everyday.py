@@ -12,13 +12,10 @@ awake, as in a training step. Only the loss is timed.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,9 +26,8 @@ from rich.progress import track
 
 import fastloss as fl
 import fastloss.torch as ft
-from bench import machine
 from bench.measure import no_garbage_collection
-from bench.page import replace_block
+from bench.page import Measurement
 from bench.report import Table
 
 SHAPES = ((1024,), (128, 1, 28, 28), (128, 3, 32, 32), (64, 3, 64, 64), (8, 1, 256, 256))
@@ -46,7 +42,6 @@ OPTIONS = {
     "huber_loss": COMMON,
 }
 BUDGET, LEAST, MOST = 0.3, 15, 400  # seconds for each cell, and bounds of its rounds
-BLOCK = ("everyday batches", "python -m bench.everyday --write")  # the name of its block in a page, and the command that writes it
 
 
 class Cell(NamedTuple):
@@ -115,20 +110,19 @@ def measure_cell(cell: Cell, order: np.random.Generator) -> tuple[list[float], l
     return seconds
 
 
-def measure(threads: int, chosen: list[Cell]) -> dict[str, Any]:
-    """Measure cells, and return the medians in microseconds."""
-    torch.set_num_threads(threads)
-    fl.set_num_threads(threads)
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the chosen cells, and return the medians in microseconds."""
+    torch.set_num_threads(options.threads)
+    fl.set_num_threads(options.threads)
     order, entries = np.random.default_rng(0), []
-    for cell in track(chosen, "everyday batches", console=Console(stderr=True)):
+    for cell in track(chosen(options), "everyday batches", console=Console(stderr=True)):
         eager, ours = (round(statistics.median(times) * 1e6, 2) for times in measure_cell(cell, order))
         entries.append({**cell._asdict(), "eager": eager, "fastloss": ours})
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"date": date, "machine": machine.description(threads), "cells": entries}
+    return {"cells": entries}
 
 
-def tables(content: dict[str, Any], source: Path | str) -> str:
-    """Return the tables of a results file in Markdown, with the machine it was measured on."""
+def tables(content: dict[str, Any]) -> str:
+    """Return the tables of results in Markdown."""
     found = {(e["loss"], e["option"], tuple(e["shape"]), e["part"]): e["eager"] / e["fastloss"] for e in content["cells"]}
     shapes = [shape for shape in SHAPES if any(key[2] == shape for key in found)]
     texts = []
@@ -146,41 +140,25 @@ def tables(content: dict[str, Any], source: Path | str) -> str:
                 f"Of {len(ratios)} cells with {name}, {slower} are slower than eager PyTorch; "
                 f"the median is {statistics.median(ratios):.2f} x, the smallest {min(ratios):.2f} x."
             )
-    texts.append(f"{machine.sentence(content['machine'])}; {content['date'][:10]}; microseconds of every cell are in `{source}`.")
     return "\n\n".join(texts)
 
 
-def filled(page: Path, text: str) -> str:
-    """Return a page's text with the tables between its marks."""
-    return replace_block(page.read_text(), *BLOCK, text)
+def chosen(options: argparse.Namespace) -> list[Cell]:
+    """Return the cells that the arguments of the command select."""
+    return [
+        cell
+        for cell in cells()
+        if cell.loss in (options.loss or OPTIONS)
+        and cell.option in (options.option or OPTIONS[cell.loss])
+        and prod(cell.shape) in (options.elements or map(prod, SHAPES))
+    ]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure or read, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m bench.everyday", description="Compare with PyTorch on batches of everyday size.")
-    parser.add_argument("--threads", type=int, choices=range(1, machine.cpus() + 1), default=machine.cpus())
-    parser.add_argument("--loss", action="append", choices=OPTIONS, help="only this loss; may be given several times")
-    parser.add_argument(
-        "--option", action="append", choices=sorted({o for given in OPTIONS.values() for o in given}), help="only this option"
-    )
-    parser.add_argument("--elements", type=int, action="append", help="only batches of so many elements")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the medians there")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing: the tables of a file")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="write the tables between this page's marks")
-    options = parser.parse_args(arguments)
-    chosen = [
-        cell for cell in cells()
-        if (not options.loss or cell.loss in options.loss) and (not options.option or cell.option in options.option)
-        and (not options.elements or prod(cell.shape) in options.elements)
-    ]  # fmt: skip
-    content = json.loads(options.show.read_text()) if options.show else measure(options.threads, chosen)
-    if options.json:
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
-    text = tables(content, options.show or options.json or "memory")
-    print(text)
-    if options.write:
-        options.write.write_text(filled(options.write, text))
-
+MEASUREMENT = Measurement("bench.everyday", "Compare with PyTorch on batches of everyday size.", "everyday batches", measure, tables)
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--loss", action="append", choices=OPTIONS, help="only this loss; may be given several times")
+    parser.add_argument("--option", action="append", choices=OPTIONS["binary_cross_entropy_with_logits"], help="only this option")
+    parser.add_argument("--elements", type=int, action="append", help="only batches of so many elements")
+    MEASUREMENT.run(parser)

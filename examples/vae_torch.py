@@ -62,18 +62,18 @@ class Residual(nn.Module):
 class VAE(nn.Module):
     """Map images in [0, 1], (N, colours, H, W), to the logits of their reconstruction and the means and log-variances of their code.
 
-    All layers are convolutions over patches: the code is (N, latents, H / 8, W / 8), for any multiples of 8. A digit is a single
-    patch, and its code is a single vector.
+    All layers are convolutions over patches: the code is (N, latents, H / patch, W / patch), for any multiples of `patch`. A digit is
+    a single patch, and its code is a single vector.
     """
 
-    def __init__(self, colours: int = 3, latents: int = 32, width: int = 96) -> None:
+    def __init__(self, colours: int = 3, latents: int = 32, width: int = 96, patch: int = PATCH) -> None:
         super().__init__()
-        channels = colours * PATCH**2
+        channels = colours * patch**2
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(PATCH), nn.Conv2d(channels, width, 3, padding=1), Residual(width), nn.Conv2d(width, 2 * latents, 1)
+            nn.PixelUnshuffle(patch), nn.Conv2d(channels, width, 3, padding=1), Residual(width), nn.Conv2d(width, 2 * latents, 1)
         )
         self.decoder = nn.Sequential(
-            nn.Conv2d(latents, width, 1), Residual(width), nn.Conv2d(width, channels, 3, padding=1), nn.PixelShuffle(PATCH)
+            nn.Conv2d(latents, width, 1), Residual(width), nn.Conv2d(width, channels, 3, padding=1), nn.PixelShuffle(patch)
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 # the families in the order of the table of losses
 from fastloss.losses import logistic, regression, latent, vae, segmentation  # isort: skip
 from fastloss.backends.find import raise_deferred
+from fastloss.cpu.memory import empty_cache
 from fastloss.cpu.threads import get_num_threads, set_num_threads
 from fastloss.loss import Loss, elementwise_loss
 from fastloss.losses.latent import *
@@ -13,7 +14,7 @@ from fastloss.losses.vae import *
 from fastloss.ops import FormulaError
 from fastloss.version import __version__ as __version__
 
-__all__ = ["FormulaError", "Loss", "elementwise_loss", "get_num_threads", "raise_deferred", "set_num_threads"]
+__all__ = ["FormulaError", "Loss", "elementwise_loss", "empty_cache", "get_num_threads", "raise_deferred", "set_num_threads"]
 __all__ += logistic.__all__
 __all__ += regression.__all__
 __all__ += latent.__all__

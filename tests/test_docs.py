@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import re
@@ -39,13 +40,14 @@ def test_speeds_are_those_of_the_results_that_the_page_names():
     assert all(picture.is_file() for picture in pictures)
 
 
-def test_times_inside_a_training_step_are_those_of_the_results_that_the_page_names():
+@pytest.mark.parametrize("name", ["training_step", "everyday", "compiled"])
+def test_tables_of_a_measurement_are_those_of_the_results_that_the_page_names(name):
     pytest.importorskip("torch")
-    from bench import training_step
-
-    (source,) = re.findall(r"every round is in `(.*)`", BENCHMARKS.read_text())
-    table = training_step.table(json.loads((losses.ROOT / source).read_text()), source)
-    assert training_step.filled(BENCHMARKS, table) == BENCHMARKS.read_text()
+    measurement = importlib.import_module(f"bench.{name}").MEASUREMENT
+    text = BENCHMARKS.read_text()
+    begin, end = page.marks(measurement.block, f"python -m {measurement.command} --write")
+    (source,) = re.findall(r"all times are in `(.*)`", text.partition(begin)[2].partition(end)[0])
+    assert measurement.filled(BENCHMARKS, json.loads((losses.ROOT / source).read_text()), source) == text
 
 
 def test_table_of_errors_of_other_libraries_is_up_to_date():

@@ -187,7 +187,7 @@ def test_numpy_numbers_of_threads(threads):
 def test_small_inputs_start_no_threads():
     code = """
 import threading, numpy as np, fastloss as fl
-z = np.zeros(65536)
+z = np.zeros(20_000)
 fl.mse_loss(z, z)
 print(threading.active_count())"""
     assert run_python(code, FASTLOSS_NUM_THREADS="4") == "1"
@@ -306,3 +306,52 @@ def file_of(function):
     return info.file
 print(file_of(THREADS.team._parallel) == file_of(ctypes.CDLL(torch._C.__file__).GOMP_parallel))"""
     assert with_torch(code) == "True"
+
+
+POOL = """
+import os, time, numpy as np, fastloss as fl
+from fastloss.cpu import pool
+z = np.linspace(-3, 3, 1_000_001)
+fl.set_num_threads(1)
+want = fl.log_cosh_loss(z, z * 0.3)
+fl.set_num_threads(4)
+"""
+
+
+@pytest.mark.parametrize("semaphores", ["", "pool.has_semaphores = lambda library: False", "os.name = 'nt'"])
+def test_workers_sleep_and_wake(semaphores):
+    code = """
+for pause in (0, 0, 0.0001, 0.01, 0.2, 0.01):
+    time.sleep(pause)
+    assert all(fl.log_cosh_loss(z, z * 0.3) == want for _ in range(5))
+print(len([*filter(lambda thread: thread.name == "fastloss", __import__("threading").enumerate())]))"""
+    assert run_python(f"{POOL}{semaphores}{code}") == "3"
+
+
+def test_a_call_does_not_wait_for_a_worker_that_sleeps():
+    code = """
+import ctypes, threading
+awake = threading.Event()
+kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+wait = kind(lambda address: awake.wait() and 0 or 0)
+post = kind(lambda address: 0)
+pool.has_semaphores = lambda library: False
+pool.python_semaphores = lambda: (wait, post)
+before = fl.log_cosh_loss(z, z * 0.3)  # the workers start, help or not, and go to sleep
+time.sleep(0.2)
+during = [fl.log_cosh_loss(z, z * 0.3) for _ in range(3)]
+awake.set()
+time.sleep(0.2)
+print({before, *during, fl.log_cosh_loss(z, z * 0.3)} == {want})
+os._exit(0)"""
+    assert run_python(POOL + code.replace("os._exit(0)", "import sys; sys.stdout.flush(); os._exit(0)")) == "True"
+
+
+def test_workers_are_shared_by_several_python_threads():
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+from fastloss.cpu.threads import THREADS
+with ThreadPoolExecutor(8) as callers:
+    got = list(callers.map(lambda _: fl.log_cosh_loss(z, z * 0.3), range(80)))
+print(set(got) == {want}, THREADS.pool._workers, len(THREADS.pool._idle))"""
+    assert run_python(POOL + code) == "True 3 3"

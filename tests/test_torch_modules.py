@@ -695,3 +695,63 @@ ft.patch(report=True).undo()
 print("last line")"""
     title, head, row = "calls under fastloss.torch.patch()", "function fastloss PyTorch reason", "mse_loss 1 0"
     assert [" ".join(line.split()) for line in run_python(code).splitlines()] == [f"{title}: none", "last line", title, head, row]
+
+
+def gradient_after(functions, name, reduction, dtype, changed):
+    """Return the gradient of a loss whose operand has been changed between forward and backward, or the error's class."""
+    generator = torch.Generator().manual_seed(0)
+    leaf = torch.rand(4, 5, generator=generator).to(dtype).requires_grad_()
+    logits = leaf * 0.9
+    with torch.inference_mode(changed == "made in inference mode"):
+        target = torch.rand(4, 5, generator=generator).to(dtype)
+    try:
+        value = getattr(functions, name)(logits, target, reduction=reduction)
+        with torch.no_grad():
+            {"input": logits, "target": target}.get(changed, torch.ones(1)).mul_(0.5)
+        value.sum().backward()
+    except RuntimeError as error:
+        return type(error)
+    return leaf.grad
+
+
+@pytest.mark.parametrize("changed", ["input", "target", "made in inference mode"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ft.patching.NAMES)
+def test_operands_may_change_where_pytorch_lets_them(name, reduction, dtype, changed):
+    got, want = (gradient_after(functions, name, reduction, dtype, changed) for functions in (ft, F))
+    if isinstance(want, torch.Tensor):
+        assert_tensor(got, want)
+    else:
+        assert got is want
+    assert isinstance(want, torch.Tensor) == (name == "l1_loss")
+
+
+def test_l1_saves_one_array_and_frees_its_operands():
+    leaf, target = torch.rand(1000, requires_grad=True), torch.rand(1000)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        ft.l1_loss(leaf, target).backward()
+    assert [x.shape for x in saved] == [(1000,)]
+
+
+def test_second_derivatives_of_l1_need_its_operands_unchanged():
+    leaf, target = torch.rand(10, dtype=torch.float64, requires_grad=True), torch.rand(10, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(ft.l1_loss(leaf, target, reduction="sum"), leaf, create_graph=True)
+    assert torch.autograd.grad(grad.sum(), leaf)[0].count_nonzero() == 0
+    value = ft.l1_loss(leaf, target)
+    target.mul_(2)
+    with pytest.raises(RuntimeError, match="modified in place since the loss was computed"):
+        torch.autograd.grad(value, leaf, create_graph=True)
+
+
+@pytest.mark.parametrize("name", ["mse_loss", "l1_loss", "binary_cross_entropy_with_logits"])
+def test_the_node_in_the_graph_has_the_losss_name(name):
+    value = getattr(ft, name)(torch.rand(5, requires_grad=True), torch.rand(5))
+    assert type(value.grad_fn).__name__ == {
+        "mse_loss": "MseLossBackward", "l1_loss": "L1LossBackward",
+        "binary_cross_entropy_with_logits": "BinaryCrossEntropyWithLogitsBackward",
+    }[name]  # fmt: skip
+    with torch.profiler.profile() as profile:
+        value.backward()
+    assert any(type(value.grad_fn).__name__ in event.key for event in profile.key_averages())

@@ -67,7 +67,7 @@ class NumpyBackend(ArrayBackend):
         addresses = [read_pointer(id(array) + POINTER_AT).value for array in every]
         if out is not None:
             made.launch.plan.check_overlap(every, addresses)
-        value, bad = made.run(addresses, settings, 1.0, every)
+        value, bad = made.run(addresses, settings, 1.0)
         if bad:
             return loss.compute(arguments, HostCall)  # raises the error that names the element, or warns
         return (np.float64(value) if summed else None), outputs

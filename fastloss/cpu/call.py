@@ -110,7 +110,7 @@ class HostCall(Call):
         addresses = [read_pointer(id(array) + POINTER_AT).value for array in arrays]
         if self.out is not None:
             launch.plan.check_overlap(arrays, addresses)
-        sums, bad = launch.run(addresses, self.numbers.values(), scale, arrays)
+        sums, bad = launch.run(addresses, self.numbers.values(), scale)
         if bad:
             self.refuse_bad_element()
         return sums

@@ -76,6 +76,15 @@ def _load(code: bytes) -> int:
     return int(engine.get_function_address(SYMBOL))
 
 
+def load_assembly(text: str, *names: str) -> list[int]:
+    """Compile LLVM assembly into the process and return the addresses of functions."""
+    _start_llvm()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(text), _machine(), use_lmm=True)
+    engine.finalize_object()
+    _engines.append(engine)
+    return [int(engine.get_function_address(name)) for name in names]
+
+
 def _machine() -> llvm.TargetMachine:
     """Return LLVM's description of this CPU, which compiles and loads code for it."""
     _start_llvm()

@@ -48,10 +48,10 @@ class Launch:
         self.unpack_sums = struct.Struct(f"{self.partials * plan.ranges}d" if not self.by_group else "").unpack_from
         self.alignment = output_alignment(plan)
 
-    def run(self, addresses: list[int], numbers: Iterable[float], scale: Any, references: Any) -> tuple[Any, bool]:
+    def run(self, addresses: list[int], numbers: Iterable[float], scale: Any) -> tuple[Any, bool]:
         """Compute on arrays given by their addresses; return the sums, and whether an element lies outside [0, 1].
 
-        A sum is a number, or an array with one number for each group. `references` keeps the arrays' memory alive.
+        A sum is a number, or an array with one number for each group.
         """
         store_mode = self.choose_store_mode(addresses) if self.alignment else CACHED
         frame = self.frame_type()
@@ -63,7 +63,7 @@ class Launch:
         if self.ranges == 1:
             self.kernel(frame)
         else:
-            THREADS.run(self.kernel, frame, self.ranges, self.work, [references, scale])
+            THREADS.run(self.kernel, frame, self.ranges, self.work)
         if self.by_group:
             shape = (self.plan.groups, -1, self.partials)
             partials = np.frombuffer(memoryview(frame), np.float64, self.partials * self.ranges, self.partials_at).reshape(shape)

@@ -1,8 +1,8 @@
 """A pool of threads. The threads of a call run the same kernel, which takes ranges from an atomic counter until none is left.
 
-The caller's thread computes too, so a pool of n threads has n - 1 workers, and a call makes progress even if no worker wakes. A
-worker that starts late finds no range left and reads no array. Results do not depend on which thread takes a range: each range
-leaves a partial sum of its own, and the partial sums are added in the order of the ranges.
+The caller's thread computes too, so a pool of n threads has n - 1 workers. Workers wait for jobs in machine code: a worker that
+waited in Python would need the interpreter's lock to wake. After a job a worker stays awake for some microseconds, and then
+sleeps. A caller that has finished cancels the jobs that no worker has begun, so a call never waits for a worker to wake.
 """
 
 from __future__ import annotations
@@ -12,71 +12,258 @@ import ctypes
 import functools
 import os
 import threading
-import time
-from collections.abc import Callable
-from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
-# Called while waiting for the last range. On Linux with Python 3.11, sleep(0) takes 75 us, because the kernel rounds it up to the
-# timer slack, and sched_yield takes 0.7 us: BCE value+gradient of 100,352 elements went from 98 us to 82.
-yield_cpu: Callable[[], object] = os.sched_yield if hasattr(os, "sched_yield") else functools.partial(time.sleep, 0)
+import llvmlite.binding as llvm
 
-# Returns the CPU that the calling thread runs on. In a virtual machine, Linux often wakes a worker on the caller's CPU although
-# another CPU is idle (a halted virtual CPU looks as if the host had preempted it), and the two threads then take turns: 400,000
-# elements of BCE took 225 us in such processes and 140 us in others. So a worker that wakes on the caller's CPU moves to another,
-# and does not come back.
-get_cpu: Callable[[], int] | None = getattr(ctypes.PyDLL(None), "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
+from fastloss.cpu.compile import load_assembly
 
-Job = tuple[Callable[..., None], Any, int, Any]
+SPINS = 1000  # looks at the state, some 20 ns each, before a worker sleeps
+LINE = 16  # fields of a worker, of 8 bytes: two cache lines, so that workers do not share one
+CPU = 3  # position of the caller's CPU; before it are the state, the kernel and the frame, and a semaphore begins at 8
+
+# A worker's state is IDLE, POSTED (there is a job), RUNNING or ASLEEP. `work` returns if it finds itself on the caller's CPU.
+ASSEMBLY = """
+DECLARE
+
+define i64 @work(ptr %worker, ptr %wait, ptr %get_cpu, i64 %spins) {
+entry:
+  %semaphore = getelementptr i64, ptr %worker, i64 8
+  br label %awake
+awake:
+  br label %look
+look:
+  %spin = phi i64 [0, %awake], [%next, %again]
+  %state = load atomic i64, ptr %worker acquire, align 8
+  %posted = icmp eq i64 %state, 1
+  br i1 %posted, label %take, label %idle
+idle:
+  %next = add i64 %spin, 1
+  %tired = icmp ugt i64 %next, %spins
+  br i1 %tired, label %sleep, label %again
+again:
+  PAUSE
+  br label %look
+sleep:
+  %slept = cmpxchg ptr %worker, i64 0, i64 3 seq_cst seq_cst
+  %before = extractvalue {i64, i1} %slept, 0
+  %missed = icmp eq i64 %before, 1
+  br i1 %missed, label %awake, label %waiting
+waiting:
+  call i32 %wait(ptr %semaphore)
+  br label %awake
+take:
+  %cpu_at = getelementptr i64, ptr %worker, i64 3
+  %callers = load i64, ptr %cpu_at
+  %here = call i32 %get_cpu()
+  %cpu = sext i32 %here to i64
+  %same = icmp eq i64 %cpu, %callers
+  br i1 %same, label %leave, label %begin
+leave:
+  ret i64 0
+begin:
+  %taken = cmpxchg ptr %worker, i64 1, i64 2 seq_cst seq_cst
+  %mine = extractvalue {i64, i1} %taken, 1
+  br i1 %mine, label %run, label %awake
+run:
+  %kernel_at = getelementptr ptr, ptr %worker, i64 1
+  %frame_at = getelementptr ptr, ptr %worker, i64 2
+  %kernel = load ptr, ptr %kernel_at
+  %frame = load ptr, ptr %frame_at
+  call void %kernel(ptr %frame)
+  store atomic i64 0, ptr %worker release, align 8
+  br label %awake
+}
+
+define void @share(ptr %frame, ptr %kernel, ptr %workers, i64 %count, ptr %post, ptr %yield, i64 %cpu) {
+entry:
+  br label %posting
+posting:
+  %k = phi i64 [0, %entry], [%k1, %posted]
+  %more = icmp ult i64 %k, %count
+  br i1 %more, label %one, label %compute
+one:
+  %worker_at = getelementptr ptr, ptr %workers, i64 %k
+  %worker = load ptr, ptr %worker_at
+  %kernel_at = getelementptr ptr, ptr %worker, i64 1
+  %frame_at = getelementptr ptr, ptr %worker, i64 2
+  %cpu_at = getelementptr i64, ptr %worker, i64 3
+  store ptr %kernel, ptr %kernel_at
+  store ptr %frame, ptr %frame_at
+  store i64 %cpu, ptr %cpu_at
+  %before = atomicrmw xchg ptr %worker, i64 1 seq_cst
+  %asleep = icmp eq i64 %before, 3
+  br i1 %asleep, label %wake, label %posted
+wake:
+  %semaphore = getelementptr i64, ptr %worker, i64 8
+  call i32 %post(ptr %semaphore)
+  br label %posted
+posted:
+  %k1 = add i64 %k, 1
+  br label %posting
+compute:
+  call void %kernel(ptr %frame)
+  br label %ending
+ending:
+  %j = phi i64 [0, %compute], [%j1, %ended]
+  %left = icmp ult i64 %j, %count
+  br i1 %left, label %last, label %done
+last:
+  %ender_at = getelementptr ptr, ptr %workers, i64 %j
+  %ender = load ptr, ptr %ender_at
+  %cancelled = cmpxchg ptr %ender, i64 1, i64 0 seq_cst seq_cst
+  br label %check
+check:
+  %tries = phi i64 [0, %last], [%tries1, %pausing], [0, %yielding]
+  %now = load atomic i64, ptr %ender acquire, align 8
+  %running = icmp eq i64 %now, 2
+  br i1 %running, label %wait, label %ended
+wait:
+  %tries1 = add i64 %tries, 1
+  %long = icmp ugt i64 %tries1, 100
+  br i1 %long, label %yielding, label %pausing
+pausing:
+  PAUSE
+  br label %check
+yielding:
+  call i32 %yield()
+  br label %check
+ended:
+  %j1 = add i64 %j, 1
+  br label %ending
+done:
+  ret void
+}
+"""
+PAUSES = {  # by LLVM's name of the processor: the declaration and the call of an instruction that waits for some cycles
+    "x86_64": ("declare void @llvm.x86.sse2.pause()", "call void @llvm.x86.sse2.pause()"),
+    "aarch64": ("declare void @llvm.aarch64.hint(i32)", "call void @llvm.aarch64.hint(i32 1)"),
+}
+
+
+class System(NamedTuple):
+    """The functions of the system that the machine code calls."""
+
+    wait: Any  # wait until a semaphore is more than 0, and decrement it
+    post: Any  # increment a semaphore
+    yield_cpu: Any
+    get_cpu: Any  # returns the CPU of the calling thread, or -1
+
+
+class Code(NamedTuple):
+    """The functions of `ASSEMBLY`."""
+
+    work: Any
+    share: Any
+
+
+@functools.cache
+def code() -> Code:
+    """Compile the machine code of the pool."""
+    declaration, call = PAUSES.get(llvm.get_process_triple().partition("-")[0], ("", ""))
+    work, share = load_assembly(ASSEMBLY.replace("DECLARE", declaration).replace("PAUSE", call), "work", "share")
+    return Code(ctypes.CFUNCTYPE(ctypes.c_int64)(work), ctypes.CFUNCTYPE(None)(share))
+
+
+@functools.cache
+def system() -> System:
+    """Return the functions of the C library, or others in their place where it lacks them."""
+    integer = ctypes.CFUNCTYPE(ctypes.c_int)
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    yield_cpu = getattr(library, "sched_yield", None) or integer(lambda: 0)
+    # In a virtual machine, Linux often wakes a worker on the caller's CPU although another CPU is idle (a halted virtual CPU looks as
+    # if the host had preempted it), and the two threads then take turns: 400,000 elements of BCE took 225 us in such processes and
+    # 140 us in others. So a worker that wakes on the caller's CPU moves to another, and does not come back.
+    get_cpu = getattr(library, "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
+    get_cpu = get_cpu or integer(lambda: -1)
+    if library is not None and has_semaphores(library):
+        return System(library.sem_wait, library.sem_post, yield_cpu, get_cpu)
+    return System(*python_semaphores(), yield_cpu, get_cpu)
+
+
+def has_semaphores(library: Any) -> bool:
+    """Whether the C library has semaphores in memory. That of macOS has functions with their names, which fail."""
+    memory = (ctypes.c_int64 * 8)()
+    return hasattr(library, "sem_init") and library.sem_init(memory, 0, 0) == 0
+
+
+def python_semaphores() -> tuple[Any, Any]:
+    """Return functions that wait and post like those of the C library, with Python's semaphores."""
+    made: dict[int, threading.Semaphore] = {}
+    kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+
+    def wait(address: int) -> int:
+        made.setdefault(address, threading.Semaphore(0)).acquire()
+        return 0
+
+    def post(address: int) -> int:
+        made.setdefault(address, threading.Semaphore(0)).release()
+        return 0
+
+    return kind(wait), kind(post)
+
+
+class Worker:
+    """A thread that waits for jobs until the process ends."""
+
+    def __init__(self) -> None:
+        self.fields = (ctypes.c_int64 * (2 * LINE))()
+        address = -(-ctypes.addressof(self.fields) // 128) * 128  # of the first whole pair of cache lines
+        self.state = ctypes.c_void_p(address)
+        self.cpu = ctypes.c_int64.from_address(address + 8 * CPU)
+        threading.Thread(target=self.work, name="fastloss", daemon=True).start()
+
+    def work(self) -> None:
+        """Work, and leave the caller's CPU whenever a job finds the thread there."""
+        affinity, functions = Affinity(), system()
+        while True:
+            code().work(self.state, functions.wait, functions.get_cpu, ctypes.c_int64(SPINS))
+            affinity.leave(self.cpu.value)
+            self.cpu.value = -1  # it has been tried, and the job is taken now wherever the thread runs
 
 
 class Pool:
-    """Worker threads that wait for jobs. They start when first needed and end with the process."""
+    """Workers, which start when first needed and end with the process."""
 
     def __init__(self) -> None:
         self.forget_workers()
 
     def forget_workers(self) -> None:
         """Reset the pool to have no workers. A forked child needs this, because threads do not survive a fork."""
-        self._jobs: SimpleQueue[Job] = SimpleQueue()
+        self._idle: list[Worker] = []
         self._workers = 0
         self._starting = threading.Lock()
 
-    def run(self, kernel: Callable[..., None], frame: Any, ranges: int, threads: int, references: list[Any]) -> None:
-        """Call `kernel(frame)` on the caller's thread and on `threads - 1` workers; return when all ranges are finished.
+    def run(self, kernel: Any, frame: Any, threads: int) -> None:
+        """Call `kernel(frame)` on the caller's thread and on `threads - 1` workers; return when all that have begun are finished.
 
-        `frame[1]` counts finished ranges. `references` holds the objects whose memory the frame points to. Jobs hold it too, so that
-        the memory outlives a caller that is interrupted. It is cleared at the end, so that no worker drops the last reference to an
-        array: freeing a PyTorch tensor releases the GIL, and a thread that acquires it again while Python exits ends the process.
+        There are fewer workers if other callers have them, or if the system allows no more threads.
         """
-        helpers = threads - 1
-        if helpers > self._workers:
-            self._start(helpers)
-        cpu = get_cpu() if get_cpu else -1
-        for _ in range(min(helpers, self._workers)):
-            self._jobs.put((kernel, frame, cpu, references))
-        kernel(frame)
-        while frame[1] < ranges:  # at most as long as one range takes, which a worker is finishing
-            yield_cpu()
-        references.clear()
+        workers = self._take(threads - 1)
+        try:
+            pointers = (ctypes.c_void_p * len(workers))(*(worker.state.value for worker in workers))
+            functions = system()
+            cpu = functions.get_cpu()
+            code().share(frame, kernel, pointers, ctypes.c_int64(len(workers)), functions.post, functions.yield_cpu, ctypes.c_int64(cpu))
+        finally:
+            self._idle.extend(workers)
+
+    def _take(self, count: int) -> list[Worker]:
+        """Take workers that are idle, and start some if there are fewer than `count` in all."""
+        if self._workers < count:
+            self._start(count)
+        taken: list[Worker] = []
+        with contextlib.suppress(IndexError):  # other callers have the others
+            while len(taken) < count:
+                taken.append(self._idle.pop())
+        return taken
 
     def _start(self, count: int) -> None:
         """Start workers until there are `count`."""
         with self._starting, contextlib.suppress(RuntimeError):  # the system allows no more threads: fewer workers help
             while self._workers < count:
-                threading.Thread(target=self._work, args=(self._jobs,), name="fastloss", daemon=True).start()
+                self._idle.append(Worker())
                 self._workers += 1
-
-    @staticmethod
-    def _work(jobs: SimpleQueue[Job]) -> None:
-        """Take jobs and call their kernels until the process ends."""
-        affinity = Affinity()
-        while True:
-            kernel, frame, cpu, _references = jobs.get()
-            if get_cpu and get_cpu() == cpu:
-                affinity.leave(cpu)
-            kernel(frame)
-            del frame, _references  # a worker that waits for the next job must not keep arrays alive
 
 
 class Affinity:

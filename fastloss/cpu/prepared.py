@@ -39,13 +39,13 @@ class PreparedPass:
         self.is_simple = not call.must_count and not call.numbers
         self.varying = [name for name in call.numbers if name in call.parameters]
 
-    def run(self, addresses: Sequence[int], numbers: Mapping[str, float], upstream: float, references: Any) -> tuple[float, bool]:
+    def run(self, addresses: Sequence[int], numbers: Mapping[str, float], upstream: float) -> tuple[float, bool]:
         """Compute; return the value, and whether an element lies outside [0, 1] or a mean is one of no elements.
 
         `addresses` are those of the arrays to read and of the outputs. `numbers` holds the parameters that are passed as numbers.
         """
         if self.is_simple:
-            sums, bad = self.launch.run(addresses, (), upstream / self.divisor, references)
+            sums, bad = self.launch.run(addresses, (), upstream / self.divisor)
             return sums[0] / self.divisor, bad
         given = self.numbers
         if self.varying:
@@ -53,10 +53,10 @@ class PreparedPass:
         divisor = self.divisor
         if self.counter is not None:
             arrays, counted = [addresses[k] for k in self.counter_arrays], [given[name] for name in self.counter_names]
-            divisor = self.counter.run(arrays, counted, 1.0, references)[0][0]
+            divisor = self.counter.run(arrays, counted, 1.0)[0][0]
         if not divisor:
             return math.nan, True
-        sums, bad = self.launch.run(addresses, given.values(), upstream / divisor, references)
+        sums, bad = self.launch.run(addresses, given.values(), upstream / divisor)
         if self.must_count and self.counter is None:
             divisor = sums[1]
         return (sums[0] / divisor, bad) if divisor else (math.nan, True)

@@ -17,7 +17,7 @@ from fastloss.cpu.team import Team, find_team
 CHOICES = ("pool", "openmp")
 # Estimated nanoseconds of work for which a further thread is woken. PyTorch's threads are mostly awake. With less work than this,
 # two threads were slower than one.
-POOL_WORK, TEAM_WORK = 50_000.0, 6_000.0
+POOL_WORK, TEAM_WORK = 12_000.0, 6_000.0
 
 
 class Threads:
@@ -30,7 +30,7 @@ class Threads:
         self.team: Team | None = None
         self.searches = self.choice != "pool"  # whether to look for a team in the next call
 
-    def run(self, kernel: Any, frame: Any, ranges: int, work: float, references: list[Any]) -> None:
+    def run(self, kernel: Any, frame: Any, ranges: int, work: float) -> None:
         """Call `kernel(frame)` on as many threads as the work is worth, the caller's among them; return when all ranges are finished."""
         if self.searches and "torch" in sys.modules:
             self.search()
@@ -43,7 +43,7 @@ class Threads:
         elif team is not None:
             team.run(kernel, frame, count)
         else:
-            self.pool.run(kernel, frame, ranges, count, references)
+            self.pool.run(kernel, frame, count)
 
     def search(self) -> None:
         """Look for PyTorch's team once PyTorch is imported."""

@@ -141,7 +141,7 @@ class TensorPass(PreparedPass):
         outputs = [allocate(tensors[k]) for allocate, k in self.allocators] if self.allocators else []
         read = tensors if self.order is None else [tensors[k] for k in self.order]
         addresses = [*map(data_ptr, read), *map(data_ptr, outputs)]
-        value, bad = self.run(addresses, settings, upstream, (tensors, outputs))
+        value, bad = self.run(addresses, settings, upstream)
         return value, bad, outputs
 
 
