@@ -60,7 +60,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    assert "install fastloss[cuda12] or fastloss[cuda13], whichever matches the CUDA version of the driver" in run("-c", code)
+    assert "pip install 'fastloss[cuda13]', or 'fastloss[cuda12]' for a driver of CUDA 12" in run("-c", code)
 
 
 def test_the_error_without_a_gpu_says_so():

@@ -44,7 +44,7 @@ class NumpyBackend(ArrayBackend):
     def compute(self, loss: AbstractLoss, arguments: Arguments) -> tuple[Any, list[Array]]:
         """Compute the requested quantities, in a pass that is prepared in the first call with arguments of the same kinds."""
         summed, wanted, first, second, weight, reduction, options = arguments
-        if type(first) is not np.ndarray or type(second) is not np.ndarray:
+        if type(first) is not np.ndarray or type(second) is not np.ndarray or type(reduction) is not str:
             return loss.compute(arguments, HostCall)
         out = options.get("out")
         if out is not None and (type(out) is not np.ndarray or not out.flags.writeable):

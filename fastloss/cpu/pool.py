@@ -226,10 +226,6 @@ class Pool:
     """Workers, which start when first needed and end with the process."""
 
     def __init__(self) -> None:
-        self.forget_workers()
-
-    def forget_workers(self) -> None:
-        """Reset the pool to have no workers. A forked child needs this, because threads do not survive a fork."""
         self._idle: list[Worker] = []
         self._workers = 0
         self._starting = threading.Lock()

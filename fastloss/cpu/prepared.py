@@ -81,7 +81,7 @@ def sort_options(
         if name in refused:
             return None
         kind = type(x)
-        if kind is float or kind is int or kind is bool:
+        if (kind is float or kind is int or kind is bool) and name != "weight" and name != "mask":
             settings[name] = x
             # a parameter equal to its default is a constant of the kernel; any other number only has to be within the bounds
             forms += (name, kind, is_default(loss, name, x) if name in parameters else x)

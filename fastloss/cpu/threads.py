@@ -11,7 +11,6 @@ import os
 import sys
 from typing import Any
 
-from fastloss.cpu.pool import Pool
 from fastloss.cpu.team import Team, find_team
 
 CHOICES = ("pool", "openmp")
@@ -26,7 +25,7 @@ class Threads:
     def __init__(self) -> None:
         self.count = default_count()
         self.choice = default_choice()
-        self.pool = Pool()
+        self.pool: Any = None  # is made when first needed, because it needs llvmlite
         self.team: Team | None = None
         self.searches = self.choice != "pool"  # whether to look for a team in the next call
 
@@ -43,6 +42,8 @@ class Threads:
         elif team is not None:
             team.run(kernel, frame, count)
         else:
+            if self.pool is None:
+                self.pool = make_pool()
             self.pool.run(kernel, frame, count)
 
     def search(self) -> None:
@@ -52,8 +53,15 @@ class Threads:
 
     def after_fork(self) -> None:
         """Forget threads that do not survive a fork. An OpenMP runtime that has been used before does not work in the child."""
-        self.pool.forget_workers()
+        self.pool = None
         self.team, self.searches = None, False
+
+
+def make_pool() -> Any:
+    """Return a pool without workers."""
+    from fastloss.cpu.pool import Pool
+
+    return Pool()
 
 
 def default_count() -> int:

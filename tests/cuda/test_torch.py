@@ -16,6 +16,7 @@ from tests.ulp import PEER, SUM, assert_close
 
 torch = pytest.importorskip("torch")
 obstacles = importlib.import_module("fastloss.torch.obstacles")
+BACKEND = importlib.import_module("fastloss.backends.torch.backend").BACKEND
 ASK_WHERE_TENSORS_ARE = [
     obstacles,
     *(importlib.import_module(f"fastloss.backends.torch.{name}") for name in ("autograd", "bound_loss", "memory_views")),
@@ -35,6 +36,7 @@ def device(cp, monkeypatch):
     for module in ASK_WHERE_TENSORS_ARE:
         monkeypatch.setattr(module, "is_on_gpu", lambda x: True)
     monkeypatch.setattr(obstacles, "has_cupy", lambda: True)
+    monkeypatch.setattr(BACKEND, "bound", {})  # without the losses that are bound to tensors on the CPU
 
     def allocate(size, device, stream):
         block = np.empty(size + 64, np.uint8)

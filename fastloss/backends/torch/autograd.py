@@ -16,7 +16,7 @@ from torch.autograd.graph import increment_version
 
 from fastloss.backends.torch import operators
 from fastloss.backends.torch.bound_loss import VALUE, BoundLoss
-from fastloss.backends.torch.memory_views import to_array
+from fastloss.backends.torch.memory_views import is_on_gpu, to_array
 from fastloss.backends.torch.operators import append_axes
 from fastloss.core.abstract_loss import AbstractLoss
 
@@ -142,7 +142,7 @@ def times_upstream(slope: Any, upstream: Any, unit: float) -> Any:
     array of its size takes longer than computing the loss.
     """
     is_retained = is_graph_retained()
-    if slope.is_cuda:
+    if is_on_gpu(slope):
         if is_retained or upstream.dim():
             return slope * append_axes(upstream.to(slope.dtype), slope)
         from fastloss.backends.torch import gpu

@@ -53,7 +53,7 @@ class TorchBackend(Backend):
         if is_compiling():
             return self.compute_unprepared(loss, arguments)
         summed, wanted, first, second, weight, reduction, options = arguments
-        if not isinstance(second, Tensor) or is_traced():
+        if not isinstance(second, Tensor) or type(reduction) is not str or is_traced():
             return self.compute_unprepared(loss, arguments)
         is_cast = first.dtype in HALVES and torch.is_autocast_enabled(first.device.type)
         key: tuple[Any, ...] = (  # with `form_of` of both, without its calls

@@ -80,7 +80,7 @@ def form_of(tensor: Any) -> tuple[Any, ...]:
 
 def is_plain(tensor: Any) -> bool:
     """Whether a tensor's values lie in the memory of the CPU, at the places that its strides say."""
-    return type(tensor) in PLAIN and tensor.is_cpu and tensor.layout is STRIDED and not tensor.is_neg()
+    return type(tensor) in PLAIN and tensor.is_cpu and not is_on_gpu(tensor) and tensor.layout is STRIDED and not tensor.is_neg()
 
 
 def check_tensors(named: Iterable[tuple[str, Any]]) -> None:
