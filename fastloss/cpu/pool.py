@@ -1,7 +1,7 @@
 """A pool of threads. The threads of a call run the same kernel, which takes ranges from an atomic counter until none is left.
 
 The caller's thread computes too, so a pool of n threads has n - 1 workers. Workers wait for jobs in machine code: a worker that
-waited in Python would need the interpreter's lock to wake. After a job a worker stays awake for some microseconds, and then
+waited in Python would need the interpreter's lock to wake. After a job a worker stays awake for about a millisecond, and then
 sleeps. A caller that has finished cancels the jobs that no worker has begun, so a call never waits for a worker to wake.
 """
 
@@ -18,7 +18,9 @@ import llvmlite.binding as llvm
 
 from fastloss.cpu.compile import load_assembly
 
-SPINS = 1000  # looks at the state, some 20 ns each, before a worker sleeps
+# Looks at the state, some 20 ns each, before a worker sleeps: about a millisecond, as long as OpenMP's threads stay awake. Between them
+# it lets other threads have its CPU.
+SPINS = 40_000
 LINE = 16  # fields of a worker, of 8 bytes: two cache lines, so that workers do not share one
 CPU = 3  # position of the caller's CPU; before it are the state, the kernel and the frame, and a semaphore begins at 8
 
@@ -26,14 +28,14 @@ CPU = 3  # position of the caller's CPU; before it are the state, the kernel and
 ASSEMBLY = """
 DECLARE
 
-define i64 @work(ptr %worker, ptr %wait, ptr %get_cpu, i64 %spins) {
+define i64 @work(ptr %worker, ptr %wait, ptr %yield, ptr %get_cpu, i64 %spins) {
 entry:
   %semaphore = getelementptr i64, ptr %worker, i64 8
   br label %awake
 awake:
   br label %look
 look:
-  %spin = phi i64 [0, %awake], [%next, %again]
+  %spin = phi i64 [0, %awake], [%next, %again], [%next, %letting]
   %state = load atomic i64, ptr %worker acquire, align 8
   %posted = icmp eq i64 %state, 1
   br i1 %posted, label %take, label %idle
@@ -43,6 +45,11 @@ idle:
   br i1 %tired, label %sleep, label %again
 again:
   PAUSE
+  %count = and i64 %next, 127
+  %often = icmp eq i64 %count, 0
+  br i1 %often, label %letting, label %look
+letting:
+  call i32 %yield()
   br label %look
 sleep:
   %slept = cmpxchg ptr %worker, i64 0, i64 3 seq_cst seq_cst
@@ -217,7 +224,7 @@ class Worker:
         """Work, and leave the caller's CPU whenever a job finds the thread there."""
         affinity, functions = Affinity(), system()
         while True:
-            code().work(self.state, functions.wait, functions.get_cpu, ctypes.c_int64(SPINS))
+            code().work(self.state, functions.wait, functions.yield_cpu, functions.get_cpu, ctypes.c_int64(SPINS))
             affinity.leave(self.cpu.value)
             self.cpu.value = -1  # it has been tried, and the job is taken now wherever the thread runs
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 import operator
 import os
 import sys
+from time import perf_counter
 from typing import Any
 
 from fastloss.cpu.team import Team, find_team
 
 CHOICES = ("pool", "openmp")
-# Estimated nanoseconds of work for which a further thread is woken. PyTorch's threads are mostly awake. With less work than this,
-# two threads were slower than one.
+# Estimated nanoseconds of work for a further thread. With less, two threads that were awake took longer than one.
 POOL_WORK, TEAM_WORK = 12_000.0, 6_000.0
+# To wake a worker of the pool takes the caller 20 us. Work for which that pays; and seconds since the last call, within which a
+# further call is likely, for which the worker will then be awake.
+WAKE_WORK, SOON = 80_000.0, 1e-3
 
 
 class Threads:
@@ -26,6 +29,7 @@ class Threads:
         self.count = default_count()
         self.choice = default_choice()
         self.pool: Any = None  # is made when first needed, because it needs llvmlite
+        self.last_call = 0.0  # when the pool was last asked to compute
         self.team: Team | None = None
         self.searches = self.choice != "pool"  # whether to look for a team in the next call
 
@@ -42,9 +46,13 @@ class Threads:
         elif team is not None:
             team.run(kernel, frame, count)
         else:
-            if self.pool is None:
-                self.pool = make_pool()
-            self.pool.run(kernel, frame, count)
+            last, self.last_call = self.last_call, perf_counter()
+            if work < WAKE_WORK and self.last_call - last > SOON:
+                kernel(frame)
+            else:
+                if self.pool is None:
+                    self.pool = make_pool()
+                self.pool.run(kernel, frame, count)
 
     def search(self) -> None:
         """Look for PyTorch's team once PyTorch is imported."""
