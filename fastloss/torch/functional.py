@@ -77,14 +77,9 @@ def smooth_l1_loss(
 
     Further options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`. See `fastloss.Loss`.
     """
-    return compute(
-        fastloss.smooth_l1_loss,
-        *broadcast_operands(input, target),
-        None,
-        resolve_reduction(reduction, size_average, reduce),
-        beta=to_float("beta", beta),
-        **options,
-    )
+    z, t = broadcast_operands(input, target)
+    options |= given("beta", beta, 1.0)
+    return compute(fastloss.smooth_l1_loss, z, t, None, resolve_reduction(reduction, size_average, reduce), **options)
 
 
 def huber_loss(
@@ -95,14 +90,9 @@ def huber_loss(
     Further options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`. See `fastloss.Loss`.
     """
     check_weight(input, weight)
-    return compute(
-        fastloss.huber_loss,
-        *broadcast_operands(input, target),
-        weight,
-        resolve_reduction(reduction),
-        delta=to_float("delta", delta),
-        **options,
-    )
+    z, t = broadcast_operands(input, target)
+    options |= given("delta", delta, 1.0)
+    return compute(fastloss.huber_loss, z, t, weight, resolve_reduction(reduction), **options)
 
 
 def sigmoid_focal_loss(
@@ -115,6 +105,13 @@ def sigmoid_focal_loss(
     check_shapes("input", inputs.shape, "target", targets.shape)
     weight = options.pop("weight", None)
     return compute(fastloss.sigmoid_focal_loss, inputs, targets, weight, resolve_reduction(reduction), alpha=alpha, gamma=gamma, **options)
+
+
+def given(name: str, number: Any, default: float) -> dict[str, float]:
+    """Return a number as an option of fastloss. The default is left out, which saves microseconds; in compiled code it may change."""
+    if type(number) is float and not torch.compiler.is_compiling() and number == default:
+        return {}
+    return {name: to_float(name, number)}
 
 
 def compute(loss: Any, input: Tensor, target: Tensor, weight: Any, reduction: str, **options: Any) -> Tensor:
