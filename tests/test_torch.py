@@ -878,6 +878,24 @@ def test_tensors_on_a_gpu_without_cupy_are_refused_with_the_name_of_the_extra(mo
 # processes
 
 
+def test_a_patch_before_the_first_compilation_of_a_process_serves_compiled_code():
+    code = """
+import torch, fastloss.torch as ft
+from functorch.compile import make_boxed_func
+ft.patch()
+from torch._dynamo.backends.common import aot_autograd
+names = []
+def compiler(graph, _):
+    names.extend(str(node.target) for node in graph.graph.nodes)
+    return make_boxed_func(graph.forward)
+x, t = torch.rand(9, requires_grad=True), torch.rand(9)
+backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+torch.compile(lambda: torch.nn.functional.mse_loss(x * 2, t), backend=backend, fullgraph=True)().backward()
+torch.compile(lambda: torch.nn.BCEWithLogitsLoss()(x * 2, t), backend=backend, fullgraph=True)().backward()
+print(names.count("fastloss.loss_and_slopes.default"))"""
+    assert run(code).strip() == "2"
+
+
 def run(code):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

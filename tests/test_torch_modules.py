@@ -755,3 +755,16 @@ def test_the_node_in_the_graph_has_the_losss_name(name):
     with torch.profiler.profile() as profile:
         value.backward()
     assert any(type(value.grad_fn).__name__ in event.key for event in profile.key_averages())
+
+
+@pytest.mark.parametrize("options", [{}, {"ignore_index": 0.5}], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradients_of_l1_in_16_bits_are_rounded_once(reduction, options):
+    generator = torch.Generator().manual_seed(0)
+    leaf = torch.randn(300, generator=generator).half().requires_grad_()
+    target = (torch.rand(300, generator=generator) * 4).round().half() / 4
+    upstream = torch.tensor(1234.5) if reduction != "none" else torch.rand(300, generator=generator)
+    value = fl.l1_loss(leaf, target, reduction=reduction, **options)
+    (got,) = torch.autograd.grad(value, leaf, upstream.to(value.dtype))
+    want = fl.l1_loss.grad(leaf, target, reduction=reduction, grad_output=upstream.to(value.dtype), **options)
+    assert torch.equal(got, want)

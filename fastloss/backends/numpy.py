@@ -10,7 +10,6 @@ import numpy as np
 from fastloss.backends.protocol import ArrayBackend
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import Arguments, get_layout
-from fastloss.core.definition import operand_of
 from fastloss.core.dtypes import is_float
 from fastloss.core.plan import Array
 from fastloss.cpu import memory
@@ -20,18 +19,6 @@ from fastloss.cpu.prepared import MOST_PREPARED, PreparedPass, sort_options
 UNPREPARED = ("grad_output",)  # options of calls for which no pass is prepared
 
 
-class ArrayPass(PreparedPass):
-    """A prepared pass over arrays."""
-
-    def __init__(self, call: HostCall, names: tuple[str, ...]) -> None:
-        """Prepare the pass of a call. `names` are those of the arrays that are options."""
-        wanted = call.arguments.wanted
-        super().__init__(call, call.arguments.summed, wanted, call.make_outputs(wanted))
-        order = [("input", "target", *names).index(name) for name in call.names]
-        self.order = None if order == list(range(len(order))) else order  # in which the pass takes the arrays
-        self.alike = [int(operand_of(name) == "target") for name in wanted]  # the operands that the outputs resemble
-
-
 class NumpyBackend(ArrayBackend):
     """The backend for NumPy arrays."""
 
@@ -39,7 +26,7 @@ class NumpyBackend(ArrayBackend):
 
     def __init__(self) -> None:
         # by everything of a call but the elements of arrays and the values of parameters; None for a call that takes other ways
-        self.passes: dict[Any, ArrayPass | None] = {}
+        self.passes: dict[Any, PreparedPass | None] = {}
 
     def compute(self, loss: AbstractLoss, arguments: Arguments) -> tuple[Any, list[Array]]:
         """Compute the requested quantities, in a pass that is prepared in the first call with arguments of the same kinds."""
@@ -72,7 +59,7 @@ class NumpyBackend(ArrayBackend):
             return loss.compute(arguments, HostCall)  # raises the error that names the element, or warns
         return (np.float64(value) if summed else None), outputs
 
-    def prepare(self, key: tuple[Any, ...], arguments: Arguments, names: tuple[str, ...]) -> ArrayPass | None:
+    def prepare(self, key: tuple[Any, ...], arguments: Arguments, names: tuple[str, ...]) -> PreparedPass | None:
         """Prepare the pass of a call and remember it; None if the call has several results or takes several passes."""
         loss: AbstractLoss = key[0]
         made = None
@@ -80,7 +67,7 @@ class NumpyBackend(ArrayBackend):
             call = HostCall(loss.definition, arguments)
             several = call.group_axes or (call.out is not None and (call.validate or len(arguments.wanted) != 1))
             if not several and arguments.first.size:
-                made = ArrayPass(call, names)
+                made = PreparedPass(call, (*loss.operands, *names), call.make_outputs(arguments.wanted))
         if len(self.passes) >= MOST_PREPARED:
             self.passes.clear()
         self.passes[key] = made

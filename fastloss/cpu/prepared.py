@@ -13,6 +13,7 @@ from typing import Any
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import ANY_NUMBER
 from fastloss.core.checks import to_bounded
+from fastloss.core.definition import operand_of
 from fastloss.cpu.call import HostCall, find_launch
 
 MOST_PREPARED = 1024  # kinds of calls that a framework remembers
@@ -21,9 +22,16 @@ MOST_PREPARED = 1024  # kinds of calls that a framework remembers
 class PreparedPass:
     """A pass that computes one value for the whole batch, or none, and writes arrays."""
 
-    def __init__(self, call: HostCall, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Any]) -> None:
-        """Prepare the pass that `call.compute` would make: `summed` is reduced, `wanted` is written to arrays like `outputs`."""
+    def __init__(self, call: HostCall, names: tuple[str, ...], outputs: list[Any]) -> None:
+        """Prepare the pass that `call.compute` would make, with its results in arrays like `outputs`.
+
+        `names` are those of the arrays to read, in the order in which the caller has them.
+        """
         assert call.group_axes == 0
+        summed, wanted = call.arguments.summed, call.arguments.wanted
+        order = [names.index(name) for name in call.names]
+        self.order = None if order == list(range(len(order))) else order  # in which the pass takes the arrays
+        self.alike = [int(operand_of(name) == "target") for name in wanted]  # the operands that the outputs resemble
         self.must_count = call.must_count
         self.divisor = 1 if call.must_count else call.count()
         self.counter: Any = None  # the launch that counts the elements of a mean before its gradient is computed

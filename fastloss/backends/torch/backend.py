@@ -69,7 +69,7 @@ class TorchBackend(Backend):
                 return self.compute_unprepared(loss, arguments)
             names, others, settings, forms = found
             tensors, key = (*tensors, *others), (*key, forms)
-        bound = self.bound.get(key) or self.bind(key, tensors, names)
+        bound = self.bound.get(key) or self.bind(key, tensors, names, settings)
         if bound is None:
             return self.compute_unprepared(loss, arguments)
         if (summed and wanted) or (wanted and wanted != VALUE):
@@ -80,14 +80,16 @@ class TorchBackend(Backend):
             value = bound.value(tensors, settings)
         return (value, NO_ARRAYS) if summed else (None, [value])
 
-    def bind(self, key: tuple[Any, ...], tensors: Sequence[Any], names: tuple[str, ...]) -> PreparedLoss | None:
+    def bind(
+        self, key: tuple[Any, ...], tensors: Sequence[Any], names: tuple[str, ...], settings: Mapping[str, Any]
+    ) -> PreparedLoss | None:
         """Bind a loss to the kinds of the arguments of a call and remember it; return None if no pass can be prepared."""
         loss, reduction, is_cast, *_ = key
         if loss.definition is None or not all(map(is_plain, tensors)) or not tensors[0].numel():
             return None
         if reduction not in ("mean", "sum", "batchmean") and (reduction != "none" or is_cast):
             return None
-        bound = PreparedLoss(loss, reduction, names, torch.float32 if is_cast else tensors[0].dtype, tensors)
+        bound = PreparedLoss(loss, reduction, names, torch.float32 if is_cast else tensors[0].dtype, tensors, settings)
         bound.apply = function_of(loss)
         if len(self.bound) >= MOST_PREPARED:
             self.bound.clear()
@@ -117,7 +119,7 @@ class TorchBackend(Backend):
         if bound.dtype is not first.dtype and bound.writes_value:
             tensors[0] = first.to(bound.dtype)
         if with_memory:
-            bound.plan_backward(*tensors[:2])
+            bound.plan_backward(tensors[0], tensors[1], settings)
             bound.apply = function_of(loss)
             requires_grad = is_grad_enabled() and (tensors[0].requires_grad or tensors[1].requires_grad)
             in_place = bool(special.get("inplace_grad"))

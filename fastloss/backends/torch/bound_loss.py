@@ -52,12 +52,14 @@ class BoundLoss:
         self.saves_operands, self.has_early_slopes = True, False
         self.apply: Any = None  # applies the autograd function of the loss
 
-    def plan_backward(self, first: Any, second: Any) -> None:
+    def plan_backward(self, first: Any, second: Any, settings: Mapping[str, Any]) -> None:
         """Decide what the forward pass computes and saves for the backward pass, given operands of which one requires a gradient."""
         has_halves = first.dtype in HALVES or second.dtype in HALVES
-        # A loss whose slope does not depend on the distance between its operands needs neither of them in the backward pass. On a
-        # GPU, an upstream gradient that is divided by the number of elements there would underflow in 16 bits.
-        self.saves_operands = bool(self.names) or not self.loss.is_piecewise_linear or (has_halves and is_on_gpu(first))
+        # A loss whose slope does not depend on the distance between its operands needs neither of them in the backward pass, if each
+        # element has the same weight. On a GPU, an upstream gradient that is divided by the number of elements there would underflow
+        # in 16 bits.
+        is_plain_sum = self.loss.is_piecewise_linear and not self.names and "ignore_index" not in settings
+        self.saves_operands = not is_plain_sum or (has_halves and is_on_gpu(first))
         # In 16 bits the gradient of a large mean underflows to 0 unless it is computed from an upstream gradient that includes the
         # loss scale, and a product of two rounded numbers would be rounded twice. A loss may also have a value for each channel.
         has_axes_of_its_own = self.reduction == "none" and not self.writes_value
@@ -129,12 +131,9 @@ class TensorPass(PreparedPass):
 
     def __init__(self, call: HostCall, names: tuple[str, ...], tensors: Sequence[Any]) -> None:
         """Prepare the pass of a call. `names` are those of the tensors, and `tensors` are examples."""
-        summed, wanted = call.arguments.summed, call.arguments.wanted
-        alike = [tensors[operand_of(name) == "target"] for name in wanted]
-        super().__init__(call, summed, wanted, [to_array(torch.empty_like(x, requires_grad=False)) for x in alike])
-        order = [names.index(name) for name in call.names]
-        self.order = None if order == list(range(len(tensors))) else order  # in which the pass takes the tensors
-        self.allocators = [(allocator_for(x), int(operand_of(name) == "target")) for x, name in zip(alike, wanted, strict=True)]
+        alike = [tensors[operand_of(name) == "target"] for name in call.arguments.wanted]
+        super().__init__(call, names, [to_array(torch.empty_like(x, requires_grad=False)) for x in alike])
+        self.allocators = list(zip(map(allocator_for, alike), self.alike, strict=True))
 
     def run_on(self, tensors: Sequence[Any], settings: Mapping[str, Any], upstream: float) -> tuple[float, bool, list[Any]]:
         """Compute; return the value, whether an element lies outside [0, 1], and the outputs."""
@@ -149,10 +148,11 @@ class PreparedLoss(BoundLoss):
     """A `BoundLoss` of an elementwise loss on the CPU, with passes prepared for tensors of given dtypes, shapes and strides."""
 
     def __init__(
-        self, loss: AbstractLoss, reduction: str, names: tuple[str, ...], dtype: torch.dtype, tensors: Sequence[Any]
+        self, loss: AbstractLoss, reduction: str, names: tuple[str, ...], dtype: torch.dtype, tensors: Sequence[Any],
+        settings: Mapping[str, Any],
     ) -> None:  # fmt: skip
         super().__init__(loss, reduction, names, dtype)
-        self.plan_backward(tensors[0], tensors[1])
+        self.plan_backward(tensors[0], tensors[1], settings)
         self.forms = list(map(form_of, tensors))
         self.passes: dict[Any, TensorPass] = {}  # by the quantities, and the form of an upstream gradient of the loss's shape
 

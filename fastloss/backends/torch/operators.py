@@ -59,7 +59,7 @@ def value(bound: BoundLoss, tensors: Sequence[Any], settings: Mapping[str, Any])
     arguments = *pack_arguments(bound, tensors, settings), bound.dtype
     first, second = tensors[:2]
     wanted = [name for name, x in zip(SLOPES, (first, second), strict=True) if x.requires_grad and torch.is_grad_enabled()]
-    bound.plan_backward(first, second)
+    bound.plan_backward(first, second, settings)
     if wanted and bound.has_early_slopes and first.dtype not in HALVES and second.dtype not in HALVES:
         return torch.ops.fastloss.loss_and_slopes(*arguments, wanted)[0]
     return torch.ops.fastloss.loss(*arguments)
