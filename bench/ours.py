@@ -36,7 +36,7 @@ def rows(batch: Batch) -> list[Row]:
     with_out = Row("fastloss, out=", call(batch), read)
     if case.size in CURVE:
         return [with_out]
-    fresh = Row("fastloss, fresh gradient", call(batch, fresh=True), read)
+    fresh = Row("fastloss, fresh gradient", call(batch, fresh=True), read, release=fl.empty_cache)
     return [with_out, fresh, in_place(batch), *others]
 
 
