@@ -27,6 +27,7 @@ from fastloss.cpu.abi import (
 from fastloss.cpu.compile import kernel
 from fastloss.cpu.threads import THREADS
 
+NO_SUMS = ((0.0,), False)  # the result of a pass that writes arrays alone
 NONTEMPORAL_FROM = 4 << 20  # bytes of output from which non-temporal stores are faster
 
 
@@ -47,6 +48,7 @@ class Launch:
         self.frame_type = ctypes.c_int64 * (frame.partials + self.partials * plan.ranges)
         self.unpack_sums = struct.Struct(f"{self.partials * plan.ranges}d" if not self.by_group else "").unpack_from
         self.alignment = output_alignment(plan)
+        self.has_sums = bool(plan.spec.summed or plan.spec.checked)
 
     def run(self, addresses: list[int], numbers: Iterable[float], scale: Any) -> tuple[Any, bool]:
         """Compute on arrays given by their addresses; return the sums, and whether an element lies outside [0, 1].
@@ -69,6 +71,8 @@ class Launch:
             partials = np.frombuffer(memoryview(frame), np.float64, self.partials * self.ranges, self.partials_at).reshape(shape)
             with np.errstate(all="ignore"):
                 return partials[:, :, :-1].sum(axis=1).T, bool(partials[:, :, -1].any())
+        if not self.has_sums:
+            return NO_SUMS
         sums = self.unpack_sums(frame, self.partials_at)
         if self.ranges == 1:
             return sums, sums[-1] > 0.0
