@@ -875,6 +875,21 @@ def test_tensors_on_a_gpu_without_cupy_are_refused_with_the_name_of_the_extra(mo
         BCE(z, t)
 
 
+@pytest.mark.filterwarnings("ignore:mean of no elements:RuntimeWarning")
+def test_calls_that_repeat_with_every_element_masked():
+    z, t = (x.detach() for x in operands(""))
+    mask = torch.zeros(SHAPE, dtype=torch.bool)
+    for _ in range(3):
+        value = BCE(z, t, mask=mask)
+        assert value.isnan()
+        assert value.shape == ()
+        leaf = z.clone().requires_grad_()
+        value = BCE(leaf, t, mask=mask)
+        value.backward()
+        assert value.isnan()
+        assert not leaf.grad.count_nonzero()
+
+
 # processes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -10,8 +11,6 @@ import numpy as np
 from fastloss.backends.numpy import BACKEND as NUMPY
 from fastloss.backends.protocol import Backend
 
-_found: list[Backend] = []  # PyTorch's backend after its first use: an import statement takes half a microsecond
-
 
 def find_backend(array: Any) -> Backend:
     """Find the backend of an array by its type. Types of no known framework go to NumPy's backend, which converts or refuses them."""
@@ -19,19 +18,24 @@ def find_backend(array: Any) -> Backend:
         return NUMPY
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, getattr(torch, "Tensor", ())):  # () while PyTorch is still being imported
-        if _found and not torch.compiler.is_compiling():  # torch.compile would compile again when `_found` changes
-            return _found[0]
-        # an import statement, because torch.compile refuses import_module and adds a guard for each lookup in sys.modules
-        from fastloss.backends.torch.backend import BACKEND as TORCH
-
-        _found[:] = [TORCH]
-        return TORCH
+        return import_torch_backend() if torch.compiler.is_compiling() else torch_backend()
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(array, getattr(cupy, "ndarray", ())):
         from fastloss.backends.cupy import BACKEND as CUPY
 
         return CUPY
     return NUMPY
+
+
+def import_torch_backend() -> Backend:
+    """Return PyTorch's backend."""
+    # an import statement, because torch.compile refuses import_module and adds a guard for each lookup in sys.modules
+    from fastloss.backends.torch.backend import BACKEND as TORCH
+
+    return TORCH
+
+
+torch_backend = functools.cache(import_torch_backend)  # the import statement takes half a microsecond a call
 
 
 def raise_deferred() -> None:

@@ -27,11 +27,10 @@ class Threads:
 
     def __init__(self) -> None:
         self.count = default_count()
-        self.choice = default_choice()
         self.pool: Any = None  # is made when first needed, because it needs llvmlite
         self.last_call = 0.0  # when the pool was last asked to compute
         self.team: Team | None = None
-        self.searches = self.choice != "pool"  # whether to look for a team in the next call
+        self.searches = default_choice() != "pool"  # whether to look for a team in the next call
 
     def run(self, kernel: Any, frame: Any, ranges: int, work: float) -> None:
         """Call `kernel(frame)` on as many threads as the work is worth, the caller's among them; return when all ranges are finished."""

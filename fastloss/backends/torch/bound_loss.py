@@ -136,7 +136,7 @@ class TensorPass(PreparedPass):
         self.allocators = list(zip(map(allocator_for, alike), self.alike, strict=True))
 
     def run_on(self, tensors: Sequence[Any], settings: Mapping[str, Any], upstream: float) -> tuple[float, bool, list[Any]]:
-        """Compute; return the value, whether an element lies outside [0, 1], and the outputs."""
+        """Compute; return the value, whether an element lies outside [0, 1] or a mean is one of no elements, and the outputs."""
         outputs = [allocate(tensors[k]) for allocate, k in self.allocators] if self.allocators else []
         read = tensors if self.order is None else [tensors[k] for k in self.order]
         addresses = [*map(data_ptr, read), *map(data_ptr, outputs)]
@@ -175,32 +175,9 @@ class PreparedLoss(BoundLoss):
             call = HostCall(self.loss.definition, self.arguments(summed, wanted, tensors, settings, grad_output=grad_output))
             made = self.passes[summed, wanted, form] = TensorPass(call, (*self.loss.operands, *self.names, "grad_output"), read)
         value, bad, outputs = made.run_on(read, settings, upstream)
-        if bad:
-            return super().compute(summed, wanted, tensors, settings)  # raises the error that names the element
+        if bad:  # raises the error that names the element, or warns
+            return super().compute(summed, wanted, tensors, settings, grad_output=grad_output)
         return (self.as_value(value) if summed else None), outputs
-
-    def value(self, tensors: Sequence[Any], settings: Mapping[str, Any]) -> Any:
-        """Compute the value as a tensor."""
-        summed, wanted = ((), VALUE) if self.writes_value else (VALUE, ())
-        made = self.passes.get((summed, wanted, None))
-        if made is None:
-            return super().value(tensors, settings)
-        value, bad, outputs = made.run_on(tensors, settings, 1.0)
-        if bad:
-            return super().compute(summed, wanted, tensors, settings)  # raises the error that names the element
-        return outputs[0] if outputs else self.as_value(value)
-
-    def value_and_slopes(
-        self, wanted: tuple[str, ...], tensors: Sequence[Any], settings: Mapping[str, Any], unit: float
-    ) -> tuple[Any, list[Any]]:
-        """Compute the value, and gradients for the upstream gradient `unit`."""
-        made = self.passes.get((VALUE, wanted, None))
-        if made is None:
-            return super().value_and_slopes(wanted, tensors, settings, unit)
-        value, bad, outputs = made.run_on(tensors, settings, unit)
-        if bad:
-            return super().compute(VALUE, wanted, tensors, settings)  # raises the error that names the element
-        return self.as_value(value), outputs
 
     def slopes(self, wanted: tuple[str, ...], tensors: Sequence[Any], settings: Mapping[str, Any], upstream: Any) -> list[Any]:
         """Compute gradients, given the upstream gradient."""
