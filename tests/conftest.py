@@ -137,3 +137,10 @@ def arrays(row, rng, dtype):
 def batch(rng, dtype):
     """Return logits and soft targets of a small batch of images with odd sizes."""
     return LOSSES["mse_loss"].draw(rng, dtype, SHAPE)
+
+
+@pytest.fixture
+def nothing_left(monkeypatch):
+    """Let fastloss compute what `fastloss.torch` would leave to PyTorch's kernels, except in compiled code."""
+    functional = pytest.importorskip("fastloss.torch").functional
+    monkeypatch.setattr(functional, "LEFT_BELOW", dict.fromkeys(functional.LEFT_BELOW, 0))

@@ -28,6 +28,8 @@ import fastloss.torch as ft  # noqa: E402
 from fastloss.backends.torch.autograd import LossFunction  # noqa: E402
 from fastloss.losses.table import LOSSES  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
 SHAPE = (4, 3, 5)
 PER_CHANNEL, EACH = torch.tensor([0.25, 1.0, 3.5]).reshape(3, 1), torch.linspace(0, 3, math.prod(SHAPE)).reshape(SHAPE)
 MASK = torch.arange(math.prod(SHAPE)).reshape(SHAPE) % 7 > 1

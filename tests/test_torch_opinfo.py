@@ -16,6 +16,8 @@ torch = pytest.importorskip("torch")
 import fastloss.torch as ft  # noqa: E402
 from fastloss.backends.torch.autograd import LossFunction  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
 NAMES = ("binary_cross_entropy_with_logits", "binary_cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
 WAYS = ("own", "patched")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

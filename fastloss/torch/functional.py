@@ -4,6 +4,8 @@ Where `fastloss` and PyTorch differ, these functions follow PyTorch: `mse_loss` 
 the weights, regression losses broadcast a target with a warning, `binary_cross_entropy` checks every element, and arguments that
 PyTorch's kernels refuse raise a `RuntimeError`. Input and target have gradients, weights have none. If the dtypes of the operands
 differ, the value has the dtype of the input.
+
+Small batches of regression losses with reduction "none" are left to PyTorch's kernels, which take less time; see `is_left_to_torch`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,10 @@ from torch.nn import _reduction
 
 import fastloss
 from fastloss.core.checks import REDUCTIONS, caller_level, check_reduction, check_shapes, to_float
+
+NONE = _reduction.get_enum("none")
+# bytes of the input below which PyTorch takes less time with reduction "none"; its L1 loss is two operators
+LEFT_BELOW = {"mse_loss": 8 << 20, "smooth_l1_loss": 8 << 20, "huber_loss": 8 << 20, "l1_loss": 1 << 20}
 
 
 def binary_cross_entropy_with_logits(
@@ -55,7 +61,10 @@ def mse_loss(
 
     Further options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`. See `fastloss.Loss`.
     """
-    return compute_weighted_mean(fastloss.mse_loss, input, target, weight, resolve_reduction(reduction, size_average, reduce), options)
+    reduction = resolve_reduction(reduction, size_average, reduce)
+    if weight is not None and reduction == "mean":
+        return compute_weighted_mean(fastloss.mse_loss, input, target, weight, options)
+    return compute_regression("mse_loss", input, target, weight, reduction, options)
 
 
 def l1_loss(
@@ -66,7 +75,10 @@ def l1_loss(
 
     Further options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`. See `fastloss.Loss`.
     """
-    return compute_weighted_mean(fastloss.l1_loss, input, target, weight, resolve_reduction(reduction, size_average, reduce), options)
+    reduction = resolve_reduction(reduction, size_average, reduce)
+    if weight is not None and reduction == "mean":
+        return compute_weighted_mean(fastloss.l1_loss, input, target, weight, options)
+    return compute_regression("l1_loss", input, target, weight, reduction, options)
 
 
 def smooth_l1_loss(
@@ -77,9 +89,7 @@ def smooth_l1_loss(
 
     Further options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`. See `fastloss.Loss`.
     """
-    z, t = broadcast_operands(input, target)
-    options |= given("beta", beta, 1.0)
-    return compute(fastloss.smooth_l1_loss, z, t, None, resolve_reduction(reduction, size_average, reduce), **options)
+    return compute_regression("smooth_l1_loss", input, target, None, resolve_reduction(reduction, size_average, reduce), options, beta=beta)
 
 
 def huber_loss(
@@ -89,10 +99,7 @@ def huber_loss(
 
     Further options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`. See `fastloss.Loss`.
     """
-    check_weight(input, weight)
-    z, t = broadcast_operands(input, target)
-    options |= given("delta", delta, 1.0)
-    return compute(fastloss.huber_loss, z, t, weight, resolve_reduction(reduction), **options)
+    return compute_regression("huber_loss", input, target, weight, resolve_reduction(reduction), options, delta=delta)
 
 
 def sigmoid_focal_loss(
@@ -128,15 +135,37 @@ def compute(loss: Any, input: Tensor, target: Tensor, weight: Any, reduction: st
         raise
 
 
-def compute_weighted_mean(
-    loss: Any, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, options: dict[str, Any]
+def compute_regression(
+    name: str, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, options: dict[str, Any], **parameters: float
 ) -> Tensor:
-    """Call a loss, and divide a weighted mean by the sum of the weights, as PyTorch does. Other reductions are unchanged."""
+    """Compute a regression loss, or leave it to PyTorch's kernel of the same name, whose slope at 0 is -1 if beta is 0."""
+    z, t = broadcast_operands(input, target)
     if weight is not None:
         check_shapes("input", input.shape, "weight", weight.shape)
+    elif reduction == "none" and not options and is_left_to_torch(z, t, LEFT_BELOW[name]) and 0 not in parameters.values():
+        value: Tensor = getattr(torch._C._nn, name)(z, t, NONE, *parameters.values())
+        return value
+    for parameter, number in parameters.items():
+        options |= given(parameter, number, 1.0)
+    return compute(getattr(fastloss, name), z, t, weight, reduction, **options)
+
+
+def is_left_to_torch(input: Tensor, target: Tensor, below: int) -> bool:
+    """Whether PyTorch takes less time to compute the value of every element of two operands.
+
+    Each regression loss is one pass over memory there too, and the autograd function is not in Python. In 16 bits PyTorch rounds more
+    than once, so fastloss computes them. A compiler fuses PyTorch's operators with their neighbours, so it gets those of any size.
+    """
+    dtype = input.dtype
+    if not (input.is_cpu and target.is_cpu and dtype is target.dtype and (dtype is torch.float32 or dtype is torch.float64)):
+        return False
+    return torch.compiler.is_compiling() or input.numel() * input.element_size() < below
+
+
+def compute_weighted_mean(loss: Any, input: Tensor, target: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
+    """Call a loss, and divide the weighted mean by the sum of the weights, as PyTorch does."""
+    check_shapes("input", input.shape, "weight", weight.shape)
     z, t = broadcast_operands(input, target)
-    if weight is None or reduction != "mean":
-        return compute(loss, z, t, weight, reduction, **options)
     if excluding := {name for name in ("mask", "ignore_index") if options.get(name) is not None}:
         raise TypeError(f"{' and '.join(sorted(excluding))} cannot be combined with a weighted mean here; use fastloss.{loss.__name__}")
     return compute(loss, z, t, weight, "sum", **options) / weight.sum()
@@ -150,12 +179,6 @@ def resolve_reduction(reduction: str, size_average: bool | None = None, reduce: 
         return str(_reduction.legacy_get_string(size_average, reduce))
     check_reduction(reduction, REDUCTIONS)
     return reduction
-
-
-def check_weight(input: Tensor, weight: Tensor | None) -> None:
-    """Refuse a weight whose shape differs from the input's, as PyTorch does, with a ValueError."""
-    if weight is not None:
-        check_shapes("input", input.shape, "weight", weight.shape)
 
 
 def broadcast_operands(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ class Calls:
     """How many calls of one function fastloss has computed, and how many PyTorch, by the obstacle to fastloss.
 
     Attributes:
-        by_fastloss: the number of calls that fastloss has computed.
+        by_fastloss: the number of calls that the function of `fastloss.torch` has computed.
         by_torch: the number of calls that went on to PyTorch's function, for each obstacle.
     """
 
