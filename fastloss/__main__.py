@@ -1,10 +1,12 @@
-"""The command line: `python -m fastloss demo`."""
+"""The command line: `python -m fastloss demo` and `python -m fastloss cache`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+
+from fastloss.kernel.cache import MOST_BYTES, kernel_cache
 
 
 def main() -> int:
@@ -14,13 +16,41 @@ def main() -> int:
     demo = commands.add_parser("demo", help="train an autoencoder on photographs, once with cross-entropy and once with squared error")
     demo.add_argument("--steps", type=positive, default=1000, help="gradient steps for each of the two trainings (default: %(default)s)")
     demo.add_argument("--png", type=Path, default=Path("fastloss-demo.png"), help="file for the picture (default: %(default)s)")
+    kernels = commands.add_parser("cache", help="show the folder of compiled kernels, or delete them")
+    kernels.add_argument("--clear", action="store_true", help="delete all kernels")
     arguments = parser.parse_args()
+    return show_cache(arguments.clear) if arguments.command == "cache" else run_demo(arguments.steps, arguments.png)
+
+
+def run_demo(steps: int, picture: Path) -> int:
+    """Train the demo's autoencoders."""
     try:
         from fastloss import demo as program
     except ModuleNotFoundError as missing:
         print(f"the demo needs {missing.name}, which is not installed: pip install 'fastloss[demo]'", file=sys.stderr)
         return 1
-    return program.run(arguments.steps, arguments.png)
+    return program.run(steps, picture)
+
+
+def show_cache(clear: bool) -> int:
+    """Print where compiled kernels are and how much memory they take, or delete them."""
+    store = kernel_cache()
+    if store.folder is None:
+        print("there is no home folder, so no kernels are stored; accepted: a folder in FASTLOSS_CACHE_DIR")
+    elif clear:
+        print(f"deleted {count_kernels(store.clear())} from {store.folder}")
+    else:
+        entries = store.entries()
+        size = sum(entry.size for entry in entries) / 1e6
+        print(f"{store.folder}: {count_kernels(len(entries))}, {size:.1f} MB of at most {MOST_BYTES / 1e6:.0f} MB")
+        with store.opened():
+            print("".join(f"{fault}\n" for fault in store.faults), end="")
+    return 0
+
+
+def count_kernels(count: int) -> str:
+    """Return a number of kernels in words."""
+    return f"{count} kernel{'' if count == 1 else 's'}"
 
 
 def positive(text: str) -> int:

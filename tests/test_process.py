@@ -106,21 +106,6 @@ def test_every_source_of_a_machine_is_part_of_the_key():
     assert names["cuda"] >= {"cuda/elements.cuh", "cuda/loop.cuh", "cuda/scalar.py", "cuda/source.py", "kernel/element.py"}
 
 
-@pytest.mark.parametrize("content", [b"", b"cut off", None])
-def test_a_damaged_cache_is_replaced(tmp_path, content):
-    run_python(FIRST_CALL, FASTLOSS_CACHE_DIR=str(tmp_path))
-    (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
-    assert run_python(FIRST_CALL, FASTLOSS_CACHE_DIR=str(tmp_path)).startswith("1 0 ")
-    assert run_python(FIRST_CALL, FASTLOSS_CACHE_DIR=str(tmp_path)).startswith("0 1 ")
-
-
-def test_a_cache_folder_that_cannot_be_made(tmp_path):
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    assert run_python(FIRST_CALL, FASTLOSS_CACHE_DIR=str(blocked / "cache")).startswith("1 0 ")
-
-
 def test_with_out_nothing_large_is_allocated(rng):
     z = rng.normal(0, 3, (16, 3, 256, 256)).astype(np.float32)
     images = rng.integers(0, 256, z.shape).astype(np.uint8)
@@ -180,19 +165,6 @@ print(loss(np.ones(3), np.zeros(3)), loss.grad(np.ones(1), np.zeros(1))[0])"""
             check=True,
         )
         assert done.stdout == "1.0 1.0\n"
-
-
-def test_without_a_home_folder_nothing_is_cached(monkeypatch):
-    for name in ("FASTLOSS_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
-        monkeypatch.delenv(name, raising=False)
-
-    def no_home():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(cache.Path, "home", no_home)
-    folder = cache.cache_folder.__wrapped__()
-    cache.write(folder / "name", b"code")
-    assert cache.read(folder / "name") is None
 
 
 def test_help_runs():

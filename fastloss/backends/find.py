@@ -10,6 +10,7 @@ import numpy as np
 
 from fastloss.backends.numpy import BACKEND as NUMPY
 from fastloss.backends.protocol import Backend
+from fastloss.kernel.builds import built
 
 
 def find_backend(array: Any) -> Backend:
@@ -35,7 +36,11 @@ def import_torch_backend() -> Backend:
     return TORCH
 
 
-torch_backend = functools.cache(import_torch_backend)  # the import statement takes half a microsecond a call
+@functools.cache
+def torch_backend() -> Backend:
+    """Return PyTorch's backend, imported in a thread that no signal handler interrupts."""
+    backend: Backend = built("torch backend", import_torch_backend)
+    return backend
 
 
 def raise_deferred() -> None:

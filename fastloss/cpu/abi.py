@@ -1,8 +1,8 @@
 """The argument of a kernel, a frame, and the layout that it points to, in fields of 8 bytes: written by `launch.py`, read by `loop.py`.
 
 The frame of a call consists of
-    six fields: the next range to take, the number of finished ranges, the address of the layout, the store mode (see below), 1 if
-    each group has a scale of its own or 0, and the address of the scales;
+    five fields: the next range to take, the address of the layout, the store mode (see below), 1 if each group has a scale of its own
+    or 0, and the address of the scales;
     the address of each array; the options that are numbers; one scale;
     and for each range its partial sums and its number of bad elements.
 
@@ -25,8 +25,8 @@ CACHED, NONTEMPORAL, NONTEMPORAL_LINES, NONTEMPORAL_SHIFTED_LINES = range(4)
 LINE, PIECE = 64, 16  # bytes of a cache line, and of the smallest non-temporal store
 
 PREFETCH_FROM = 8 << 20  # bytes of operands, which then do not fit the caches of one core
-COUNTERS = 2  # fields at the begin of the frame that start at 0
-FIELDS = 6  # fields of the frame before the addresses
+COUNTERS = 1  # fields at the begin of the frame that start at 0
+FIELDS = 5  # fields of the frame before the addresses
 LAYOUT_FIELDS = 8  # fields of the layout before the strides
 
 

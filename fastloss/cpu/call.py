@@ -16,6 +16,7 @@ from fastloss.core.call import Call
 from fastloss.core.checks import describe_bad_element, warn_of_empty_mean
 from fastloss.core.plan import Array, Request, make_plan
 from fastloss.cpu import memory
+from fastloss.kernel.builds import built
 
 SEARCHED = 1 << 20  # elements in a part of the batch, when searching for the first element outside [0, 1]
 _JAX = "numpy.ndarray; pass numpy.from_dlpack({name}), and inside jax.jit call the loss through jax.pure_callback"
@@ -162,6 +163,12 @@ class HostCall(Call):
 def find_launch(*request: Any) -> Any:
     """Return the launch for the fields of a `Request`: its plan with the compiled kernel."""
     plan = make_plan(Request(*request))
-    from fastloss.cpu.launch import EmptyLaunch, Launch  # imports llvmlite, and Numba if a kernel must be compiled
+    launch, empty_launch = built("launch", import_launches)
+    return launch(plan) if plan.size else empty_launch(plan)
 
-    return Launch(plan) if plan.size else EmptyLaunch(plan)
+
+def import_launches() -> tuple[Any, Any]:
+    """Import the kinds of launches, and with them llvmlite."""
+    from fastloss.cpu.launch import EmptyLaunch, Launch
+
+    return Launch, EmptyLaunch

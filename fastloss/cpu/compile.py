@@ -2,16 +2,15 @@
 
 The first call of a process takes 0.9 s if it loads its function from Numba's own disk cache, which imports all of Numba. It takes
 0.1 s with this cache, which only needs llvmlite. The key of a kernel consists of its spec, which contains the operations of the
-formula, and a fingerprint of everything else that decides machine code. A kernel takes 5 to 20 KB. Kernels are never deleted.
+formula, and a fingerprint of everything else that decides machine code.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import sys
-import threading
+import warnings
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -19,39 +18,84 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
+from fastloss.core.checks import caller_level
 from fastloss.core.plan import Spec
-from fastloss.kernel.cache import cache_folder, fingerprint, read, write
+from fastloss.cpu import features
+from fastloss.kernel.builds import built
+from fastloss.kernel.cache import fingerprint, kernel_cache
 
 SYMBOL = "fastloss_kernel"
 PROTOTYPE = ctypes.CFUNCTYPE(None)  # called with a ctypes array, unchecked (0.2 us a call, 0.4 us with an address); a call releases the GIL
 
+# The function that callers enter, by LLVM's name of the processor. It sets the default floating-point state (rounding to nearest,
+# subnormal numbers kept, no exception raised) around the loop, and then restores the state of the thread.
+ENTRY = {
+    "x86_64": """
+declare void @llvm.x86.sse.stmxcsr(ptr)
+declare void @llvm.x86.sse.ldmxcsr(ptr)
+define void @SYMBOL(ptr %frame) {
+  %found = alloca i32
+  %default = alloca i32
+  call void @llvm.x86.sse.stmxcsr(ptr %found)
+  store i32 8064, ptr %default
+  call void @llvm.x86.sse.ldmxcsr(ptr %default)
+  call void @LOOP(ptr %frame)
+  call void @llvm.x86.sse.ldmxcsr(ptr %found)
+  ret void
+}""",
+    "aarch64": """
+declare i64 @llvm.aarch64.get.fpcr()
+declare void @llvm.aarch64.set.fpcr(i64)
+define void @SYMBOL(ptr %frame) {
+  %found = call i64 @llvm.aarch64.get.fpcr()
+  call void @llvm.aarch64.set.fpcr(i64 0)
+  call void @LOOP(ptr %frame)
+  call void @llvm.aarch64.set.fpcr(i64 %found)
+  ret void
+}""",
+}
+OTHER_ENTRY = """
+define void @SYMBOL(ptr %frame) {
+  call void @LOOP(ptr %frame)
+  ret void
+}"""
+
 statistics = {"compiled": 0, "loaded": 0}  # how many kernels this process has compiled, and loaded from disk
-_lock = threading.Lock()
-if hasattr(os, "register_at_fork"):  # a fork while another thread compiles would leave the child's lock locked for ever
-    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
-_kernels: dict[str, Any] = {}
 _engines: list[llvm.ExecutionEngine] = []  # they own the machine code, so they must not be freed
 
 
 def kernel(spec: Spec) -> Any:
     """Return the compiled kernel of a spec."""
-    with _lock:
-        key = spec.key
-        if key not in _kernels:
-            _kernels[key] = PROTOTYPE(_load(_object_code(spec)))
-        return _kernels[key]
+    found = built(spec.key, lambda: PROTOTYPE(_load(_object_code(spec))))
+    faults = kernel_cache().faults
+    while faults:
+        warnings.warn(faults.pop(), RuntimeWarning, stacklevel=caller_level())
+    return found
+
+
+def load_assembly(text: str, *names: str) -> list[int]:
+    """Compile LLVM assembly into the process and return the addresses of functions."""
+
+    def load() -> list[int]:
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(text), _machine(), use_lmm=True)
+        engine.finalize_object()
+        _engines.append(engine)
+        return [int(engine.get_function_address(name)) for name in names]
+
+    addresses: list[int] = built(text, load)
+    return addresses
 
 
 def _object_code(spec: Spec) -> bytes:
     """Return the machine code of a spec from the disk, or compile it and store it there."""
-    name = hashlib.sha256(f"{_fingerprint()} {spec.key}".encode()).hexdigest()
-    folder = cache_folder()
-    if (code := read(folder / name)) is not None:
-        statistics["loaded"] += 1
-        return code
-    code = _compile(spec)
-    statistics["compiled"] += 1
-    write(folder / name, code)
+    compiled = []
+
+    def make() -> bytes:
+        compiled.append(spec)
+        return _compile(spec)
+
+    code = kernel_cache().find_or_make(hashlib.sha256(f"{_fingerprint()} {spec.key}".encode()).hexdigest(), make)
+    statistics["compiled" if compiled else "loaded"] += 1
     return code
 
 
@@ -59,12 +103,30 @@ def _compile(spec: Spec) -> bytes:
     """Compile the kernel of a spec to an object file."""
     from fastloss.cpu import loop  # imports Numba, which a process that finds its kernels on disk does not need
 
+    _check_numba()
     loop.SPECS[spec.key] = spec
     # Numba's machine code refers to addresses of this process; compiling its LLVM text again gives code without such references
-    module = llvm.parse_assembly(loop.build(spec.key).inspect_llvm())
-    entry = next(f for f in module.functions if f.name.startswith("cfunc."))
-    entry.name = SYMBOL
+    text = loop.build(spec.key).inspect_llvm()
+    name = next(f.name for f in llvm.parse_assembly(text).functions if f.name.startswith("cfunc."))
+    entry = ENTRY.get(llvm.get_process_triple().partition("-")[0], OTHER_ENTRY)
+    module = llvm.parse_assembly(text + entry.replace("SYMBOL", SYMBOL).replace("LOOP", f'"{name}"'))
     return bytes(_machine().emit_object(module))
+
+
+def _check_numba() -> None:
+    """Raise RuntimeError if Numba is configured so that it cannot compile a kernel."""
+    from numba.core import config
+    from numba.core.registry import cpu_target
+
+    if config.DISABLE_JIT:
+        raise RuntimeError(
+            "NUMBA_DISABLE_JIT is set, and fastloss's kernels are compiled by Numba; accepted: NUMBA_DISABLE_JIT=0, or unset"
+        )
+    if features.has("avx512f") and "+avx512f" not in cpu_target.target_context.codegen()._tm_features.split(","):
+        raise RuntimeError(
+            "Numba compiles for a CPU without AVX-512, but its environment variables do not say so; accepted: NUMBA_CPU_NAME, "
+            "NUMBA_CPU_FEATURES and NUMBA_ENABLE_AVX set in the environment, before Python starts"
+        )
 
 
 def _load(code: bytes) -> int:
@@ -76,20 +138,11 @@ def _load(code: bytes) -> int:
     return int(engine.get_function_address(SYMBOL))
 
 
-def load_assembly(text: str, *names: str) -> list[int]:
-    """Compile LLVM assembly into the process and return the addresses of functions."""
-    _start_llvm()
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(text), _machine(), use_lmm=True)
-    engine.finalize_object()
-    _engines.append(engine)
-    return [int(engine.get_function_address(name)) for name in names]
-
-
 def _machine() -> llvm.TargetMachine:
-    """Return LLVM's description of this CPU, which compiles and loads code for it."""
+    """Return LLVM's description of the CPU, which compiles and loads code for it."""
     _start_llvm()
-    cpu, features = _cpu()
-    return llvm.Target.from_default_triple().create_target_machine(cpu, features, opt=3, reloc="pic", codemodel="small", jit=True)
+    cpu, flags = features.target()
+    return llvm.Target.from_default_triple().create_target_machine(cpu, flags, opt=3, reloc="pic", codemodel="small", jit=True)
 
 
 @cache
@@ -100,13 +153,6 @@ def _start_llvm() -> None:
 
 
 @cache
-def _cpu() -> tuple[str, str]:
-    """Return LLVM's name for this CPU, and the CPU's features."""
-    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
-
-
-@cache
 def _fingerprint() -> str:
     """Hash everything besides the spec that the machine code depends on."""
-    settings = [os.environ.get(name) for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
-    return fingerprint("cpu", version("numba"), llvmlite.__version__, sys.platform, _cpu(), settings)
+    return fingerprint("cpu", version("numba"), llvmlite.__version__, sys.platform, features.target())

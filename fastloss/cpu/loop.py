@@ -474,8 +474,8 @@ def build(key: str) -> Any:
     """Compile the loop for a spec.
 
     Each thread calls the function with the same argument, the frame of the call; see `abi.py`.
-    A thread takes its next range from an atomic counter. The number of finished ranges is an atomic counter as well, whose
-    increment makes non-temporal stores visible to other threads.
+    A thread takes its next range from an atomic counter, whose increment also makes the non-temporal stores of the range before visible
+    to other threads.
     """
     spec = SPECS[key]
     lanes, arrays, partial_count = lanes_of(spec), len(spec.arrays), count_partials(spec)
@@ -486,7 +486,7 @@ def build(key: str) -> Any:
 
     @cfunc(types.void(types.CPointer(types.int64)), error_model="numpy")
     def kernel(frame: Any) -> None:
-        _, _, layout_at, mode, scale_stride, scales = read(FIELDS, frame, 0)
+        _, layout_at, mode, scale_stride, scales = read(FIELDS, frame, 0)
         layout = pointer_at(types.int64, layout_at)
         ranges, per_group, range_size, group_size, row_size, inner_size, prefetches, axes = read(LAYOUT_FIELDS, layout, 0)
         inner_strides, outer_strides = read(arrays, layout, inner_at), read(arrays, layout, outer_at)
@@ -521,7 +521,6 @@ def build(key: str) -> Any:
                     totals = fold(key, totals, sums)
                 at += count
             store_sums(partials, partial_count * index, totals)
-            fetch_add(frame, 1)
             index = fetch_add(frame, 0)
 
     return kernel

@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import Any
 
 from fastloss.cpu.team import Team, find_team
+from fastloss.kernel.builds import built
 
 CHOICES = ("pool", "openmp")
 # Estimated nanoseconds of work for a further thread. With less, two threads that were awake took longer than one.
@@ -50,7 +51,7 @@ class Threads:
                 kernel(frame)
             else:
                 if self.pool is None:
-                    self.pool = make_pool()
+                    self.pool = built(("pool", os.getpid()), make_pool)  # a pool's threads do not survive a fork
                 self.pool.run(kernel, frame, count)
 
     def search(self) -> None:

@@ -11,17 +11,15 @@ from collections.abc import Callable
 from math import inf
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
-from numba.core import config
 
 from fastloss.core.dtypes import BY_CODE
+from fastloss.cpu import features
 from fastloss.kernel import elementary
 from fastloss.ops import Symbol, where
 
-# Numba compiles for the CPU that it runs on, unless NUMBA_CPU_NAME or NUMBA_CPU_FEATURES is set.
-_IS_HOST = config.CPU_NAME is None and config.CPU_FEATURES is None
-HAS_AVX512 = bool(llvm.get_host_cpu_features().get("avx512f")) if _IS_HOST else "+avx512f" in (config.CPU_FEATURES or "")
+HAS_AVX512, HAS_HALF_CONVERSION = features.has("avx512f"), features.has_half_conversion()
+FMA = "fmuladd" if features.has_fma() else "fma"  # the intrinsic; without the CPU's instruction, LLVM computes "fmuladd" in two steps
 
 _FLOATS: dict[str, ir.Type] = {"half": ir.HalfType(), "float": ir.FloatType(), "double": ir.DoubleType()}
 _SUFFIXES = {"half": "f16", "float": "f32", "double": "f64"}  # in the names of intrinsics
@@ -132,16 +130,37 @@ class Vector(Symbol):
             return bits.apply("shl", bits, 16).as_float().convert("f4", to)
         if code == to:
             return self
-        if to in ("f2", "B2"):
+        if code == "f2":  # CPUs only have the conversion to float32
+            single = self.cast("fpext", "f4") if HAS_HALF_CONVERSION else self.widen_float16()
+            return single.convert("f4", to)
+        if to == "B2":
+            return (self.round_to_odd() if code == "f8" else self).round_to_bfloat16()
+        if to == "f2":
             single = self.round_to_odd() if code == "f8" else self
-            return single.cast("fptrunc", "f2") if to == "f2" else single.round_to_bfloat16()
-        if code == "f2" and to == "f8":
-            return self.cast("fpext", "f4").cast("fpext", "f8")  # CPUs only have the conversion to float32
+            return single.cast("fptrunc", "f2") if HAS_HALF_CONVERSION else single.round_to_float16()
         return self.cast({"i": "sitofp", "f": "fpext" if to > code else "fptrunc"}.get(code[0], "uitofp"), to)
 
     def cast(self, method: str, to: str) -> Vector:
         """Convert the lanes to the type `to` by a conversion method of the builder."""
         return self.like(getattr(self.builder, method)(self.value, ir.VectorType(scalar_type(to), self.type.count)))
+
+    def widen_float16(self) -> Vector:
+        """Convert float16 lanes to float32 without the CPU's instruction."""
+        bits = self.bitcast(ir.IntType(16)).cast("zext", "u4")
+        moved = bits.apply("shl", bits & 0x7FFF, 13)  # exponent and mantissa at their places in float32
+        finite = (moved.as_float() * 2.0**112).as_int()  # the difference between the biases of the exponents; exact
+        magnitude = where(moved < 0x1F << 23, finite, moved | 0xFF << 23)  # the largest exponent is that of inf and NaN
+        return (magnitude | bits.apply("shl", bits & 0x8000, 16)).as_float()
+
+    def round_to_float16(self) -> Vector:
+        """Round float32 lanes to nearest even float16 without the CPU's instruction."""
+        bits, sign = self.as_int() & 0x7FFFFFFF, self.as_int() & -(1 << 31)
+        odd = bits.apply("shr", bits, 13) & 1
+        normal = bits.apply("shr", bits + odd + (0xFFF - (112 << 23)), 13)
+        subnormal = (bits.as_float() + 0.5).as_int() - (126 << 23)  # the last bit of 0.5 is worth a float16's smallest number
+        special = where(bits > 0xFF << 23, bits.splat(0x7E00), bits.splat(0x7C00))  # NaN, or too large
+        rounded = where(bits < 113 << 23, subnormal, where(bits < 143 << 23, normal, special))
+        return (rounded | sign.apply("shr", sign, 16) & 0x8000).cast("trunc", "u2").bitcast(ir.HalfType())
 
     def round_to_bfloat16(self) -> Vector:
         """Round float32 lanes to nearest even bfloat16, returned as bits. A NaN gets a bit set that keeps it NaN."""
@@ -246,7 +265,7 @@ _OPS: dict[str, Callable[..., Vector]] = {
     "neg": lambda x: x.like(x.builder.fneg(x.value)).within(-x.bounds[1], -x.bounds[0]),
     "abs": lambda x: x.intrinsic("fabs").within(0.0, inf),
     "sqrt": lambda x: x.intrinsic("sqrt"),
-    "fma": lambda x, y, z: x.intrinsic("fmuladd", y, z),
+    "fma": lambda x, y, z: x.intrinsic(FMA, y, z),
     "copysign": lambda x, y: x.intrinsic("copysign", y),
     "add": _binary("add"),
     "sub": _binary("sub"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import cupy
 
-from fastloss.kernel.cache import cache_folder, read, write
+from fastloss.kernel.cache import kernel_cache
 from fastloss.version import __version__
 
 OPTIONS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
@@ -38,11 +38,7 @@ def architecture(capability: str) -> str:
 def machine_code(text: str, architecture: str) -> bytes:
     """Return the machine code of a text from the disk, or compile it and store it there."""
     digest = hashlib.sha256(f"cuda {__version__} {nvrtc().getVersion()} {architecture} {OPTIONS} {text}".encode()).hexdigest()
-    path = cache_folder() / digest
-    if (code := read(path)) is None:
-        code = compiled(text, architecture)
-        write(path, code)
-    return code
+    return kernel_cache().find_or_make(digest, lambda: compiled(text, architecture))
 
 
 def compiled(text: str, architecture: str) -> bytes:

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import os
 import subprocess
+import tempfile
 import types
 from pathlib import Path
 from typing import Any
@@ -329,7 +330,7 @@ def blocks() -> Any:
 def build(text: str, mode: int = ctypes.DEFAULT_MODE) -> Any:
     """Compile a library, or load it from the cache folder."""
     digest = hashlib.sha256((text + (FOLDER / "shim.h").read_text() + repr(FLAGS)).encode()).hexdigest()
-    path = cache_folder() / "kernels" / digest
+    path = (cache_folder() or Path(tempfile.gettempdir())) / "kernels" / digest
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         own = path.with_suffix(f".{os.getpid()}")
