@@ -72,7 +72,7 @@ class Loss(AbstractLoss):
         reduction = self._reduction if reduction is None else reduction
         if options:
             refuse_grad_output(options)
-        if reduction == "none":
+        if type(reduction) is str and reduction == "none":
             return find_backend(input).compute(self, Arguments((), VALUE, input, target, weight, reduction, options))[1][0]
         if options.get("out") is not None:
             raise ValueError(
@@ -90,7 +90,7 @@ class Loss(AbstractLoss):
     ) -> tuple[Any, Array]:
         """Return the loss and its gradient with respect to the input, from one pass over memory."""
         reduction = self._reduction if reduction is None else reduction
-        if reduction == "none":
+        if type(reduction) is str and reduction == "none":
             slope, value = find_backend(input).compute(self, Arguments((), ("slope", "value"), input, target, weight, reduction, options))[
                 1
             ]

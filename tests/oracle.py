@@ -143,14 +143,17 @@ def mse_with_logits_loss(z, t, m):
     return (d * d, most * most), (2 * d * p * q, 2 * most * p * q), (2 * p * q * (p * q + d * pull), 2 * p * q * (p * q + most))
 
 
-def binary_entropy(t, m):
+def binary_entropy(t, m, pos_weight=1):
     def minus_x_log_x(x, log_x):
         if m is MP:
             return m.number(0) if x == 0 else -x * log_x()
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(x == 0, 0, -x * log_x())
 
-    return minus_x_log_x(t, lambda: m.log(t)) + minus_x_log_x(1 - t, lambda: m.log1p(-t))
+    positive, negative = pos_weight * t, 1 - t
+    p, q = positive / (positive + negative), negative / (positive + negative)
+    log_p, log_q = m.where(q < 0.1, m.log1p(-q), m.log(p)), m.where(p < 0.1, m.log1p(-p), m.log(q))
+    return minus_x_log_x(positive, lambda: log_p) + minus_x_log_x(negative, lambda: log_q)
 
 
 # The following losses subtract a number near 1 from 1, or cancel to second order. With 400 digits, 1 + exp(-700) keeps digits of both.

@@ -137,12 +137,32 @@ def test_pos_weight_in_extended_precision(dtype, hard, rng):
         assert_ulp(g, true, magnitude, ULP["binary_cross_entropy_with_logits, pos_weight", quantity][not hard], dtype, z, t)
 
 
-def test_entropy(dtype, rng):
-    t = np.concatenate([[0.0, 1.0, 0.5, 1e-30], rng.random(100_000), 10 ** rng.uniform(-37, 0, 100_000)]).astype(dtype)
-    want = oracle.binary_entropy(t.astype(np.longdouble), oracle.LONG)
-    assert_ulp(fl.binary_entropy(t, reduction="none"), want, want, ULP["binary_entropy", "value"][1], dtype, t)
-    exact = [_long(oracle.binary_entropy(mpmath.mpf(float(x)), oracle.MP)) for x in t[:50]]
-    assert_ulp(fl.binary_entropy(t[:50], reduction="none"), exact, exact, ULP["binary_entropy", "value"][1], dtype, t[:50])
+@pytest.mark.parametrize("pos_weight", [None, 1e-3, 2.5, 1e4])
+def test_entropy(dtype, rng, pos_weight):
+    t = np.concatenate([[0.0, 1.0, 0.5, 1e-30], rng.random(100_000), 10 ** rng.uniform(-33, 0, 100_000)]).astype(dtype)
+    factor, bound = 1.0 if pos_weight is None else pos_weight, ULP["binary_entropy", "value"][1]
+    with np.errstate(all="ignore"):
+        want = oracle.binary_entropy(t.astype(np.longdouble), oracle.LONG, np.longdouble(factor))
+    assert_ulp(fl.binary_entropy(t, reduction="none", pos_weight=pos_weight), want, want, bound, dtype, t)
+    exact = [_long(oracle.binary_entropy(mpmath.mpf(float(x)), oracle.MP, mpmath.mpf(factor))) for x in t[:50]]
+    assert_ulp(fl.binary_entropy(t[:50], reduction="none", pos_weight=pos_weight), exact, exact, bound, dtype, t[:50])
+
+
+@pytest.mark.parametrize(("alpha", "z", "t", "value", "slope"), [
+    (0, np.inf, 0, np.inf, 1), (0, -np.inf, 1, 0, 0), (1, np.inf, 0, 0, 0), (1, -np.inf, 1, np.inf, -1), (0, np.nan, 1, np.nan, np.nan),
+])  # fmt: skip
+def test_a_focal_loss_of_one_class_at_infinity(alpha, z, t, value, slope, dtype):
+    given = dtype.type([z]), dtype.type([t])
+    np.testing.assert_array_equal(fl.sigmoid_focal_loss(*given, alpha=alpha), value)
+    np.testing.assert_array_equal(fl.sigmoid_focal_loss.grad(*given, alpha=alpha), slope)
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.7, 1.9])
+def test_both_roundings_of_the_slope_of_smooth_l1(beta, dtype, rng):
+    z, t = (rng.uniform(-1, 1, 200_000).astype(dtype) for _ in range(2))
+    want = oracle.smooth_l1_loss(z.astype(np.longdouble), t.astype(np.longdouble), oracle.LONG, beta=np.longdouble(dtype.type(beta)))[1]
+    got = fl.smooth_l1_loss.grad(z, t, reduction="sum", beta=float(dtype.type(beta)))
+    assert_ulp(got, *want, ULP["smooth_l1_loss", "slope"][1], dtype, z, t)
 
 
 INF, NAN = np.inf, np.nan

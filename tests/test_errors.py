@@ -82,6 +82,7 @@ CASES = {
     ),
     "ignore_index type": (TypeError, "ignore_index must be a number, not [1, 2]", (Z, T), {"ignore_index": [1, 2]}),
     "number as text": (TypeError, "pos_weight must be a number, not '2'", (Z, T), {"pos_weight": "2"}),
+    "reduction array": (ValueError, "reduction of type ndarray is unknown; accepted: 'mean'", (Z, T), {"reduction": Z}),
     "reduction type": (ValueError, "reduction ['mean'] is unknown", (Z, T), {"reduction": ["mean"]}),
     "ignore_index NaN": (
         ValueError,

@@ -39,11 +39,14 @@ def check_reduction(reduction: Any, accepted: Sequence[str]) -> None:
     """Raise ValueError for a reduction that a loss does not have."""
     if not isinstance(reduction, str) or reduction not in accepted:
         problem = "not supported here" if isinstance(reduction, str) and reduction in REDUCTIONS else "unknown"
-        raise ValueError(f"reduction {reduction!r} is {problem}; accepted: {', '.join(map(repr, accepted))}")
+        shown = f"of type {type(reduction).__name__}" if hasattr(reduction, "__array__") else repr(reduction)  # an array may be large
+        raise ValueError(f"reduction {shown} is {problem}; accepted: {', '.join(map(repr, accepted))}")
 
 
 def count_group_axes(reduction: Any, shape: tuple[int, ...]) -> int:
     """Return the number of group axes: leading axes along which a reduction has a value of its own for each entry."""
+    if type(reduction) is not str:
+        check_reduction(reduction, REDUCTIONS)
     if reduction == "mean" or reduction == "sum":
         return 0
     check_reduction(reduction, REDUCTIONS)

@@ -172,12 +172,12 @@ def sigmoid_focal_loss(z: Any, t: Any, alpha: Any = 0.25, gamma: Any = 2.0) -> A
     # by the target: m changes by 1 - 2 p, the cross-entropy by -z, the share of the class by 2 alpha - 1
     turn, tilt = where(missed == 0.0, 0.0, opposite / missed), where(alpha >= 0.0, 2.0 * alpha - 1.0, 0.0)
     lift = gamma * turn * cross_entropy - z
-    target_slope = power * (tilt * cross_entropy + share * lift)
+    target_slope = power * (tilt * cross_entropy + where(share == 0.0, 0.0, share * lift))
     turned = turn * error - (2.0 * where(spread == 0.0, 0.0, spread / missed) + turn * rate) * cross_entropy
     cross = gamma * rate * target_slope + power * (tilt * error + share * (gamma * turned - 1.0))
     target_bend = tilt * (lift - z) - share * gamma * turn * (turn * cross_entropy + z)
     return (
-        discount * cross_entropy, discount * (error + gamma * pull), discount * (spread + gamma * bend),
+        where(discount == 0.0, 0.0, discount * cross_entropy), discount * (error + gamma * pull), discount * (spread + gamma * bend),
         target_slope, cross, gamma * turn * target_slope + power * target_bend,
     )  # fmt: skip
 
@@ -241,5 +241,7 @@ def binary_entropy(z: Any, t: Any, pos_weight: Any = None, label_smoothing: Any 
     if pos_weight is None:
         return _minus_x_log_x(t, log(t)) + _minus_x_log_x(1.0 - t, log1p(-t)), 0.0
     positive, negative = pos_weight * t, 1.0 - t
-    mass = positive + negative
-    return _minus_x_log_x(positive, log(positive / mass)) + _minus_x_log_x(negative, log(negative / mass)), 0.0
+    p, q = positive / (positive + negative), negative / (positive + negative)
+    # the logarithm of the larger share is computed from the smaller one, because the larger one rounds to 1
+    log_p, log_q = where(q < 0.5, log1p(-q), log(p)), where(p < 0.5, log1p(-p), log(q))
+    return _minus_x_log_x(positive, log_p) + _minus_x_log_x(negative, log_q), 0.0

@@ -83,7 +83,7 @@ def l1_loss(z: Any, t: Any) -> Any:
 
 @row(
     "smooth L1", "like `l1_loss`, without the jump of the gradient at the target: bounding boxes", input="any",
-    ulp={"value": (2.5, 3), "slope": (0.5, 1), "curvature": 0.5}, settings=({}, {"beta": 0.375}, {"beta": 0}),
+    ulp={"value": (2.5, 3), "slope": (1.5, 1.5), "curvature": 0.5}, settings=({}, {"beta": 0.375}, {"beta": 0}),
 )  # fmt: skip
 @elementwise_loss(bounds={"beta": (0.0, inf)})
 def smooth_l1_loss(z: Any, t: Any, beta: Any = 1.0) -> Any:
