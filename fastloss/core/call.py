@@ -15,6 +15,7 @@ import numpy as np
 from fastloss.core.checks import (
     can_hold,
     check_grad_output,
+    check_target,
     count_group_axes,
     refuse_unknown,
     to_bounded,
@@ -193,6 +194,7 @@ class Call:
 
     def make_outputs(self, wanted: tuple[str, ...]) -> list[Any]:
         """Return one array for each quantity to write: first the caller's buffers, then new arrays."""
+        check_target(self.shape, self.arrays[1].shape)  # before an array of the input's size is allocated
         outputs = [] if self.out is None else list(self.buffers())
         for name in wanted[len(outputs) :]:
             outputs.append(self.empty_like(self.arrays[self.names.index(operand_of(name))]))

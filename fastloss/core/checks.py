@@ -128,12 +128,16 @@ def check_arrays(arrays: Iterable[ArrayInfo], shape: tuple[int, ...], outputs: t
             check_output("out", (dtype, found, strides), shape, dtypes[operand_of(name)])
         else:
             check_dtype(name, dtype)
-        if name == "target" and found != shape:
-            raise ValueError(
-                f"input has shape {shape} and target {found}; they must be equal: a weight or a mask may broadcast, a target may not"
-            )
+        if name == "target":
+            check_target(shape, found)
     if is_scaled and is_float(dtypes["target"]):
         raise ValueError(f"target_scale multiplies integer targets, and target is {dtypes['target']}: scale it before the call")
+
+
+def check_target(shape: tuple[int, ...], found: tuple[int, ...]) -> None:
+    """Raise ValueError if the target's shape is not the input's."""
+    if found != shape:
+        raise ValueError(f"input has shape {shape} and target {found}; they must be equal: a weight or a mask may broadcast, a target may not")
 
 
 def check_shapes(name: str, shape: tuple[int, ...], other: str, other_shape: tuple[int, ...]) -> None:
