@@ -168,6 +168,17 @@ def test_large_samples_and_rows_of_odd_length(rng):
         np.testing.assert_array_equal(grad[k], LOSS.grad(z[k], t[k]))
 
 
+@is_long_on_the_stand_in
+def test_large_rows_of_an_output_with_gaps(rng):
+    """Each row has whole cache lines, but the next row begins one element after a cache line."""
+    z, t = rng.normal(0, 3, (4, 1 << 18)).astype(np.float32), rng.random((4, 1 << 18)).astype(np.float32)
+    for gap in (1, 4, 16):
+        memory = np.full((4, (1 << 18) + gap), 7, np.float32)
+        LOSS.grad(z, t, out=memory[:, :-gap])
+        np.testing.assert_array_equal(memory[:, :-gap], LOSS.grad(z, t))
+        assert (memory[:, -gap:] == 7).all()
+
+
 @st.composite
 def views(draw):
     """Draw a layout of a view of four axes in a larger array, with permuted, cropped, strided and reversed axes."""

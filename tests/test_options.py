@@ -227,6 +227,12 @@ def test_grad_output_is_the_chain_rule(row, arrays, dtype, rng, reduction):
     np.testing.assert_array_equal(value, loss(*arrays, reduction="sum"))
 
 
+def test_grad_output_does_not_change_values(batch, rng):
+    upstream = rng.normal(size=batch[0].shape)
+    value, _ = fl.mse_loss.value_and_grad(*batch, reduction="none", grad_output=upstream)
+    np.testing.assert_array_equal(value, fl.mse_loss(*batch, reduction="none"))
+
+
 def test_out_receives_the_result(row, arrays):
     loss, buffers = row.loss, [np.empty_like(arrays[k]) for k in row.gradients]
 
