@@ -128,11 +128,14 @@ def test_elements_counted_in_64_bits(cp, fresh, rng):
 
 @pytest.mark.parametrize(("size", "is_wide"), [(2**30, False), (3 * 2**30, True)])
 def test_large_batches_are_counted_in_64_bits(size, is_wide):
+    from fastloss.cuda.source import source
     from tests.cuda.variants import launch
 
     z = np.broadcast_to(np.float32(0), size)
     made = launch(LOGISTIC.definition, z, z, ("value",))
-    assert made.variant(tuple(made.alignments)).is_wide is is_wide
+    variant = made.variant(tuple(made.alignments))
+    assert variant.is_wide is is_wide
+    assert ("#define index_t unsigned long long\n" in source(variant)) is is_wide
 
 
 def test_many_samples_and_few_of_many_ranges(cp, rng):

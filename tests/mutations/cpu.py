@@ -159,7 +159,8 @@ MUTATIONS = (
     ),
     Mutation(
         "narrow-arithmetic", "core/plan.py", 'if op.name in ("input", "target"))', 'if op.name == "input")',
-        "A float64 target does not make the arithmetic float64.", ("test_options.py::test_mixed_dtypes_compute_in_float64",), select="mse_loss",
+        "A float64 target does not make the arithmetic float64.", ("test_options.py::test_mixed_dtypes_compute_in_float64",),
+        select="mse_loss",
     ),
     Mutation(
         "key-without-formula", "core/plan.py", 'trace=request.formula.trace(request.parameters) if computes else "",',
@@ -213,7 +214,10 @@ MUTATIONS = (
         "The least number of a parameter is refused.", ("test_relations.py::test_smooth_l1_without_a_parabola_is_l1",),
     ),
     # --- elements
-    Mutation("mask-inverted", "kernel/element.py", '(raw["mask"] != 0)', '(raw["mask"] == 0)', "Masks are inverted.", (MASK,), select="mse_loss"),
+    Mutation(
+        "mask-inverted", "kernel/element.py", '(raw["mask"] != 0)', '(raw["mask"] == 0)', "Masks are inverted.", (MASK,),
+        select="mse_loss",
+    ),
     Mutation(
         "target-not-scaled", "kernel/element.py", 'multiply(loaded["target"], number.get("target_scale"))', 'loaded["target"]',
         "The option target_scale has no effect.", ("test_options.py::test_integer_targets_equal_their_float_copy_bit_by_bit",),
@@ -271,12 +275,14 @@ MUTATIONS = (
         "bfloat16-ties-up", "cpu/vector.py", "bits + odd + 0x7FFF", "bits + 0x8000", "Ties are rounded away from 0 in bfloat16.", (ONCE,),
     ),
     Mutation(
-        "rounded-twice", "cpu/vector.py", 'self.round_to_odd() if code == "f8" else self', 'self.cast("fptrunc", "f4") if code == "f8" else self',
+        "rounded-twice", "cpu/vector.py", 'self.round_to_odd() if code == "f8" else self',
+        'self.cast("fptrunc", "f4") if code == "f8" else self',
         "A float64 number is rounded to float32 before it is rounded to 16 bits.", (ONCE,),
     ),
     # --- formulas
     Mutation(
-        "slope-not-reflected", "losses/logistic.py", "return value, where(z > 0.0, slope, -slope)", "return value, where(z > 0.0, slope, slope)",
+        "slope-not-reflected", "losses/logistic.py", "return value, where(z > 0.0, slope, -slope)",
+        "return value, where(z > 0.0, slope, slope)",
         "The slope of the cross-entropy has the wrong sign at negative logits.", (LIMITS,),
     ),
     Mutation(
@@ -308,12 +314,14 @@ MUTATIONS = (
         "An infinite log-variance gives NaN.", ("test_latent.py::test_limits",),
     ),
     Mutation(
-        "dice-overlap-once", "losses/segmentation.py", 'right = 2 * overlap + self.settings["smooth"]', 'right = overlap + self.settings["smooth"]',
+        "dice-overlap-once", "losses/segmentation.py", 'right = 2 * overlap + self.settings["smooth"]',
+        'right = overlap + self.settings["smooth"]',
         "The overlap counts once in the Dice loss.", ("test_segmentation.py::test_groups",),
     ),
     Mutation(
         "dice-entropy-divisor", "losses/segmentation.py", "weight * np.divide(self.upstream, self.divisor(self.counted))",
-        "weight * np.divide(self.upstream, self.divisor(self.present))", "The gradient of the cross-entropy is divided by the number of regions.",
+        "weight * np.divide(self.upstream, self.divisor(self.present))",
+        "The gradient of the cross-entropy is divided by the number of regions.",
         ("test_segmentation.py::test_dice_and_cross_entropy_add_up",),
     ),
     # --- repeated calls, memory, threads, the cache
@@ -351,7 +359,8 @@ MUTATIONS = (
         ("test_threads.py::test_workers_are_shared_by_several_python_threads",),
     ),
     Mutation(
-        "limit-of-pytorch", "cpu/threads.py", "count = min(count, team.limit())", "pass", "A call uses more threads than PyTorch is set to.",
+        "limit-of-pytorch", "cpu/threads.py", "count = min(count, team.limit())", "pass",
+        "A call uses more threads than PyTorch is set to.",
         ("test_threads.py::test_pytorchs_team_computes_with_at_most_its_number_of_threads",),
     ),
     Mutation(
