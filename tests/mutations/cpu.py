@@ -110,7 +110,7 @@ MUTATIONS = (
     ),
     Mutation(
         "first-scale-for-all", "cpu/loop.py", "[group * scale_stride]", "[0]", "Every group takes the scale of the first.",
-        ("test_options.py::test_grad_output_is_the_chain_rule",), select="mse_loss and sample_sum",
+        ("test_options.py::test_grad_output_is_the_chain_rule",), select="cross_entropy_with_logits and sample_sum",
     ),
     # --- launches and layouts
     Mutation(
@@ -160,7 +160,7 @@ MUTATIONS = (
     Mutation(
         "narrow-arithmetic", "core/plan.py", 'if op.name in ("input", "target"))', 'if op.name == "input")',
         "A float64 target does not make the arithmetic float64.", ("test_options.py::test_mixed_dtypes_compute_in_float64",),
-        select="mse_loss",
+        select="cross_entropy_with_logits",
     ),
     Mutation(
         "key-without-formula", "core/plan.py", 'trace=request.formula.trace(request.parameters) if computes else "",',
@@ -190,15 +190,16 @@ MUTATIONS = (
     ),
     Mutation(
         "sample-mean-of-batch", "core/call.py", "return math.prod(self.shape[1:])", "return math.prod(self.shape)",
-        "The mean of a sample is divided by the size of the batch.", ("test_options.py::test_reductions",), select="mse_loss",
+        "The mean of a sample is divided by the size of the batch.", ("test_options.py::test_reductions",),
+        select="cross_entropy_with_logits",
     ),
     Mutation(
         "batchmean-by-last-axis", "core/call.py", "return self.shape[0] if", "return self.shape[-1] if",
-        "A batchmean is divided by the length of the last axis.", ("test_options.py::test_reductions",), select="mse_loss",
+        "A batchmean is divided by the length of the last axis.", ("test_options.py::test_reductions",), select="cross_entropy_with_logits",
     ),
     Mutation(
         "sample-count-not-masked", "core/call.py", 'self.reduction in ("mean", "sample_mean")', 'self.reduction == "mean"',
-        "The mean of a masked sample counts every element.", (MASK,), select="mse_loss",
+        "The mean of a masked sample counts every element.", (MASK,), select="cross_entropy_with_logits",
     ),
     Mutation(
         "count-without-mask", "core/call.py", '("target", "mask", "ignore_index") if', '("target", "ignore_index") if',
@@ -216,7 +217,7 @@ MUTATIONS = (
     # --- elements
     Mutation(
         "mask-inverted", "kernel/element.py", '(raw["mask"] != 0)', '(raw["mask"] == 0)', "Masks are inverted.", (MASK,),
-        select="mse_loss",
+        select="cross_entropy_with_logits",
     ),
     Mutation(
         "target-not-scaled", "kernel/element.py", 'multiply(loaded["target"], number.get("target_scale"))', 'loaded["target"]',
@@ -228,7 +229,7 @@ MUTATIONS = (
     ),
     Mutation(
         "masked-results-kept", "kernel/element.py", "where(counted, result, 0.0) if spec.excludes else result", "result",
-        "Masked elements have gradients.", (MASK,), select="mse_loss",
+        "Masked elements have gradients.", (MASK,), select="cross_entropy_with_logits",
     ),
     Mutation(
         "masked-factors", "kernel/element.py", "factors.append(where(counted, e, 0.0))", "factors.append(e)",
@@ -336,7 +337,7 @@ MUTATIONS = (
     ),
     Mutation(
         "prepared-without-options", "backends/numpy.py", "[*arrays, *others], (*key, forms)", "[*arrays, *others], key",
-        "A repeated call ignores which options are passed.", (MASK,), select="mse_loss",
+        "A repeated call ignores which options are passed.", (MASK,), select="cross_entropy_with_logits",
     ),
     Mutation(
         "prepared-overlap", "backends/numpy.py", "made.launch.plan.check_overlap(every, addresses)", "pass",

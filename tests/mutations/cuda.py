@@ -128,7 +128,7 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
     Mutation(
         "count-of-first-group", "cuda/source.py", "((const double*)a.counts)[group]", "((const double*)a.counts)[0]",
         "Every group is divided by the count of the first.", ("test_options.py::test_mask_takes_elements_out",),
-        select="mse_loss and sample_mean",
+        select="cross_entropy_with_logits and sample_mean",
     ),
     Mutation(
         "indices-of-32-bits", "cuda/launch.py", "INT32 = 2**31 - 2**20", "INT32 = 2**32", "Large batches are indexed in 32 bits.",
