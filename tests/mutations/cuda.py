@@ -53,7 +53,8 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
     ),
     Mutation(
         "last-bad-element", "cuda/elements.cuh", "if (key < sums.key) {", "if (key >= 0.0) {",
-        "A thread records its last bad element instead of its first.", (DEFERRED, f"{DEVICE}test_errors_show_integer_targets_exactly"),
+        "A thread records its last bad element instead of its first.",
+        (f"{DEVICE}test_the_first_of_several_bad_targets_of_a_thread_is_named",),
     ),
     # --- the loop
     Mutation(
@@ -71,7 +72,7 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
     ),
     Mutation(
         "threads-overlap", "cuda/loop.cuh", "at += THREADS * PACKS * ROUNDS)", "at += THREADS * PACKS)",
-        "A thread visits most packs several times.", (f"{DEVICE}test_sums_do_not_depend_on_the_device", "test_layouts.py::test_shapes"),
+        "A thread visits most packs several times.", (f"{DEVICE}test_ranges_of_many_packs",),
     ),
     Mutation(
         "record-forgotten", "cuda/loop.cuh", "        key = sums.key;\n", "", "A thread forgets the bad element that it has found.",
