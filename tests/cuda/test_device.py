@@ -173,6 +173,11 @@ def test_errors_of_targets_are_deferred(cp, rng):
     fl.binary_cross_entropy.grad(probabilities, cp.asarray(b), validate=True, out=probabilities)
     with pytest.raises(ValueError, match=r"input\[0, 0, 1\] is 1.5; .*; for logits use binary_cross_entropy_with_logits"):
         fl.raise_deferred()
+    t = cp.asarray(b)
+    t[2, 1, 0] = -2.0
+    fl.binary_cross_entropy(cp.asarray(b), t, validate=True)
+    with pytest.raises(ValueError, match=r"^target\[2, 1, 0\] is -2.0"):
+        fl.raise_deferred()
 
 
 def test_the_first_of_several_bad_targets_of_a_thread_is_named(cp):
