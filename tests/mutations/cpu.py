@@ -185,8 +185,8 @@ MUTATIONS = (
         "An output that begins one byte inside an operand is accepted.", ("test_errors.py::test_outputs_that_overlap_by_a_byte",),
     ),
     Mutation(
-        "overlap-of-reversed", "core/overlap.py", " and all(a == b for a, b in strides)", "",
-        "An output over its operand in another order is accepted.", ("test_errors.py::test_overlapping_out",),
+        "overlap-of-transposed", "core/overlap.py", " and all(a == b for a, b in strides)", "",
+        "An output over its operand in another order is accepted.", ("test_errors.py::test_out_over_the_transposed_input",),
     ),
     Mutation(
         "sample-mean-of-batch", "core/call.py", "return math.prod(self.shape[1:])", "return math.prod(self.shape)",
