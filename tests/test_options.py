@@ -403,6 +403,12 @@ def test_positional_arguments_are_those_of_torch(batch, rng):
     assert fl.binary_cross_entropy_with_logits(z, t, weight) == fl.binary_cross_entropy_with_logits(z, t, weight=weight, reduction="mean")
 
 
+def test_a_weight_does_not_change_the_count_of_a_masked_value(batch, rng):
+    z, t = batch
+    weight, mask = rng.random(z.shape), rng.random(z.shape) < 0.5
+    assert_close(fl.mse_loss(z, t, weight, mask=mask), fl.mse_loss(z, t, weight, "sum", mask=mask) / mask.sum(), SUM[z.dtype])
+
+
 def test_options_do_not_interact(batch, rng):
     """Compare calls with many options at once with NumPy."""
     z, t8 = batch[0], rng.integers(0, 256, batch[0].shape).astype(np.uint8)

@@ -237,7 +237,8 @@ MUTATIONS = (
     ),
     Mutation(
         "weighted-count", "kernel/element.py", 'value if name == "count" else multiply(value, weight)', "multiply(value, weight)",
-        "Weights change the number of elements that a mean divides by.", ("test_options.py::test_options_do_not_interact",),
+        "Weights change the number of elements that a mean divides by.",
+        ("test_options.py::test_a_weight_does_not_change_the_count_of_a_masked_value",),
     ),
     Mutation(
         "nan-is-valid", "kernel/element.py", "counted & ~((x >= 0.0) & (x <= 1.0))", "counted & ((x < 0.0) | (x > 1.0))",
