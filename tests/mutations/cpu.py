@@ -301,7 +301,7 @@ MUTATIONS = (
     ),
     Mutation(
         "huber-at-delta", "losses/regression.py", "near = size <= delta", "near = size < delta",
-        "An error of exactly delta counts as an outlier.", (EDGES,), select="huber",
+        "An error of exactly delta counts as an outlier.", ("test_relations.py::test_an_error_of_delta_is_on_the_parabola_of_huber",),
     ),
     Mutation(
         "smooth-l1-at-0", "losses/regression.py", "near = size < beta", "near = size <= beta",
