@@ -283,6 +283,22 @@ def test_interleaved_memory_does_not_overlap():
     np.testing.assert_array_equal(LOSS.grad(z, t, out=out), want)
 
 
+def test_out_over_the_transposed_input():
+    z = np.linspace(0, 1, 9, dtype=np.float32).reshape(3, 3)
+    with pytest.raises(ValueError, match="out shares memory with input"):
+        LOSS.grad(z, np.zeros_like(z), out=z.T)
+
+
+def test_outputs_that_overlap_by_a_byte():
+    memory = np.zeros(64, np.uint8)
+    out = memory[16:40].view(np.float32)
+    for first in (16 - 5, 39):  # the last byte of the target is the output's first, and the reverse
+        with pytest.raises(ValueError, match="out shares memory with target"):
+            LOSS.grad(np.zeros(6, np.float32), memory[first : first + 6], out=out)
+    for first in (16 - 6, 40):
+        LOSS.grad(np.zeros(6, np.float32), memory[first : first + 6], out=out)
+
+
 def test_broadcast_out():
     memory = np.zeros(9, np.float32)
     for strides in ((0, 4), (4, 4)):

@@ -146,6 +146,13 @@ def test_nan_and_infinity_are_stored(half):
     assert np.isnan(fl.mse_loss.grad(signalling, t[:1], reduction="sum").astype(np.float32))
 
 
+def test_both_halves_in_turn():
+    """Arrays of both types have the same shapes and strides."""
+    t = np.zeros(9, np.float32)
+    for half in (*HALVES, *HALVES):
+        assert fl.mse_loss(np.full(9, 3, half), t) == 9
+
+
 def test_wrong_half(half):
     z = np.zeros((2, 3), half)
     with pytest.raises(ValueError, match=f"out has shape .* and dtype float32; the result has shape .* and dtype {half.name}"):

@@ -131,7 +131,8 @@ def test_read_only_parameters_are_read(rng):
 def test_large_outputs_of_any_alignment(size, offset, rng):
     """Outputs of 4 MiB or more are stored past the caches if their alignment allows it."""
     z, t = rng.normal(0, 3, size).astype(np.float32), rng.random(size).astype(np.float32)
-    out = np.full(size + 8, 7, np.float32)
+    memory = np.full(size + 24, 7, np.float32)
+    out = memory[-memory.ctypes.data % 64 // 4 :][: size + 8]  # starts at a cache line
     LOSS.grad(z, t, out=out[offset : offset + size])
     step = 1 << 15
     for start in range(0, size, step):
@@ -166,6 +167,17 @@ def test_large_samples_and_rows_of_odd_length(rng):
     for k in range(3):
         assert_close(value[k], LOSS(z[k], t[k]), SUM[z.dtype])
         np.testing.assert_array_equal(grad[k], LOSS.grad(z[k], t[k]))
+
+
+@is_long_on_the_stand_in
+def test_large_rows_of_an_output_with_gaps(rng):
+    """Each row has whole cache lines, but the next row begins one element after a cache line."""
+    z, t = rng.normal(0, 3, (4, 1 << 18)).astype(np.float32), rng.random((4, 1 << 18)).astype(np.float32)
+    for gap in (1, 4, 16):
+        memory = np.full((4, (1 << 18) + gap), 7, np.float32)
+        LOSS.grad(z, t, out=memory[:, :-gap])
+        np.testing.assert_array_equal(memory[:, :-gap], LOSS.grad(z, t))
+        assert (memory[:, -gap:] == 7).all()
 
 
 @st.composite

@@ -227,6 +227,12 @@ def test_grad_output_is_the_chain_rule(row, arrays, dtype, rng, reduction):
     np.testing.assert_array_equal(value, loss(*arrays, reduction="sum"))
 
 
+def test_grad_output_does_not_change_values(batch, rng):
+    upstream = rng.normal(size=batch[0].shape)
+    value, _ = fl.mse_loss.value_and_grad(*batch, reduction="none", grad_output=upstream)
+    np.testing.assert_array_equal(value, fl.mse_loss(*batch, reduction="none"))
+
+
 def test_out_receives_the_result(row, arrays):
     loss, buffers = row.loss, [np.empty_like(arrays[k]) for k in row.gradients]
 
@@ -395,6 +401,12 @@ def test_positional_arguments_are_those_of_torch(batch, rng):
     z, t = batch
     weight = rng.random(z.shape).astype(z.dtype)
     assert fl.binary_cross_entropy_with_logits(z, t, weight) == fl.binary_cross_entropy_with_logits(z, t, weight=weight, reduction="mean")
+
+
+def test_a_weight_does_not_change_the_count_of_a_masked_value(batch, rng):
+    z, t = batch
+    weight, mask = rng.random(z.shape), rng.random(z.shape) < 0.5
+    assert_close(fl.mse_loss(z, t, weight, mask=mask), fl.mse_loss(z, t, weight, "sum", mask=mask) / mask.sum(), SUM[z.dtype])
 
 
 def test_options_do_not_interact(batch, rng):

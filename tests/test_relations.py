@@ -40,6 +40,11 @@ def test_smooth_l1_without_a_parabola_is_l1(batch):
     assert_same(compute(fl.smooth_l1_loss, *batch, beta=0), compute(fl.l1_loss, *batch))
 
 
+def test_an_error_of_delta_is_on_the_parabola_of_huber(dtype):
+    z = np.array([1, np.nextafter(1, 2, dtype=dtype)], dtype)
+    assert fl.huber_loss.curvature(z, np.zeros_like(z), reduction="sum").tolist() == [1, 0]
+
+
 def test_huber_with_a_large_delta_is_half_the_squared_error(batch):
     for got, want in zip(compute(fl.huber_loss, *batch, delta=np.inf), compute(fl.mse_loss, *batch), strict=True):
         np.testing.assert_array_equal(2 * got, want)

@@ -106,6 +106,17 @@ def test_sums_do_not_depend_on_the_device(cp, fresh, rng):
     assert_close(found[0], LOGISTIC(a, b), SUM[z.dtype])
 
 
+@pytest.mark.parametrize("most", [1, 3])
+def test_ranges_of_many_packs(cp, fresh, rng, most):
+    """A thread visits many packs of a range, which otherwise takes millions of elements."""
+    fresh.setattr("fastloss.cuda.launch.MAX_RANGES", most)
+    a, b, z, t = batch(cp, rng, 50_001)
+    value, grad = fl.mse_loss.value_and_grad(z, t)
+    want, want_grad = fl.mse_loss.value_and_grad(a, b)
+    assert_close(value.get(), want, SUM[z.dtype])
+    np.testing.assert_array_equal(grad.get(), want_grad)
+
+
 def test_sums_do_not_depend_on_the_address(cp, rng):
     _, _, z, t = batch(cp, rng, 100_000)
     other = cp.zeros(100_001, np.float32)
@@ -128,11 +139,14 @@ def test_elements_counted_in_64_bits(cp, fresh, rng):
 
 @pytest.mark.parametrize(("size", "is_wide"), [(2**30, False), (3 * 2**30, True)])
 def test_large_batches_are_counted_in_64_bits(size, is_wide):
+    from fastloss.cuda.source import source
     from tests.cuda.variants import launch
 
     z = np.broadcast_to(np.float32(0), size)
     made = launch(LOGISTIC.definition, z, z, ("value",))
-    assert made.variant(tuple(made.alignments)).is_wide is is_wide
+    variant = made.variant(tuple(made.alignments))
+    assert variant.is_wide is is_wide
+    assert ("#define index_t unsigned long long\n" in source(variant)) is is_wide
 
 
 def test_many_samples_and_few_of_many_ranges(cp, rng):
@@ -158,6 +172,19 @@ def test_errors_of_targets_are_deferred(cp, rng):
     probabilities[0, 0, 1] = 1.5
     fl.binary_cross_entropy.grad(probabilities, cp.asarray(b), validate=True, out=probabilities)
     with pytest.raises(ValueError, match=r"input\[0, 0, 1\] is 1.5; .*; for logits use binary_cross_entropy_with_logits"):
+        fl.raise_deferred()
+    t = cp.asarray(b)
+    t[2, 1, 0] = -2.0
+    fl.binary_cross_entropy(cp.asarray(b), t, validate=True)
+    with pytest.raises(ValueError, match=r"^target\[2, 1, 0\] is -2.0"):
+        fl.raise_deferred()
+
+
+def test_the_first_of_several_bad_targets_of_a_thread_is_named(cp):
+    t = cp.zeros(64, np.float32)
+    t[4:8] = cp.asarray(np.array([2.0, 3.0, 4.0, 5.0]))
+    LOGISTIC(cp.zeros(64, np.float32), t, validate="defer")
+    with pytest.raises(ValueError, match=r"^target\[4\] is 2.0"):
         fl.raise_deferred()
 
 

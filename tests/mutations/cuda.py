@@ -1,0 +1,203 @@
+"""Mutations of the CUDA kernels, their launches, and the memory that they need."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from tests.mutations import mutation
+
+DEVICE = "cuda/test_device.py::"
+ANY_SIZE, ANY_ALIGNMENT = f"{DEVICE}test_any_size", f"{DEVICE}test_any_alignment"
+NO_MEMORY_BEHIND = f"{DEVICE}test_no_memory_behind_an_array_is_accessed"
+MANY_RANGES = f"{DEVICE}test_many_samples_and_few_of_many_ranges"
+DEFERRED, ANY_VIEW = f"{DEVICE}test_errors_of_targets_are_deferred", f"{DEVICE}test_the_bad_element_is_found_through_any_view"
+STREAMS = f"{DEVICE}test_each_stream_has_a_workspace_and_each_captured_launch"
+OVERWRITTEN = f"{DEVICE}test_out_may_overwrite_grad_output"
+VIEWS, SHORT = "test_layouts.py::test_views", "test_layouts.py::test_short_rows_are_joined"
+
+Mutation = partial(mutation.Mutation, side="cuda")
+
+MUTATIONS: tuple[mutation.Mutation, ...] = (
+    # --- loads, stores and conversions
+    Mutation(
+        "load-past-row", "cuda/elements.cuh", "x[j] = j < pos.count ? from[j] : T(0);", "x[j] = from[j];",
+        "A pack at the end of a row is loaded past the row.", (NO_MEMORY_BEHIND,),
+    ),
+    Mutation(
+        "store-past-row", "cuda/elements.cuh", "if (j < pos.count) to[j] = x[j];", "to[j] = x[j];",
+        "A pack at the end of a row is stored past the row.", (NO_MEMORY_BEHIND, ANY_ALIGNMENT),
+    ),
+    Mutation(
+        "strided-outer-stride", "cuda/elements.cuh", "(long long)(pos.column + j) * a.inner_strides[k]) : T(0)",
+        "(long long)(pos.column + j) * a.outer_strides[k]) : T(0)", "Strided loads take the stride of the outer axis.", (VIEWS,),
+    ),
+    Mutation(
+        "nested-index-too-large", "cuda/elements.cuh", "if (++index == (index_t)a.inner_size) {", "if (++index > (index_t)a.inner_size) {",
+        "In rows with two axes, the inner index goes one too far.", (SHORT,),
+    ),
+    Mutation(
+        "device-ties-up", "cuda/elements.cuh", "bits + (bits >> 16 & 1u) + 0x7FFFu", "bits + 0x8000u",
+        "Ties are rounded away from 0 in bfloat16.", (f"{DEVICE}test_ties_are_rounded_to_even",),
+    ),
+    Mutation(
+        "device-nan-to-infinity", "cuda/elements.cuh", "x != x ? bits | 1u << 22 :", "x != x ? bits :",
+        "A NaN with only low bits becomes an infinity.", (f"{DEVICE}test_a_nan_with_only_low_bits_is_rounded_to_nan",),
+    ),
+    Mutation(
+        "odd-the-wrong-way", "cuda/elements.cuh", "bits + (grows ? 1 : -1)", "bits + (grows ? -1 : 1)",
+        "Rounding to odd goes the wrong way.", ("test_half.py::test_float64_is_rounded_once",),
+    ),
+    Mutation(
+        "device-maximum-swallows-nan", "cuda/elements.cuh", "return x != x || y != y ? x + y : x > y ? x : y;", "return x > y ? x : y;",
+        "The maximum may lose a NaN.", ("test_elementwise_loss.py::test_minimum_and_maximum_propagate_nan",),
+    ),
+    Mutation(
+        "last-bad-element", "cuda/elements.cuh", "if (key < sums.key) {", "if (key >= 0.0) {",
+        "A thread records its last bad element instead of its first.",
+        (f"{DEVICE}test_the_first_of_several_bad_targets_of_a_thread_is_named",),
+    ),
+    # --- the loop
+    Mutation(
+        "tail-too-long", "cuda/loop.cuh", "(index_t)a.segment_size - pack * PACK;", "(index_t)a.segment_size - pack * PACK + 1;",
+        "The last pack of a row counts one element too many.", (ANY_SIZE, NO_MEMORY_BEHIND),
+    ),
+    Mutation(
+        "segments-at-row-start", "cuda/loop.cuh", "first = (segment - row * (index_t)a.row_segments) * (index_t)a.segment_size;",
+        "first = 0;",
+        "Groups that share a row all begin where the row does.", ("test_segmentation.py::test_views",),
+    ),
+    Mutation(
+        "position-in-row", "cuda/loop.cuh", "pos.linear = segment * (index_t)a.segment_size + pack * PACK;", "pos.linear = pos.column;",
+        "A bad element is recorded by its position in its row.", (ANY_VIEW,),
+    ),
+    Mutation(
+        "threads-overlap", "cuda/loop.cuh", "at += THREADS * PACKS * ROUNDS)", "at += THREADS * PACKS)",
+        "A thread visits most packs several times.", (f"{DEVICE}test_ranges_of_many_packs",),
+    ),
+    Mutation(
+        "record-forgotten", "cuda/loop.cuh", "        key = sums.key;\n", "", "A thread forgets the bad element that it has found.",
+        (DEFERRED,),
+    ),
+    Mutation(
+        "half-of-block-dropped", "cuda/loop.cuh", "for (int half = THREADS / 2; half > 0;", "for (int half = THREADS / 4; half > 0;",
+        "The sums of half the threads of a block are dropped.", (ANY_SIZE,),
+    ),
+    Mutation(
+        "no-barrier", "cuda/loop.cuh", "shared[k][threadIdx.x] = totals.x[k];\n    __syncthreads();",
+        "shared[k][threadIdx.x] = totals.x[k];",
+        "Threads read sums that others have not written yet.", (ANY_SIZE,),
+    ),
+    Mutation(
+        "partials-misread", "cuda/loop.cuh", "partials[range * TOTALS + k]", "partials[range + k]",
+        "Partial sums are read at the wrong places.", (f"{DEVICE}test_sums_do_not_depend_on_the_device", DEFERRED, ANY_SIZE,
+        "test_segmentation.py::test_digits_of_large_groups"),
+    ),
+    Mutation(
+        "partials-of-first-group", "cuda/loop.cuh", "(const volatile double*)a.partials + group * (index_t)a.group_ranges * TOTALS;",
+        "(const volatile double*)a.partials;", "Every group takes the partial sums of the first.", (MANY_RANGES,),
+    ),
+    Mutation(
+        "counter-not-reset", "cuda/loop.cuh", "if (threadIdx.x == 0) ((unsigned int*)a.finished)[group] = 0;", "",
+        "The counter of finished ranges keeps its number after a launch.", (MANY_RANGES, ANY_SIZE),
+    ),
+    Mutation(
+        "one-counter", "cuda/loop.cuh", "atomicAdd((unsigned int*)a.finished + group, 1u)", "atomicAdd((unsigned int*)a.finished, 1u)",
+        "All groups share a counter of finished ranges.", (MANY_RANGES,),
+    ),
+    Mutation(
+        "range-past-end", "cuda/loop.cuh", "end < (index_t)a.group_packs ? end : (index_t)a.group_packs", "end",
+        "The last range goes on past the end of its group.", (ANY_SIZE,),
+    ),
+    Mutation(
+        "blocks-take-one-range", "cuda/loop.cuh", "range += gridDim.x) {", "range += (index_t)a.groups * group_ranges) {",
+        "A block takes a single range.", (MANY_RANGES,),
+    ),
+    Mutation(
+        "mean-upside-down", "cuda/loop.cuh", "totals.x[0] / totals.x[1]", "totals.x[1] / totals.x[0]",
+        "A mean over unmasked elements is inverted.", ("test_options.py::test_ignore_index_and_mask_together",),
+        select="cross_entropy_with_logits",
+    ),
+    Mutation(
+        "results-by-sum", "cuda/loop.cuh", "k * (index_t)a.groups + group, totals.x[k]", "k + group * SUMS, totals.x[k]",
+        "Sums of several groups are written in the wrong order.", ("test_segmentation.py::test_groups",),
+    ),
+    # --- generated code and launches
+    Mutation(
+        "upstream-of-first-group", "cuda/source.py", "(long long)group * a.upstream_stride", "0 * a.upstream_stride",
+        "Every group takes the upstream gradient of the first.", (OVERWRITTEN,),
+    ),
+    Mutation(
+        "count-of-first-group", "cuda/source.py", "((const double*)a.counts)[group]", "((const double*)a.counts)[0]",
+        "Every group is divided by the count of the first.", ("test_options.py::test_mask_takes_elements_out",),
+        select="cross_entropy_with_logits and sample_mean",
+    ),
+    Mutation(
+        "indices-of-32-bits", "cuda/launch.py", "INT32 = 2**31 - 2**20", "INT32 = 2**32", "Large batches are indexed in 32 bits.",
+        (f"{DEVICE}test_large_batches_are_counted_in_64_bits",),
+    ),
+    Mutation(
+        "wide-indices-narrow", "cuda/source.py", '"unsigned long long" if variant.is_wide', '"unsigned int" if variant.is_wide',
+        "The wide variant of a kernel has indices of 32 bits.", (f"{DEVICE}test_large_batches_are_counted_in_64_bits",),
+    ),
+    Mutation(
+        "alignment-of-device-axes", "cuda/launch.py", "distances = [pack * size, *(by[k] for _, by in plan.axes)]",
+        "distances = [pack * size]",
+        "Wide loads ignore the strides between rows.", (VIEWS,),
+    ),
+    Mutation(
+        "alignment-of-address", "cuda/launch.py", "[gcd(width, address) for", "[width for", "Wide loads ignore the addresses of arrays.",
+        (ANY_ALIGNMENT,),
+    ),
+    Mutation(
+        "alignment-of-segments", "cuda/launch.py", "if self.cut.row_segments > 1:", "if self.cut.row_segments > 2:",
+        "Wide loads ignore where the second group of a row begins.", (MANY_RANGES,),
+    ),
+    Mutation(
+        "never-ragged", "cuda/launch.py", "ragged = self.cut.segment_size % pack_of(self.plan.spec) != 0", "ragged = False",
+        "Rows are taken to have whole packs.", (NO_MEMORY_BEHIND, ANY_SIZE),
+    ),
+    Mutation(
+        "bad-operand", "cuda/launch.py", "checked[key % len(checked)], key // len(checked)", "checked[0], key // len(checked)",
+        "The error always names the first operand.", (DEFERRED,),
+    ),
+    Mutation(
+        "index-not-reversed", "cuda/launch.py", "count if strides[axis] > 0 else shape[axis] - 1 - count", "count",
+        "The index of a bad element ignores negative strides.", (ANY_VIEW,),
+    ),
+    Mutation(
+        "upstream-overwritten", "cuda/call.py", "upstream = upstream.copy()", "pass",
+        "The kernel reads an upstream gradient that it overwrites.",
+        (OVERWRITTEN,),
+    ),
+    # --- streams and records
+    Mutation(
+        "one-workspace", "cuda/workspace.py", "key = device, stream.ptr, threading", "key = device, 0, threading",
+        "All streams share a workspace.", (STREAMS,),
+    ),
+    Mutation(
+        "threads-share", "cuda/workspace.py", "threading.get_ident() if stream.ptr == PER_THREAD else 0", "0",
+        "Default streams of several threads share a workspace.",
+        (f"{DEVICE}test_threads_with_default_streams_of_their_own_share_no_workspace",),
+    ),
+    Mutation(
+        "captured-in-workspace", "cuda/workspace.py", "    if is_capturing(stream):\n        _captured", "    if False:\n        _captured",
+        "A captured launch shares the workspace of its stream.", (STREAMS,),
+    ),
+    Mutation(
+        "flag-not-cleared", "cuda/workspace.py", "                self.is_recorded.memset_async(0, 4)", "                pass",
+        "After one bad element, no other is recorded.", (DEFERRED,),
+    ),
+    Mutation(
+        "rescale-past-end", "cuda/rescale.cuh", "k < a.size; k += stride", "k < a.size - 1; k += stride",
+        "The last element is not multiplied by the upstream gradient.", ("cuda/test_torch.py::test_upstream_gradients",),
+    ),
+    Mutation(
+        "flush-to-zero", "cuda/compile.py", '"--ftz=false"', '"--ftz=true"', "Subnormal numbers become 0.",
+        (f"{DEVICE}test_subnormal_numbers_are_not_flushed_to_zero",),
+    ),
+    Mutation(
+        "factors-of-power", "kernel/elementary.py", "where(negative, e_r.splat(2.0**-half), 2.0**half)",
+        "where(negative, e_r.splat(2.0**half), 2.0**-half)", "The second factor of a power of two has the wrong sign.",
+        ("test_accuracy.py::test_functions_of_the_vocabulary",), select="float32-exp",
+    ),
+)  # fmt: skip
