@@ -10,7 +10,7 @@ from typing import Any, overload
 from fastloss.backends.find import find_backend
 from fastloss.core.abstract_loss import AbstractLoss, signature
 from fastloss.core.call import Arguments
-from fastloss.core.checks import refuse_grad_output
+from fastloss.core.checks import is_none, refuse_grad_output
 from fastloss.core.definition import Bounds, Definition
 from fastloss.core.docstrings import complete
 from fastloss.core.plan import Array
@@ -72,7 +72,7 @@ class Loss(AbstractLoss):
         reduction = self._reduction if reduction is None else reduction
         if options:
             refuse_grad_output(options)
-        if type(reduction) is str and reduction == "none":
+        if is_none(reduction):
             return find_backend(input).compute(self, Arguments((), VALUE, input, target, weight, reduction, options))[1][0]
         if options.get("out") is not None:
             raise ValueError(
@@ -90,7 +90,7 @@ class Loss(AbstractLoss):
     ) -> tuple[Any, Array]:
         """Return the loss and its gradient with respect to the input, from one pass over memory."""
         reduction = self._reduction if reduction is None else reduction
-        if type(reduction) is str and reduction == "none":
+        if is_none(reduction):
             slope, value = find_backend(input).compute(self, Arguments((), ("slope", "value"), input, target, weight, reduction, options))[
                 1
             ]

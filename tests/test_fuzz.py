@@ -1,6 +1,6 @@
 """Random calls of the elementwise losses, compared with the oracle: values, gradients and sums within the promised errors.
 
-A normal run takes 10,000 examples. FASTLOSS_FUZZ=1000000 takes a million, and draws other ones in every run.
+`python -m pytest -m exhaustive tests/test_fuzz.py` takes 10,000 examples. FASTLOSS_FUZZ=1000000 takes a million, and draws other ones in every run.
 """
 
 from __future__ import annotations
@@ -137,6 +137,7 @@ def kinds(row):
     return [(dtypes[(first + k) % 2], OPTIONS[k], reductions[k % 3], parameters[k % len(parameters)]) for k in range(len(OPTIONS))]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(0 if LONG_RUN else 300)
 @pytest.mark.parametrize("case", ROWS, ids=str)
 def test_random_calls(case):

@@ -43,14 +43,15 @@ def check_reduction(reduction: Any, accepted: Sequence[str]) -> None:
         raise ValueError(f"reduction {shown} is {problem}; accepted: {', '.join(map(repr, accepted))}")
 
 
+def is_none(reduction: Any) -> bool:
+    """Whether a reduction is "none". A caller may have passed an array, which is not compared with a string element by element."""
+    return isinstance(reduction, str) and reduction == "none"
+
+
 def count_group_axes(reduction: Any, shape: tuple[int, ...]) -> int:
     """Return the number of group axes: leading axes along which a reduction has a value of its own for each entry."""
-    if type(reduction) is not str:
-        check_reduction(reduction, REDUCTIONS)
-    if reduction == "mean" or reduction == "sum":
-        return 0
     check_reduction(reduction, REDUCTIONS)
-    if reduction == "none":
+    if reduction in ("mean", "sum", "none"):
         return 0
     if not shape:
         raise ValueError(f"reduction {reduction!r} needs a first axis, but the input has shape ()")
@@ -137,7 +138,9 @@ def check_arrays(arrays: Iterable[ArrayInfo], shape: tuple[int, ...], outputs: t
 def check_target(shape: tuple[int, ...], found: tuple[int, ...]) -> None:
     """Raise ValueError if the target's shape is not the input's."""
     if found != shape:
-        raise ValueError(f"input has shape {shape} and target {found}; they must be equal: a weight or a mask may broadcast, a target may not")
+        raise ValueError(
+            f"input has shape {shape} and target {found}; they must be equal: a weight or a mask may broadcast, a target may not"
+        )
 
 
 def check_shapes(name: str, shape: tuple[int, ...], other: str, other_shape: tuple[int, ...]) -> None:

@@ -133,10 +133,10 @@ class Vector(Symbol):
         if code == "f2":  # CPUs only have the conversion to float32
             single = self.cast("fpext", "f4") if HAS_HALF_CONVERSION else self.widen_float16()
             return single.convert("f4", to)
-        if to == "B2":
-            return (self.round_to_odd() if code == "f8" else self).round_to_bfloat16()
-        if to == "f2":
+        if to in ("f2", "B2"):
             single = self.round_to_odd() if code == "f8" else self
+            if to == "B2":
+                return single.round_to_bfloat16()
             return single.cast("fptrunc", "f2") if HAS_HALF_CONVERSION else single.round_to_float16()
         return self.cast({"i": "sitofp", "f": "fpext" if to > code else "fptrunc"}.get(code[0], "uitofp"), to)
 

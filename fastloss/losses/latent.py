@@ -11,7 +11,7 @@ from typing import Any
 from fastloss.backends.find import find_backend
 from fastloss.core.abstract_loss import AbstractLoss, signature
 from fastloss.core.call import Arguments
-from fastloss.core.checks import check_dtype, check_shapes, refuse_grad_output
+from fastloss.core.checks import check_dtype, check_shapes, is_none, refuse_grad_output
 from fastloss.core.definition import Definition
 from fastloss.core.docstrings import OPERANDS, complete
 from fastloss.core.overlap import check_buffers, span_of
@@ -59,7 +59,7 @@ class LatentLoss(AbstractLoss):
         refuse_grad_output(options)
         if options.get("out") is not None:
             raise ValueError("out takes the two gradients, and the value alone has none: use grad or value_and_grad")
-        if reduction == "none":
+        if is_none(reduction):
             return find_backend(mu).compute(self, Arguments((), VALUE, mu, logvar, weight, reduction, options))[1][0]
         return find_backend(mu).compute(self, Arguments(VALUE, (), mu, logvar, weight, reduction, options))[0]
 
@@ -72,7 +72,7 @@ class LatentLoss(AbstractLoss):
         self, mu: Any, logvar: Any, weight: Any = None, reduction: str = "mean", **options: Any
     ) -> tuple[Any, tuple[Array, Array]]:
         """Return the loss and its gradients with respect to mu and to logvar, from one pass over memory."""
-        if reduction == "none":
+        if is_none(reduction):
             *slopes, value = find_backend(mu).compute(self, Arguments((), (*_SLOPES, "value"), mu, logvar, weight, reduction, options))[1]
         else:
             value, slopes = find_backend(mu).compute(self, Arguments(VALUE, _SLOPES, mu, logvar, weight, reduction, options))

@@ -378,7 +378,21 @@ MUTATIONS = (
         "A kernel on disk is loaded although the package has changed.", ("test_process.py::test_an_edited_package_is_compiled_anew",),
     ),
     Mutation(
-        "damaged-kernel-loaded", "kernel/cache.py", "return code if hashlib.sha256(code).digest() == digest else None", "return code",
-        "A damaged kernel on disk is loaded.", ("test_process.py::test_a_damaged_cache_is_replaced",),
+        "damaged-kernel-loaded", "kernel/cache.py", "if content[:HASH_BYTES] != digest(name, content[HASH_BYTES:]):", "if not content:",
+        "A damaged kernel on disk is loaded.", ("test_cache.py::test_a_damaged_file_is_replaced",),
+    ),
+    Mutation(
+        "kernel-under-another-name", "kernel/cache.py", 'hashlib.sha256(name.encode() + b"\\0" + code)', "hashlib.sha256(code)",
+        "One kernel's file is loaded under the name of another.", ("test_cache.py::test_a_file_under_another_name_is_refused",),
+    ),
+    Mutation(
+        "planted-kernel-loaded", "kernel/cache.py", "if fault := find_fault(os.fstat(file.fileno())):", "if False:",
+        "A kernel that another user may have written is loaded.",
+        ("test_cache.py::test_a_file_that_others_may_write_is_refused", "test_cache.py::test_what_belongs_to_another_user_is_refused"),
+    ),
+    Mutation(
+        "state-of-the-caller", "cpu/compile.py", "store i32 8064, ptr %default", "store i32 40832, ptr %default",
+        "Kernels flush subnormal results to 0, whatever the state of the thread is.",
+        ("test_cpu_state.py::test_flushing_subnormal_numbers_changes_nothing_and_is_kept",),
     ),
 )  # fmt: skip
