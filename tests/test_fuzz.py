@@ -1,6 +1,7 @@
 """Random calls of the elementwise losses, compared with the oracle: values, gradients and sums within the promised errors.
 
-`python -m pytest -m exhaustive tests/test_fuzz.py` takes 10,000 examples. FASTLOSS_FUZZ=1000000 takes a million, and draws other ones in every run.
+`python -m pytest -m exhaustive tests/test_fuzz.py` takes 10,000 examples.
+FASTLOSS_FUZZ=1000000 takes a million, and draws other ones in every run.
 """
 
 from __future__ import annotations
