@@ -84,3 +84,20 @@ for delay in (0.1, 0.4):
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 thread.join()"""
     assert run(code, cache=tmp_path).split() == ["1", "1"]
+
+
+@pytest.mark.parametrize("what", ["computing", "compiling"])
+def test_the_process_ends_while_threads_are(tmp_path, what):
+    code = """
+import sys, threading, time, numpy as np, fastloss as fl
+z = np.ones(400_000, np.float32)
+def work():
+    while True:
+        fl.mse_loss.value_and_grad(z, z)
+if sys.argv[1] == "computing":
+    fl.set_num_threads(2)
+    fl.mse_loss.value_and_grad(z, z)
+for _ in range(4):
+    threading.Thread(target=work, daemon=True).start()
+time.sleep(0.3)"""
+    assert run(code, what, cache=tmp_path) == ""

@@ -8,6 +8,7 @@ build never runs a handler, so nothing interrupts it.
 from __future__ import annotations
 
 import _thread
+import atexit
 import functools
 import importlib
 import os
@@ -15,7 +16,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-FORK_PATIENCE = 20.0  # seconds that a fork waits for the builds of other threads
+PATIENCE = 20.0  # seconds that a fork, or the end of the process, waits for the builds of other threads
 
 _results: dict[Any, Any] = {}  # by key
 _running: dict[int, Build] = {}  # by identity
@@ -33,20 +34,26 @@ class Build:
         self.thread = 0
 
     def start(self) -> None:
-        """Compute the result on a new thread; on the caller's if it is one of a build, or if the system allows no more threads."""
+        """Compute the result on a new thread; on the caller's if it is one of a build, or if the system allows no more threads.
+
+        `threading.Thread` is not used: its `start` holds a lock in which a signal handler that starts a thread would wait for ever.
+        """
         self.lock.acquire()
-        _running[id(self)] = self
-        if any(build.thread == threading.get_ident() for build in list(_running.values())):
+        if any(build.thread == _thread.get_ident() for build in list(_running.values())):
             self.run()
             return
         try:
-            threading.Thread(target=self.run, name="fastloss compiler").start()
+            _running[id(self)] = self
+            _thread.start_new_thread(self.run, ())
         except RuntimeError:
             self.run()
+        except BaseException:  # Ctrl-C
+            _running.pop(id(self), None)
+            raise
 
     def run(self) -> None:
         """Compute the result, unless another build of the same key has done so."""
-        self.thread = threading.get_ident()
+        self.thread = _thread.get_ident()
         try:
             with _one_at_a_time:
                 if self.key not in _results:
@@ -82,11 +89,14 @@ def built(key: Any, make: Callable[[], Any]) -> Any:
     return _results[key]
 
 
-def wait_before_fork() -> None:
-    """Wait for other threads' builds: their thread does not survive in the child, where the compiler's locks would stay locked."""
+def wait_for_others() -> None:
+    """Wait for the builds of other threads, before the process forks or ends.
+
+    Their thread does not survive in a child, where the compiler's locks would stay locked.
+    """
     for build in list(_running.values()):
-        if build.thread != threading.get_ident():
-            build.wait(FORK_PATIENCE)
+        if build.thread != _thread.get_ident():
+            build.wait(PATIENCE)
 
 
 def after_fork_in_child() -> None:
@@ -98,12 +108,13 @@ def after_fork_in_child() -> None:
 
 @functools.cache
 def handle_forks() -> None:
-    """Let forks wait for builds. Called before the first build.
+    """Let forks and the end of the process wait for builds. Called before the first build.
 
     `before` hooks run in the reverse order. Those of modules that a build imports take locks that the build may need, so these modules
     are imported first, and their hooks run after ours.
     """
     importlib.import_module("logging")
     importlib.import_module("concurrent.futures.thread")
+    atexit.register(wait_for_others)
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=wait_before_fork, after_in_child=after_fork_in_child)
+        os.register_at_fork(before=wait_for_others, after_in_child=after_fork_in_child)
