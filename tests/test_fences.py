@@ -186,7 +186,7 @@ def test_no_call_touches_a_byte_outside_its_arrays():
     assert_fenced(list(EVERY_LOSS), 15)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", EVERY_LOSS)
 def test_every_dtype_and_layout(name):
     assert_fenced([name], 1)
