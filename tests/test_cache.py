@@ -140,7 +140,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 def test_a_full_disk(store, monkeypatch):
-    def full(**_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import sys
-import warnings
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
-from fastloss.core.checks import caller_level
 from fastloss.core.plan import Spec
 from fastloss.cpu import features
 from fastloss.kernel.builds import built
@@ -27,38 +26,32 @@ from fastloss.kernel.cache import fingerprint, kernel_cache
 SYMBOL = "fastloss_kernel"
 PROTOTYPE = ctypes.CFUNCTYPE(None)  # called with a ctypes array, unchecked (0.2 us a call, 0.4 us with an address); a call releases the GIL
 
-# The function that callers enter, by LLVM's name of the processor. It sets the default floating-point state (rounding to nearest,
-# subnormal numbers kept, no exception raised) around the loop, and then restores the state of the thread.
-ENTRY = {
-    "x86_64": """
-declare void @llvm.x86.sse.stmxcsr(ptr)
-declare void @llvm.x86.sse.ldmxcsr(ptr)
+# The function that callers enter. It sets the default floating-point state (rounding to nearest, subnormal numbers kept, no exception
+# raised) around the loop, and then restores the state of the thread.
+ENTRY = """
+DECLARE
 define void @SYMBOL(ptr %frame) {
-  %found = alloca i32
+  SET
+  call void @LOOP(ptr %frame)
+  RESTORE
+  ret void
+}"""
+STATES = {  # by LLVM's name of the processor: what DECLARE, SET and RESTORE stand for
+    "x86_64": (
+        "declare void @llvm.x86.sse.stmxcsr(ptr)\ndeclare void @llvm.x86.sse.ldmxcsr(ptr)",
+        """%found = alloca i32
   %default = alloca i32
   call void @llvm.x86.sse.stmxcsr(ptr %found)
   store i32 8064, ptr %default
-  call void @llvm.x86.sse.ldmxcsr(ptr %default)
-  call void @LOOP(ptr %frame)
-  call void @llvm.x86.sse.ldmxcsr(ptr %found)
-  ret void
-}""",
-    "aarch64": """
-declare i64 @llvm.aarch64.get.fpcr()
-declare void @llvm.aarch64.set.fpcr(i64)
-define void @SYMBOL(ptr %frame) {
-  %found = call i64 @llvm.aarch64.get.fpcr()
-  call void @llvm.aarch64.set.fpcr(i64 0)
-  call void @LOOP(ptr %frame)
-  call void @llvm.aarch64.set.fpcr(i64 %found)
-  ret void
-}""",
+  call void @llvm.x86.sse.ldmxcsr(ptr %default)""",
+        "call void @llvm.x86.sse.ldmxcsr(ptr %found)",
+    ),
+    "aarch64": (
+        "declare i64 @llvm.aarch64.get.fpcr()\ndeclare void @llvm.aarch64.set.fpcr(i64)",
+        "%found = call i64 @llvm.aarch64.get.fpcr()\n  call void @llvm.aarch64.set.fpcr(i64 0)",
+        "call void @llvm.aarch64.set.fpcr(i64 %found)",
+    ),
 }
-OTHER_ENTRY = """
-define void @SYMBOL(ptr %frame) {
-  call void @LOOP(ptr %frame)
-  ret void
-}"""
 
 statistics = {"compiled": 0, "loaded": 0}  # how many kernels this process has compiled, and loaded from disk
 _engines: list[llvm.ExecutionEngine] = []  # they own the machine code, so they must not be freed
@@ -66,23 +59,14 @@ _engines: list[llvm.ExecutionEngine] = []  # they own the machine code, so they 
 
 def kernel(spec: Spec) -> Any:
     """Return the compiled kernel of a spec."""
-    found = built(spec.key, lambda: PROTOTYPE(_load(_object_code(spec))))
-    faults = kernel_cache().faults
-    while faults:
-        warnings.warn(faults.pop(), RuntimeWarning, stacklevel=caller_level())
+    found = built(spec.key, lambda: PROTOTYPE(_load("", [SYMBOL], _object_code(spec))[0]))
+    kernel_cache().warn()
     return found
 
 
 def load_assembly(text: str, *names: str) -> list[int]:
     """Compile LLVM assembly into the process and return the addresses of functions."""
-
-    def load() -> list[int]:
-        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(text), _machine(), use_lmm=True)
-        engine.finalize_object()
-        _engines.append(engine)
-        return [int(engine.get_function_address(name)) for name in names]
-
-    addresses: list[int] = built(text, load)
+    addresses: list[int] = built(text, lambda: _load(text, names))
     return addresses
 
 
@@ -108,8 +92,10 @@ def _compile(spec: Spec) -> bytes:
     # Numba's machine code refers to addresses of this process; compiling its LLVM text again gives code without such references
     text = loop.build(spec.key).inspect_llvm()
     name = next(f.name for f in llvm.parse_assembly(text).functions if f.name.startswith("cfunc."))
-    entry = ENTRY.get(llvm.get_process_triple().partition("-")[0], OTHER_ENTRY)
-    module = llvm.parse_assembly(text + entry.replace("SYMBOL", SYMBOL).replace("LOOP", f'"{name}"'))
+    entry = ENTRY.replace("SYMBOL", SYMBOL).replace("LOOP", f'"{name}"')
+    for part, code in zip(("DECLARE", "SET", "RESTORE"), STATES.get(features.processor(), ("", "", "")), strict=True):
+        entry = entry.replace(part, code)
+    module = llvm.parse_assembly(text + entry)
     return bytes(_machine().emit_object(module))
 
 
@@ -129,13 +115,14 @@ def _check_numba() -> None:
         )
 
 
-def _load(code: bytes) -> int:
-    """Load an object file into the process and return the address of its kernel."""
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine(), use_lmm=True)
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+def _load(text: str, names: Iterable[str], code: bytes = b"") -> list[int]:
+    """Load LLVM assembly and an object file into the process and return the addresses of functions."""
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(text), _machine(), use_lmm=True)
+    if code:
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)
-    return int(engine.get_function_address(SYMBOL))
+    return [int(engine.get_function_address(name)) for name in names]
 
 
 def _machine() -> llvm.TargetMachine:

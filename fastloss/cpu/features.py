@@ -18,7 +18,7 @@ NEED_AVX = ("avx", "f16c", "fma", "fma4", "xop", "vaes", "vpclmulqdq")  # how th
 def target() -> tuple[str, str]:
     """Return LLVM's name for the CPU and its features, such as "+sse2,-avx", as Numba reads them from its environment variables."""
     given = os.environ.get("NUMBA_CPU_NAME")
-    name = host_name() if given is None else given
+    name = str(llvm.get_host_cpu_name()) if given is None else given
     features = os.environ.get("NUMBA_CPU_FEATURES", "" if name.lower() == "generic" else None)
     if features is not None:
         return name, features
@@ -30,9 +30,9 @@ def target() -> tuple[str, str]:
     return name, found.flatten()
 
 
-def host_name() -> str:
-    """Return LLVM's name for the CPU that the process runs on."""
-    return str(llvm.get_host_cpu_name())
+def processor() -> str:
+    """Return LLVM's name for the kind of processor, such as "x86_64" or "aarch64"."""
+    return str(llvm.get_process_triple()).partition("-")[0]
 
 
 def has(feature: str) -> bool:
@@ -42,7 +42,7 @@ def has(feature: str) -> bool:
 
 def is_x86() -> bool:
     """Whether the CPU has the instructions of x86."""
-    return llvm.get_process_triple().startswith(("x86_64", "i386", "i686"))
+    return processor() in ("x86_64", "i386", "i686")
 
 
 def has_fma() -> bool:

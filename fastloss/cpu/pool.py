@@ -14,9 +14,8 @@ import os
 import threading
 from typing import Any, NamedTuple
 
-import llvmlite.binding as llvm
-
 from fastloss.cpu.compile import load_assembly
+from fastloss.cpu.features import processor
 
 # Looks at the state, some 20 ns each, before a worker sleeps: about a millisecond, as long as OpenMP's threads stay awake. Between them
 # it lets other threads have its CPU.
@@ -167,7 +166,7 @@ class Code(NamedTuple):
 @functools.cache
 def code() -> Code:
     """Compile the machine code of the pool."""
-    declaration, call = PAUSES.get(llvm.get_process_triple().partition("-")[0], ("", ""))
+    declaration, call = PAUSES.get(processor(), ("", ""))
     work, share = load_assembly(ASSEMBLY.replace("DECLARE", declaration).replace("PAUSE", call), "work", "share")
     return Code(ctypes.CFUNCTYPE(ctypes.c_int64)(work), ctypes.CFUNCTYPE(None)(share))
 

@@ -51,7 +51,7 @@ class Threads:
                 kernel(frame)
             else:
                 if self.pool is None:
-                    self.pool = built(("pool", os.getpid()), make_pool)  # a pool's threads do not survive a fork
+                    self.pool = built("pool", import_pool)()
                 self.pool.run(kernel, frame, count)
 
     def search(self) -> None:
@@ -65,11 +65,11 @@ class Threads:
         self.team, self.searches = None, False
 
 
-def make_pool() -> Any:
-    """Return a pool without workers."""
+def import_pool() -> Any:
+    """Return the class of pools."""
     from fastloss.cpu.pool import Pool
 
-    return Pool()
+    return Pool
 
 
 def default_count() -> int:

@@ -24,6 +24,7 @@ def kernel(text: str, name: str, device: int) -> Any:
     """Return the function that launches a kernel on a device, which must be the current device."""
     module = cupy.cuda.function.Module()
     module.load(machine_code(text, architecture(cupy.cuda.Device(device).compute_capability)))
+    kernel_cache().warn()
     return module.get_function(name)
 
 

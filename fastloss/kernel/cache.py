@@ -14,11 +14,13 @@ import secrets
 import stat
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastloss.core.checks import caller_level
 from fastloss.version import __version__
 
 try:
@@ -83,6 +85,21 @@ class Entry(NamedTuple):
     used: float  # when it was written or last read, in seconds since the epoch
 
 
+class Folder(NamedTuple):
+    """An open folder: the path before the names of its files, or "" and a descriptor, which still names it if the path changes."""
+
+    prefix: str
+    descriptor: int | None
+
+    def open(self, name: str, flags: int) -> int:
+        """Open a file, which only the user may read and write if it is created."""
+        return os.open(self.prefix + name, flags, 0o600, dir_fd=self.descriptor)
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename a file, over another if there is one."""
+        os.replace(self.prefix + old, self.prefix + new, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+
+
 class Cache:
     """A folder of machine code, by name. Without a folder, or if the folder is not safe, nothing is read or stored."""
 
@@ -106,7 +123,7 @@ class Cache:
         with self.opened() as folder, contextlib.suppress(OSError):
             if folder is None:
                 return None
-            with open(self.open_file(name, READ, folder), "rb") as file:
+            with open(folder.open(name, READ), "rb") as file:
                 if fault := find_fault(os.fstat(file.fileno())):
                     self.add_fault(f"{self.folder}/{name}", fault)
                     return None
@@ -125,45 +142,37 @@ class Cache:
                 return
             unfinished = f"{secrets.token_hex(8)}{UNFINISHED}"
             try:
-                with open(self.open_file(unfinished, CREATE | os.O_EXCL, folder), "wb") as file:
+                with open(folder.open(unfinished, CREATE | os.O_EXCL), "wb") as file:
                     file.write(digest(name, code) + code)
-                os.replace(**self.rename(unfinished, name, folder))
+                folder.rename(unfinished, name)
             except OSError:
                 self.remove(unfinished)
                 raise
             self.shrink()
 
     @contextlib.contextmanager
-    def opened(self, make: bool = False) -> Iterator[int | None]:
-        """Open the folder and check that it is safe; yield its descriptor (-1 on systems without it), or None."""
-        descriptor: int | None = None
-        if self.folder is not None:
-            with contextlib.suppress(OSError):
-                if make:
-                    self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if os.name == "posix" else -1
-        if descriptor is None or descriptor < 0:
-            yield descriptor
+    def opened(self, make: bool = False) -> Iterator[Folder | None]:
+        """Open the folder, and check that it is safe; yield None if it is not, or does not exist."""
+        descriptor = None
+        try:
+            if make and self.folder is not None:
+                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self.folder is not None and os.name == "posix":
+                descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            yield None
             return
         try:
-            fault = find_fault(os.fstat(descriptor))
-            if fault:
+            if self.folder is None or descriptor is None:
+                yield None if self.folder is None else Folder(f"{self.folder}/", None)
+            elif fault := find_fault(os.fstat(descriptor)):
                 self.add_fault(str(self.folder), fault)
-            yield None if fault else descriptor
+                yield None
+            else:
+                yield Folder("", descriptor)
         finally:
-            os.close(descriptor)
-
-    def open_file(self, name: str, flags: int, folder: int) -> int:
-        """Open a file of the folder, which only the user may read and write if it is created."""
-        if folder < 0:
-            return os.open(f"{self.folder}/{name}", flags, 0o600)
-        return os.open(name, flags, 0o600, dir_fd=folder)
-
-    def rename(self, old: str, new: str, folder: int) -> dict[str, Any]:
-        """Return the arguments of `os.replace` that rename a file of the folder."""
-        if folder < 0:
-            return {"src": f"{self.folder}/{old}", "dst": f"{self.folder}/{new}"}
-        return {"src": old, "dst": new, "src_dir_fd": folder, "dst_dir_fd": folder}
+            if descriptor is not None:
+                os.close(descriptor)
 
     @contextlib.contextmanager
     def exclusive(self, name: str) -> Iterator[None]:
@@ -171,7 +180,7 @@ class Cache:
         file = None
         with self.opened(make=True) as folder, contextlib.suppress(OSError):
             if folder is not None and fcntl is not None:
-                file = open(self.open_file(name + LOCK, CREATE, folder), "wb")  # noqa: SIM115 (closed below)
+                file = open(folder.open(name + LOCK, CREATE), "wb")  # noqa: SIM115 (closed below)
         if file is None:
             yield
             return
@@ -207,6 +216,11 @@ class Cache:
                 f"{path} {fault}, so no compiled kernels are loaded from there, because they would be executed; "
                 "accepted: a folder and files of yours that no other user may write (chmod go-w), or another folder in FASTLOSS_CACHE_DIR"
             )
+
+    def warn(self) -> None:
+        """Show the warnings that have not been shown. They name the line of the user's call."""
+        while self.faults:
+            warnings.warn(self.faults.pop(), RuntimeWarning, stacklevel=caller_level())
 
     def entries(self) -> list[Entry]:
         """Return all kernels of the folder, the last used last."""

@@ -61,10 +61,7 @@ def mse_loss(
 
     Further options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`. See `fastloss.Loss`.
     """
-    reduction = resolve_reduction(reduction, size_average, reduce)
-    if weight is not None and reduction == "mean":
-        return compute_weighted_mean(fastloss.mse_loss, input, target, weight, options)
-    return compute_regression("mse_loss", input, target, weight, reduction, options)
+    return compute_weighted_mean("mse_loss", input, target, weight, resolve_reduction(reduction, size_average, reduce), options)
 
 
 def l1_loss(
@@ -75,10 +72,7 @@ def l1_loss(
 
     Further options: `inplace_grad`, `mask`, `ignore_index`, `target_scale`. See `fastloss.Loss`.
     """
-    reduction = resolve_reduction(reduction, size_average, reduce)
-    if weight is not None and reduction == "mean":
-        return compute_weighted_mean(fastloss.l1_loss, input, target, weight, options)
-    return compute_regression("l1_loss", input, target, weight, reduction, options)
+    return compute_weighted_mean("l1_loss", input, target, weight, resolve_reduction(reduction, size_average, reduce), options)
 
 
 def smooth_l1_loss(
@@ -139,10 +133,11 @@ def compute_regression(
     name: str, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, options: dict[str, Any], **parameters: float
 ) -> Tensor:
     """Compute a regression loss, or leave it to PyTorch's kernel of the same name, whose slope at 0 is -1 if beta is 0."""
-    z, t = broadcast_operands(input, target)
     if weight is not None:
         check_shapes("input", input.shape, "weight", weight.shape)
-    elif reduction == "none" and not options and is_left_to_torch(z, t, LEFT_BELOW[name]) and 0 not in parameters.values():
+    z, t = broadcast_operands(input, target)
+    is_plain = reduction == "none" and weight is None and not options and 0 not in parameters.values()
+    if is_plain and is_left_to_torch(z, t, LEFT_BELOW[name]):
         value: Tensor = getattr(torch._C._nn, name)(z, t, NONE, *parameters.values())
         return value
     for parameter, number in parameters.items():
@@ -162,13 +157,15 @@ def is_left_to_torch(input: Tensor, target: Tensor, below: int) -> bool:
     return torch.compiler.is_compiling() or input.numel() * input.element_size() < below
 
 
-def compute_weighted_mean(loss: Any, input: Tensor, target: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
-    """Call a loss, and divide the weighted mean by the sum of the weights, as PyTorch does."""
-    check_shapes("input", input.shape, "weight", weight.shape)
-    z, t = broadcast_operands(input, target)
-    if excluding := {name for name in ("mask", "ignore_index") if options.get(name) is not None}:
-        raise TypeError(f"{' and '.join(sorted(excluding))} cannot be combined with a weighted mean here; use fastloss.{loss.__name__}")
-    return compute(loss, z, t, weight, "sum", **options) / weight.sum()
+def compute_weighted_mean(
+    name: str, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, options: dict[str, Any]
+) -> Tensor:
+    """Compute a regression loss, and divide a weighted mean by the sum of the weights, as PyTorch does."""
+    if weight is None or reduction != "mean":
+        return compute_regression(name, input, target, weight, reduction, options)
+    if excluding := {option for option in ("mask", "ignore_index") if options.get(option) is not None}:
+        raise TypeError(f"{' and '.join(sorted(excluding))} cannot be combined with a weighted mean here; use fastloss.{name}")
+    return compute_regression(name, input, target, weight, "sum", options) / weight.sum()
 
 
 def resolve_reduction(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> str:
