@@ -41,8 +41,8 @@ def show_cache(clear: bool) -> int:
         print(f"deleted {count_kernels(store.clear())} from {store.folder}")
     else:
         entries = store.entries()
-        size = sum(entry.size for entry in entries) / 1e6
-        print(f"{store.folder}: {count_kernels(len(entries))}, {size:.1f} MB of at most {MOST_BYTES / 1e6:.0f} MB")
+        size = sum(entry.size for entry in entries) / 2**20
+        print(f"{store.folder}: {count_kernels(len(entries))}, {size:.2f} MiB of at most {MOST_BYTES >> 20}")
         with store.opened():
             print("".join(f"{fault}\n" for fault in store.faults), end="")
     return 0
