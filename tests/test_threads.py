@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import _thread
+import ctypes
 import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 import fastloss as fl
-from fastloss.cpu import pool
+from fastloss.cpu import cpus, pool
 from fastloss.cpu.threads import THREADS
 from tests.ulp import assert_same, flat
 
@@ -45,28 +48,130 @@ def in_a_thread(work):
         return pool.submit(work).result()
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no CPU affinity")
-def test_a_worker_leaves_the_callers_cpu_and_comes_back():
-    cpus = sorted(os.sched_getaffinity(0))
-
-    def left():
-        affinity, seen = pool.Affinity(), []
-        for cpu in (cpus[0], cpus[-1], cpus[0]):
-            affinity.leave(cpu)
-            seen.append(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cpus[0]})  # an affinity set elsewhere, which `leave` does not change
-        affinity.leave(cpus[0])
-        return [*seen, os.sched_getaffinity(0)]
-
-    assert in_a_thread(left) == [set(cpus) - {cpu} or {cpu} for cpu in (cpus[0], cpus[-1], cpus[0])] + [{cpus[0]}]
+has_affinity = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no CPU affinity")
 
 
+@has_affinity
+def test_a_worker_leaves_the_callers_cpu_and_gains_none(monkeypatch):
+    given, seen = {2, 3, 5, 7}, []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda thread: given)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, cpus: seen.append(cpus))
+    pool.leave(3, 2)
+    given = seen[-1]
+    pool.leave(3, 2)  # other code has set this affinity since, perhaps the same
+    pool.leave(7, 2)
+    given = seen[-1]
+    pool.leave(2, 2)  # too few would be left
+    given = {5}
+    pool.leave(5, 0)
+    assert seen == [{2, 5, 7}, {2, 5, 7}, {2, 5}]
+
+
+@has_affinity
 def test_a_worker_that_cannot_change_its_affinity_still_works(monkeypatch):
     def refuse(*_):
         raise PermissionError
 
-    monkeypatch.setattr(os, "sched_setaffinity", refuse, raising=False)
-    in_a_thread(lambda: pool.Affinity().leave(next(iter(os.sched_getaffinity(0)))))
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    in_a_thread(lambda: pool.leave(min(os.sched_getaffinity(0)), 0))
+
+
+@has_affinity
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="the process may use one CPU")
+@pytest.mark.parametrize("pinned", ["thread", "process"])
+def test_a_pool_made_by_a_pinned_thread_is_not_pinned(pinned):
+    code = """
+import os, sys, threading, time, numpy as np, fastloss as fl
+from fastloss.cpu import pool
+from fastloss.cpu.threads import THREADS
+pool.leave = lambda cpu, least: None
+z, cpus = np.zeros(1_000_000), os.sched_getaffinity(0)
+fl.set_num_threads(3)
+def others():  # the CPUs of the threads of the pool
+    time.sleep(0.01)
+    ours = {os.getpid(), threading.get_native_id()}
+    return [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task") if int(thread) not in ours]
+fl.mse_loss(z[:1000], z[:1000])  # compile
+before = len(others())
+def call():
+    os.sched_setaffinity(0, {min(cpus)})
+    fl.mse_loss(z, z)
+    return others()[before:]
+if sys.argv[-1] == "thread":
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(call()))
+    thread.start()
+    thread.join()
+    assert found == [cpus] * 2, found
+else:
+    assert call() == [{min(cpus)}] * 2
+    time.sleep(2 * pool.CHECKED_AFTER)
+    os.sched_setaffinity(0, cpus)
+    fl.mse_loss(z, z)
+    assert others()[before:] == [cpus] * 2, others()
+print(THREADS.pool._workers)"""
+    assert run_python(code.replace("sys.argv[-1]", repr(pinned)), FASTLOSS_THREADS="pool") == "2"
+
+
+@has_affinity
+def test_a_thread_that_was_pinned_when_it_started_stays_so():
+    """Some tools pin each thread of a process when it starts."""
+    code = """
+import os, time, numpy as np, fastloss as fl
+from fastloss.cpu import pool
+work = pool.Worker.work
+def pinned(self, *sets):
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    work(self, *sets)
+pool.Worker.work = pinned
+kept, set_affinity = [], pool.set_affinity
+pool.set_affinity = lambda cpus: kept.append(cpus) or set_affinity(cpus)
+z = np.zeros(1_000_000)
+fl.set_num_threads(2)
+for _ in range(20):
+    fl.mse_loss(z, z)
+    time.sleep(0.003)
+print(kept)"""
+    assert run_python(code, FASTLOSS_THREADS="pool") == "[]"
+
+
+V2, V1 = "0::/a/b\n", "9:name=systemd:/x\n4:cpu,cpuacct:/a/b\n3:cpuset:/y\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "granted"),
+    [
+        (V2, {}, float("inf")),
+        (V2, {"a/b/cpu.max": "max 100000\n"}, float("inf")),
+        (V2, {"a/b/cpu.max": "150000 100000\n"}, 1.5),
+        (V2, {"a/b/cpu.max": "150000 100000\n", "a/cpu.max": "50000 100000\n"}, 0.5),
+        ("0::/\n", {"cpu.max": "20000 10000\n"}, 2.0),
+        ("0::/of/the/host\n", {"cpu.max": "20000 10000\n"}, 2.0),
+        ("0::/../other\n", {"cpu.max": "20000 10000\n"}, 2.0),
+        (V1, {"unified/cpu.max": "20000 10000\n"}, 2.0),
+        (V1, {"cpu,cpuacct/a/b/cpu.cfs_quota_us": "-1\n", "cpu,cpuacct/a/b/cpu.cfs_period_us": "100000\n"}, float("inf")),
+        (V1, {"cpu,cpuacct/a/b/cpu.cfs_quota_us": "300000\n", "cpu,cpuacct/a/b/cpu.cfs_period_us": "100000\n"}, 3.0),
+        (V1, {"cpu,cpuacct/cpu.cfs_quota_us": "300000\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n"}, 3.0),
+        (V1, {"cpuset/y/cpu.cfs_quota_us": "300000\n", "cpuset/y/cpu.cfs_period_us": "100000\n"}, float("inf")),
+        ("", {}, float("inf")),
+        ("no group", {}, float("inf")),
+        (None, {}, float("inf")),
+    ],
+)
+def test_the_quota_of_a_container(groups, files, granted, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    if groups is not None:
+        (tmp_path / "groups").write_text(groups)
+    assert cpus.quota(tmp_path / "groups", tmp_path) == granted
+
+
+def test_a_quota_limits_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr(cpus, "affinity", lambda thread: {0, 1, 2, 3})
+    for granted, count in ((float("inf"), 4), (8.0, 4), (1.5, 2), (0.1, 1)):
+        monkeypatch.setattr(cpus, "quota", lambda granted=granted: granted)
+        assert cpus.count_cpus() == count
 
 
 def run_python(code, **environment):
@@ -159,7 +264,6 @@ def test_workers_help_and_hold_no_array_afterwards(large, threads, no_team):
     threads(2)
     z, t = (x.copy() for x in large)
     LOSS(z, t)
-    assert any(thread.name == "fastloss" for thread in threading.enumerate())
     assert THREADS.pool._workers >= 1
     for _ in range(1000):
         if sys.getrefcount(z) <= 2:
@@ -171,10 +275,10 @@ def test_workers_help_and_hold_no_array_afterwards(large, threads, no_team):
 def test_a_pool_that_cannot_start_threads_works_alone(large, threads, no_team, monkeypatch):
     want = LOSS(*large)
 
-    def refuse(self):
+    def refuse(*_):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(_thread, "start_new_thread", refuse)
     threads((THREADS.pool._workers if THREADS.pool else 0) + 3)
     assert LOSS(*large) == want
 
@@ -318,14 +422,28 @@ fl.set_num_threads(4)
 """
 
 
-@pytest.mark.parametrize("semaphores", ["", "pool.has_semaphores = lambda library: False", "os.name = 'nt'"])
+@pytest.mark.parametrize("semaphores", ["", "pool.has_semaphores = lambda library: False"])
 def test_workers_sleep_and_wake(semaphores):
     code = """
 for pause in (0, 0, 0.0001, 0.01, 0.2, 0.01):
     time.sleep(pause)
     assert all(fl.log_cosh_loss(z, z * 0.3) == want for _ in range(5))
-print(len([*filter(lambda thread: thread.name == "fastloss", __import__("threading").enumerate())]))"""
+from fastloss.cpu.threads import THREADS
+print(THREADS.pool._workers)"""
     assert run_python(f"{POOL}{semaphores}{code}") == "3"
+
+
+def test_workers_where_the_system_tells_no_cpus():
+    code = """
+del os.sched_setaffinity, os.sched_getaffinity
+os.name = "nt"
+left = []
+pool.leave = lambda cpu, least: left.append(cpu)
+for _ in range(20):
+    assert fl.log_cosh_loss(z, z * 0.3) == want
+    time.sleep(0.002)
+print(left)"""
+    assert run_python(POOL + code) == "[]"
 
 
 def test_a_call_does_not_wait_for_a_worker_that_sleeps():
@@ -345,6 +463,24 @@ time.sleep(0.2)
 print({before, *during, fl.log_cosh_loss(z, z * 0.3)} == {want})
 os._exit(0)"""
     assert run_python(POOL + code.replace("os._exit(0)", "import sys; sys.stdout.flush(); os._exit(0)")) == "True"
+
+
+def test_a_call_waits_for_a_worker_that_has_begun():
+    begun, finished, caller = threading.Event(), [], threading.get_ident()
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def kernel(frame):
+        if threading.get_ident() == caller:
+            begun.wait(20)
+        else:
+            begun.set()
+            time.sleep(0.05)
+            finished.append(frame)
+
+    workers = pool.Pool()
+    workers.run(kernel, 7, 2)
+    assert finished == [7]
+    pool.end(workers._idle)
 
 
 def test_workers_are_shared_by_several_python_threads():

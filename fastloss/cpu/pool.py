@@ -7,20 +7,25 @@ sleeps. A caller that has finished cancels the jobs that no worker has begun, so
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import ctypes
 import functools
 import os
 import threading
+from time import monotonic
 from typing import Any, NamedTuple
 
 from fastloss.cpu.compile import load_assembly
+from fastloss.cpu.cpus import affinity
 from fastloss.cpu.features import processor
 
 # Looks at the state, some 20 ns each, before a worker sleeps: about a millisecond, as long as OpenMP's threads stay awake. Between them
 # it lets other threads have its CPU.
 SPINS = 40_000
+CHECKED_AFTER = 0.1  # seconds after which a call looks whether the process may use other CPUs
 LINE = 16  # fields of a worker, of 8 bytes: two cache lines, so that workers do not share one
+UNKNOWN = -1  # for a CPU
 CPU = 3  # position of the caller's CPU; before it are the state, the kernel and the frame, and a semaphore begins at 8
 
 # A worker's state is IDLE, POSTED (there is a job), RUNNING or ASLEEP. `work` returns if it finds itself on the caller's CPU.
@@ -63,7 +68,9 @@ take:
   %callers = load i64, ptr %cpu_at
   %here = call i32 %get_cpu()
   %cpu = sext i32 %here to i64
-  %same = icmp eq i64 %cpu, %callers
+  %equal = icmp eq i64 %cpu, %callers
+  %known = icmp sge i64 %callers, 0
+  %same = and i1 %equal, %known
   br i1 %same, label %leave, label %begin
 leave:
   ret i64 0
@@ -76,6 +83,11 @@ run:
   %frame_at = getelementptr ptr, ptr %worker, i64 2
   %kernel = load ptr, ptr %kernel_at
   %frame = load ptr, ptr %frame_at
+  %last = icmp eq ptr %kernel, null
+  br i1 %last, label %end, label %compute
+end:
+  ret i64 1
+compute:
   call void %kernel(ptr %frame)
   store atomic i64 0, ptr %worker release, align 8
   br label %awake
@@ -87,7 +99,7 @@ entry:
 posting:
   %k = phi i64 [0, %entry], [%k1, %posted]
   %more = icmp ult i64 %k, %count
-  br i1 %more, label %one, label %compute
+  br i1 %more, label %one, label %posted_all
 one:
   %worker_at = getelementptr ptr, ptr %workers, i64 %k
   %worker = load ptr, ptr %worker_at
@@ -107,6 +119,9 @@ wake:
 posted:
   %k1 = add i64 %k, 1
   br label %posting
+posted_all:
+  %ends = icmp eq ptr %kernel, null
+  br i1 %ends, label %done, label %compute
 compute:
   call void %kernel(ptr %frame)
   br label %ending
@@ -141,6 +156,7 @@ done:
   ret void
 }
 """
+LEAVES = 0  # returned by `work` of a worker that finds itself on the caller's CPU
 PAUSES = {  # by LLVM's name of the processor: the declaration and the call of an instruction that waits for some cycles
     "x86_64": ("declare void @llvm.x86.sse2.pause()", "call void @llvm.x86.sse2.pause()"),
     "aarch64": ("declare void @llvm.aarch64.hint(i32)", "call void @llvm.aarch64.hint(i32 1)"),
@@ -178,8 +194,8 @@ def system() -> System:
     library = ctypes.CDLL(None) if os.name == "posix" else None
     yield_cpu = getattr(library, "sched_yield", None) or integer(lambda: 0)
     # In a virtual machine, Linux often wakes a worker on the caller's CPU although another CPU is idle (a halted virtual CPU looks as
-    # if the host had preempted it), and the two threads then take turns: 400,000 elements of BCE took 225 us in such processes and
-    # 140 us in others. So a worker that wakes on the caller's CPU moves to another, and does not come back.
+    # if the host had preempted it), and the two threads then take turns. So a worker that wakes on the caller's CPU moves to another
+    # for good: 1,000,000 elements of BCE every 5 ms took 1.57 ms instead of 1.88 (12 processes each), every 20 ms 1.75 instead of 2.37.
     get_cpu = getattr(library, "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
     get_cpu = get_cpu or integer(lambda: -1)
     if library is not None and has_semaphores(library):
@@ -210,77 +226,111 @@ def python_semaphores() -> tuple[Any, Any]:
 
 
 class Worker:
-    """A thread that waits for jobs until the process ends."""
+    """A thread that waits for jobs until it is ended, or the process ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpus: set[int] | None) -> None:
         self.fields = (ctypes.c_int64 * (2 * LINE))()
         address = -(-ctypes.addressof(self.fields) // 128) * 128  # of the first whole pair of cache lines
         self.state = ctypes.c_void_p(address)
         self.cpu = ctypes.c_int64.from_address(address + 8 * CPU)
-        threading.Thread(target=self.work, name="fastloss", daemon=True).start()
+        # The `start` of threading.Thread holds a lock in which a signal handler that calls a loss would wait for ever.
+        _thread.start_new_thread(self.work, (cpus, affinity(0)))
 
-    def work(self) -> None:
-        """Work, and leave the caller's CPU whenever a job finds the thread there."""
-        affinity, functions = Affinity(), system()
-        while True:
-            code().work(self.state, functions.wait, functions.yield_cpu, functions.get_cpu, ctypes.c_int64(SPINS))
-            affinity.leave(self.cpu.value)
-            self.cpu.value = -1  # it has been tried, and the job is taken now wherever the thread runs
+    def work(self, cpus: set[int] | None, inherited: set[int] | None) -> None:
+        """Work on `cpus`, rather than on those inherited from the thread that started the worker. Leave the caller's CPU if found there."""
+        if cpus is not None and inherited != cpus and inherited == affinity(0):
+            set_affinity(cpus)
+        least, functions = len(affinity(0) or ()) // 2, system()
+        while code().work(self.state, functions.wait, functions.yield_cpu, functions.get_cpu, ctypes.c_int64(SPINS)) == LEAVES:
+            leave(self.cpu.value, least)
+            self.cpu.value = UNKNOWN  # it has been tried, and the job is taken now wherever the thread runs
 
 
 class Pool:
-    """Workers, which start when first needed and end with the process."""
+    """Workers, which start when first needed, and end with the process, or when the process may use other CPUs than before."""
 
     def __init__(self) -> None:
+        self._cpus = affinity(os.getpid())
+        self._checked = monotonic()
         self._idle: list[Worker] = []
         self._workers = 0
-        self._starting = threading.Lock()
+        self._changing = threading.Lock()  # is never waited for: a signal handler may have interrupted the thread that holds it
 
     def run(self, kernel: Any, frame: Any, threads: int) -> None:
         """Call `kernel(frame)` on the caller's thread and on `threads - 1` workers; return when all that have begun are finished.
 
         There are fewer workers if other callers have them, or if the system allows no more threads.
         """
-        workers = self._take(threads - 1)
+        if monotonic() - self._checked > CHECKED_AFTER:
+            self._follow_cpus()
+        if self._workers < threads - 1:
+            self._start(threads - 1)
+        idle = self._idle
+        workers = take(idle, threads - 1)
         try:
-            pointers = (ctypes.c_void_p * len(workers))(*(worker.state.value for worker in workers))
-            functions = system()
-            cpu = functions.get_cpu()
-            code().share(frame, kernel, pointers, ctypes.c_int64(len(workers)), functions.post, functions.yield_cpu, ctypes.c_int64(cpu))
+            share(kernel, frame, workers, system().get_cpu())
         finally:
-            self._idle.extend(workers)
-
-    def _take(self, count: int) -> list[Worker]:
-        """Take workers that are idle, and start some if there are fewer than `count` in all."""
-        if self._workers < count:
-            self._start(count)
-        taken: list[Worker] = []
-        with contextlib.suppress(IndexError):  # other callers have the others
-            while len(taken) < count:
-                taken.append(self._idle.pop())
-        return taken
+            idle.extend(workers)
+            if idle is not self._idle:
+                end(idle)
 
     def _start(self, count: int) -> None:
-        """Start workers until there are `count`."""
-        with self._starting, contextlib.suppress(RuntimeError):  # the system allows no more threads: fewer workers help
-            while self._workers < count:
-                self._idle.append(Worker())
-                self._workers += 1
+        """Start workers until there are `count`. If another call is doing so, fewer workers help this one."""
+        if self._changing.acquire(blocking=False):
+            try:
+                while self._workers < count:
+                    self._idle.append(Worker(self._cpus))
+                    self._workers += 1
+            except RuntimeError:  # the system allows no more threads
+                pass
+            finally:
+                self._changing.release()
+
+    def _follow_cpus(self) -> None:
+        """Replace the workers if the process may use other CPUs than when they started. Those at work end when they have finished."""
+        self._checked = monotonic()
+        if (cpus := affinity(os.getpid())) != self._cpus and self._changing.acquire(blocking=False):
+            try:
+                old, self._idle, self._workers, self._cpus = self._idle, [], 0, cpus
+            finally:
+                self._changing.release()
+            end(old)
 
 
-class Affinity:
-    """The set of CPUs that a worker may run on, without the CPU of the caller."""
+def take(idle: list[Worker], count: int) -> list[Worker]:
+    """Take up to `count` workers from a list. Other callers may have the others."""
+    taken: list[Worker] = []
+    with contextlib.suppress(IndexError):
+        while len(taken) < count:
+            taken.append(idle.pop())
+    return taken
 
-    def __init__(self) -> None:
-        self.given: set[int] = set()  # CPUs that the thread may run on, before `leave` removes one
-        self.last_set: set[int] = set()  # CPUs that `leave` has set last
 
-    def leave(self, cpu: int) -> None:
-        """Move the calling thread away from a CPU, unless it may run on no other."""
-        current = os.sched_getaffinity(0)
-        if current != self.last_set:  # other code has set the affinity since
-            self.given = current
-        if others := self.given - {cpu}:
-            with contextlib.suppress(OSError):  # if the system does not permit it, the thread stays
-                os.sched_setaffinity(0, others)
-                self.last_set = others
+def share(kernel: Any, frame: Any, workers: list[Worker], cpu: int) -> None:
+    """Call `kernel(frame)` on the caller's thread, which runs on `cpu`, and on workers; return when all that have begun are finished."""
+    pointers = (ctypes.c_void_p * len(workers))(*(worker.state.value for worker in workers))
+    functions = system()
+    code().share(frame, kernel, pointers, ctypes.c_int64(len(workers)), functions.post, functions.yield_cpu, ctypes.c_int64(cpu))
+
+
+def end(workers: list[Worker]) -> None:
+    """Remove workers from a list, and let their threads end. A worker without a kernel in its job returns."""
+    with contextlib.suppress(IndexError):  # empty
+        while True:
+            share(None, None, [workers.pop()], UNKNOWN)
+
+
+def leave(cpu: int, least: int) -> None:
+    """Move the calling thread away from a CPU, for good, unless it may then use fewer CPUs than `least`, or none.
+
+    A thread never gains a CPU: those that it may use may have been set by other code.
+    """
+    others = os.sched_getaffinity(0) - {cpu}
+    if others and len(others) >= least:
+        set_affinity(others)
+
+
+def set_affinity(cpus: set[int]) -> None:
+    """Let the calling thread run on these CPUs. If the system does not permit it, the thread stays as it is."""
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, cpus)

@@ -12,6 +12,7 @@ import sys
 from time import perf_counter
 from typing import Any
 
+from fastloss.cpu.cpus import count_cpus
 from fastloss.cpu.team import Team, find_team
 from fastloss.kernel.builds import built
 
@@ -73,10 +74,10 @@ def import_pool() -> Any:
 
 
 def default_count() -> int:
-    """Return FASTLOSS_NUM_THREADS if it is set, otherwise the number of CPUs that this process may use."""
+    """Return FASTLOSS_NUM_THREADS if it is set, otherwise the number of CPUs that this process may use; see `cpus.py`."""
     given = os.environ.get("FASTLOSS_NUM_THREADS")
     if given is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return count_cpus()
     if not given.isdecimal() or int(given) < 1:
         raise ValueError(f"the environment variable FASTLOSS_NUM_THREADS is {given!r}; accepted: an integer of 1 or more")
     return int(given)

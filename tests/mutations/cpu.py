@@ -350,10 +350,10 @@ MUTATIONS = (
     ),
     Mutation(
         "worker-not-awaited", "cpu/pool.py", "br i1 %running, label %wait, label %ended", "br i1 %running, label %ended, label %ended",
-        "A call returns while a worker still computes.", ("test_threads.py::test_workers_sleep_and_wake",),
+        "A call returns while a worker still computes.", ("test_threads.py::test_a_call_waits_for_a_worker_that_has_begun",),
     ),
     Mutation(
-        "worker-returned-twice", "cpu/pool.py", "self._idle.extend(workers)", "self._idle.extend(workers * 2)",
+        "worker-returned-twice", "cpu/pool.py", "idle.extend(workers)", "idle.extend(workers * 2)",
         "A worker is given to two calls at once.", ("test_threads.py::test_workers_are_shared_by_several_python_threads",),
     ),
     Mutation(
@@ -370,8 +370,13 @@ MUTATIONS = (
         "A call ignores set_num_threads.", ("test_threads.py::test_pytorchs_team_computes_with_at_most_its_number_of_threads",),
     ),
     Mutation(
-        "worker-stays", "cpu/pool.py", "if others := self.given - {cpu}:", "if others := self.given:",
-        "A worker does not leave the caller's CPU.", ("test_threads.py::test_a_worker_leaves_the_callers_cpu_and_comes_back",),
+        "worker-stays", "cpu/pool.py", "- {cpu}", "- set()", "A worker does not leave the caller's CPU.",
+        ("test_threads.py::test_a_worker_leaves_the_callers_cpu_and_gains_none",),
+    ),
+    Mutation(
+        "pool-stays-pinned", "cpu/pool.py", "!= self._cpus and", "is None and",
+        "The workers of a process that was pinned stay on those CPUs.",
+        ("test_threads.py::test_a_pool_made_by_a_pinned_thread_is_not_pinned",),
     ),
     Mutation(
         "key-without-sources", "cpu/compile.py", 'f"{_fingerprint()} {spec.key}"', 'f"{spec.key}"',
