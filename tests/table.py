@@ -59,10 +59,6 @@ class Case:
         return self.row.gradients
 
     @property
-    def half_ulp(self) -> float:
-        return self.row.half_ulp
-
-    @property
     def is_elementwise(self) -> bool:
         return self.row.is_elementwise
 

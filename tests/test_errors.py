@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import re
@@ -359,6 +360,55 @@ def test_validate_writes_nothing_to_the_callers_buffer(in_place):
     with pytest.raises(ValueError, match=re.escape("target[2, 1, 0] is 2.0")):
         LOSS.value_and_grad(z, t, validate=True, out=out)
     np.testing.assert_array_equal(out, before)
+
+
+WHOLE = "target[0, 1] is 255; accepted: targets in [0, 1]; for images stored as whole numbers pass target_scale=1/255"
+TO_PROBABILITIES = ["binary_cross_entropy_with_logits", "binary_cross_entropy", "sigmoid_focal_loss"]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int64"])
+@pytest.mark.parametrize("name", TO_PROBABILITIES)
+def test_whole_targets_beyond_0_and_1_are_refused(name, dtype):
+    loss, z, images = getattr(fl, name), np.full((1, 3), 0.5, np.float32), np.array([[1, 255, 0]]).astype(dtype)
+    images[0, 1] = 255
+    out, refused = np.zeros_like(z), re.escape(WHOLE)
+    for call in (
+        loss.grad,
+        loss.value_and_grad,
+        functools.partial(loss, reduction="mean"),
+        functools.partial(loss, reduction="sample_sum"),
+    ):
+        with pytest.raises(ValueError, match=f"{refused}$"):
+            call(z, images)
+    with pytest.raises(ValueError, match=refused + re.escape(" (the output has already been written)") + "$"):
+        loss.value_and_grad(z, images, out=out)
+    with pytest.raises(ValueError, match=f"{refused}$"):
+        loss.value_and_grad(z, images, out=out, validate=True)
+    assert loss.grad(z, images, target_scale=1 / 255).all()
+    assert loss.grad(z, images, mask=images < 2)[0, ::2].all()
+    assert loss.grad(z, images, ignore_index=255)[0, ::2].all()
+    loss.grad(z, images.astype(np.float32))
+    loss.grad(z, images > 0)
+    with pytest.raises(ValueError, match=re.escape("is -1; accepted")):
+        loss.grad(z, -(images == 1).astype("int8"))
+
+
+def test_whole_targets_of_the_other_losses():
+    images = np.array([[[1, 255, 0]]], np.uint8)
+    z = np.zeros(images.shape, np.float32)
+    for loss in (fl.dice_with_logits_loss, fl.dice_bce_with_logits_loss):
+        out = np.full_like(z, 7)
+        with pytest.raises(ValueError, match=re.escape(WHOLE.replace("[0, 1] is", "[0, 0, 1] is")) + "$"):
+            loss.value_and_grad(z, images, out=out)
+        assert (out == 7).all()
+        loss.value_and_grad(z, images, out=out, mask=images < 255)
+        loss.value_and_grad(z, images.astype(np.float64))
+    with pytest.raises(ValueError, match=re.escape(WHOLE.replace("[0, 1] is", "[0, 0, 1] is"))):
+        fl.binary_entropy(images)
+    with pytest.raises(ValueError, match=re.escape(WHOLE.replace("[0, 1] is", "[0, 0, 1] is"))):
+        fl.vae_loss(z, images, z[0], z[0])
+    for loss in (fl.mse_loss, fl.l1_loss, fl.huber_loss, fl.mse_with_logits_loss):
+        assert loss(z, images) > 0
 
 
 def test_squared_error_has_no_range_to_check():

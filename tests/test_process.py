@@ -172,10 +172,12 @@ def test_help_runs():
     assert "demo" in shown
 
 
-def test_numba_configured_for_another_cpu():
+def test_numba_configured_for_another_cpu(tmp_path):
     """No instruction of the host CPU may be used then: LLVM would end the process."""
     code = """
 import numpy as np, fastloss as fl
 z = np.linspace(-3, 3, 100, dtype=np.float32)
 print(fl.binary_cross_entropy_with_logits.value_and_grad(z, z > 0)[0].round(5))"""
-    assert run_python(code, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="") == run_python(code)
+    cached = {"FASTLOSS_CACHE_DIR": str(tmp_path)}
+    for _ in range(2):  # the second process loads the kernel from the disk
+        assert run_python(code, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="", **cached) == run_python(code)

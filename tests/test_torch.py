@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import subprocess
 import sys
 import threading
@@ -458,6 +459,19 @@ def test_an_error_before_the_overwriting_leaves_the_input_usable():
     penalty.backward()
 
 
+def test_whole_targets_are_refused_and_a_written_input_is_known_to_have_changed():
+    leaf = torch.zeros(3, requires_grad=True)
+    logits, images = leaf * 1, torch.tensor([0, 255, 1], dtype=torch.uint8)
+    version = logits._version
+    with pytest.raises(ValueError, match=re.escape("target[1] is 255; accepted: targets in [0, 1]")):
+        BCE(logits, images)
+    assert logits._version == version
+    with pytest.raises(ValueError, match=re.escape("(the output has already been written)")):
+        BCE(logits, images, inplace_grad=True)
+    assert logits._version > version
+    BCE(logits.detach(), images, target_scale=1 / 255)
+
+
 @pytest.mark.parametrize("view", [lambda z: z, lambda z: z.view(-1), lambda z: z[:2], lambda z: z.detach().requires_grad_()])
 def test_a_leaf_is_not_overwritten(view):
     z, t = operands("")
@@ -489,7 +503,7 @@ def test_inplace_grad_is_an_option_of_values_with_one_gradient():
         BCE.grad(z, t, inplace_grad=True)
     with pytest.raises(TypeError, match="inplace_grad is not supported by gaussian_kl_loss, which has two gradients"):
         fl.gaussian_kl_loss(z * 1, t, inplace_grad=True)
-    with pytest.raises(ValueError, match="several elements of out share memory"):
+    with pytest.raises(ValueError, match="several elements of the input, which inplace_grad=True overwrites, share memory"):
         BCE((z * 1)[:1].expand(SHAPE), t, inplace_grad=True)
 
 

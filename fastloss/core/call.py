@@ -26,6 +26,7 @@ from fastloss.core.checks import (
 from fastloss.core.definition import INPUT_AND_TARGET, Definition, operand_of
 from fastloss.core.dtypes import is_float
 
+COUNT, TARGET = ("count",), ("target",)
 ANY_NUMBER = (-math.inf, math.inf)
 get_layout = attrgetter("dtype", "shape", "strides")
 
@@ -207,9 +208,16 @@ class Call:
         arrays to read, followed by the outputs.
         """
         layouts = tuple(map(get_layout, arrays))
-        checked = self.loss.probabilities if validate else ()
+        checked = self.loss.probabilities if validate else self.always_checked if wanted or summed != COUNT else ()
         names, numbers = self.names, tuple(self.numbers)
         return self.loss.formula, self.shape, self.group_axes, summed, checked, wanted, self.parameters, numbers, names, layouts
+
+    @property
+    def always_checked(self) -> tuple[str, ...]:
+        """The operands that are checked without `validate`: integer targets, where 255 is taken for a probability of 255."""
+        if "target" not in self.loss.probabilities or "target_scale" in self.numbers or "target" not in self.names:
+            return ()
+        return TARGET if self.arrays[self.names.index("target")].dtype.kind in "iu" else ()
 
     def copy(self) -> Self:
         """Make a copy of the call whose attributes can be replaced without changing the original."""
@@ -248,7 +256,7 @@ class Call:
     def count(self) -> Any:
         """Return the number that the reduction divides by: one number, or an array with one for each group."""
         if self.must_count:
-            return self.narrowed(*self.counted).run(("count",), (), [])[0]
+            return self.narrowed(*self.counted).run(COUNT, (), [])[0]
         if self.reduction == "mean":
             return math.prod(self.shape)
         if self.reduction == "sample_mean":

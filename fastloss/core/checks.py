@@ -17,6 +17,15 @@ REDUCTIONS = ("mean", "sum", "none", "batchmean", "sample_mean", "sample_sum")
 SMALLEST, LARGEST = math.nextafter(0.0, 1.0), sys.float_info.max  # bounds of "positive" and "finite"
 INTERNAL = ("fastloss", "torch")  # packages whose lines no warning names: torch.nn.Module calls a loss for its user
 
+
+class ElementError(ValueError):
+    """An element outside [0, 1]. It was found in the pass that writes the caller's output, or in one before."""
+
+    def __init__(self, message: str, has_written: bool) -> None:
+        super().__init__(message + " (the output has already been written)" * has_written)
+        self.has_written = has_written
+
+
 ArrayInfo = tuple[str, np.dtype[Any], tuple[int, ...], tuple[int, ...]]  # name, dtype, shape, strides
 
 
@@ -165,7 +174,12 @@ def check_output(
     dtype, shape, strides = found
     if shape != wanted or dtype != wanted_dtype:
         raise ValueError(f"{name} has shape {shape} and dtype {dtype}; the result has shape {wanted} and dtype {wanted_dtype}")
-    reach = dtype.itemsize
+    refuse_shared_elements(name, shape, strides, dtype.itemsize)
+
+
+def refuse_shared_elements(name: str, shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> None:
+    """Raise ValueError if elements of an array to write share memory. `size` is that of an element, in the unit of the strides."""
+    reach = size
     for stride, length in sorted((abs(stride), length) for stride, length in zip(strides, shape, strict=True) if length > 1):
         if stride < reach and 0 not in shape:
             raise ValueError(f"several elements of {name} share memory: it is a broadcast view or a sliding window")

@@ -24,7 +24,8 @@ OPTIONS = {
     "out": 'array for the gradient or curvature, or with reduction "none" for the value. It may be the input, which is then '
     "overwritten, and may not overlap any other array.",
     "validate": "True raises an error if {probabilities} has an element outside [0, 1]; without `out` the check costs no further "
-    "pass over memory. On a GPU the error is raised by a later call that validates, or by `fastloss.raise_deferred()`; "
+    "pass over memory. Integer targets other than 0 and 1 are always an error, unless `target_scale` is passed. "
+    "On a GPU the error is raised by a later call that checks, or by `fastloss.raise_deferred()`; "
     '"defer" means the same and documents that this is known.',
 }
 NOT_VALIDATED = "has no effect on this loss, whose operands may be any numbers."
@@ -34,7 +35,7 @@ RETURNS = (
 )
 RAISES = {
     "ValueError": "shapes that do not fit, an unknown reduction, a number out of its bounds, an `out` that is read-only or overlaps, "
-    "or an element that `validate` refuses.",
+    "integer targets other than 0 and 1 of a loss whose targets are probabilities, or an element that `validate` refuses.",
     "TypeError": "a dtype or a type that is not accepted, or an unknown option.",
 }
 

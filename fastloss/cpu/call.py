@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastloss.core.call import Call
-from fastloss.core.checks import describe_bad_element, warn_of_empty_mean
+from fastloss.core.checks import ElementError, describe_bad_element, warn_of_empty_mean
 from fastloss.core.plan import Array, Request, make_plan
 from fastloss.cpu import memory
 from fastloss.kernel.builds import built
@@ -113,7 +113,7 @@ class HostCall(Call):
             launch.plan.check_overlap(arrays, addresses)
         sums, bad = launch.run(addresses, self.numbers.values(), scale)
         if bad:
-            self.refuse_bad_element()
+            self.refuse_bad_element(launch.plan.spec.checked, has_written=self.out is not None and bool(outputs))
         return sums
 
     def scale(self, counted: Any) -> Any:
@@ -136,19 +136,19 @@ class HostCall(Call):
         needed = (*self.loss.probabilities, "target", "mask", "ignore_index", "target_scale")
         self.narrowed(*needed).run((), (), [], validate=True)
 
-    def refuse_bad_element(self) -> None:
+    def refuse_bad_element(self, checked: tuple[str, ...], has_written: bool) -> None:
         """Find the first element outside [0, 1], searching one part of the batch at a time, and raise the error that names it."""
         shape = self.shape or (1,)
         named = {name: np.broadcast_to(array, self.shape).reshape(shape) for name, array in zip(self.names, self.arrays, strict=True)}
         entries = max(1, SEARCHED * shape[0] // named["target"].size)
         for first in range(0, shape[0], entries):
             part = {name: array[first : first + entries] for name, array in named.items()}
-            for name in self.loss.probabilities:
+            for name in checked:
                 if (bad := self.find_bad(name, part)).any():
                     where = np.unravel_index(np.argmax(bad), bad.shape)
                     index = (int(where[0]) + first, *map(int, where[1:]))[: len(self.shape)]
-                    raise ValueError(describe_bad_element(name, index, part[name][where], "target_scale" in self.numbers))
-        raise ValueError("a target is outside [0, 1] by a rounding error of the arithmetic; accepted: targets in [0, 1]")
+                    raise ElementError(describe_bad_element(name, index, part[name][where], "target_scale" in self.numbers), has_written)
+        raise ElementError("a target is outside [0, 1] by a rounding error of the arithmetic; accepted: targets in [0, 1]", has_written)
 
     def find_bad(self, name: str, part: dict[str, Array]) -> Any:
         """Return a bool array of the elements of a part of the batch that count and lie outside [0, 1]."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import sys
 from collections.abc import Iterable
 from functools import cache
@@ -31,8 +32,10 @@ PROTOTYPE = ctypes.CFUNCTYPE(None)  # called with a ctypes array, unchecked (0.2
 ENTRY = """
 DECLARE
 define void @SYMBOL(ptr %frame) {
+  %result = alloca ptr
+  %error = alloca ptr
   SET
-  call void @LOOP(ptr %frame)
+  call i32 @LOOP(ptr %result, ptr %error, ptr %frame)
   RESTORE
   ret void
 }"""
@@ -91,12 +94,23 @@ def _compile(spec: Spec) -> bytes:
     loop.SPECS[spec.key] = spec
     # Numba's machine code refers to addresses of this process; compiling its LLVM text again gives code without such references
     text = loop.build(spec.key).inspect_llvm()
-    name = next(f.name for f in llvm.parse_assembly(text).functions if f.name.startswith("cfunc."))
+    name = next(f.name for f in llvm.parse_assembly(text).functions if not (f.is_declaration or f.name.startswith("cfunc.")))
     entry = ENTRY.replace("SYMBOL", SYMBOL).replace("LOOP", f'"{name}"')
     for part, code in zip(("DECLARE", "SET", "RESTORE"), STATES.get(features.processor(), ("", "", "")), strict=True):
         entry = entry.replace(part, code)
     module = llvm.parse_assembly(text + entry)
+    drop_unused(module)
     return bytes(_machine().emit_object(module))
+
+
+def drop_unused(module: llvm.ModuleRef) -> None:
+    """Drop Numba's wrapper of the loop. The functions of Python that it would call are not known where the kernel is loaded."""
+    for function in module.functions:
+        if not function.is_declaration and function.name != SYMBOL:
+            function.linkage = "internal"
+    passes = llvm.create_new_module_pass_manager()
+    passes.add_global_dead_code_eliminate_pass()
+    passes.run(module, llvm.create_pass_builder(_machine(), llvm.create_pipeline_tuning_options(speed_level=0)))
 
 
 def _check_numba() -> None:
@@ -134,9 +148,13 @@ def _machine() -> llvm.TargetMachine:
 
 @cache
 def _start_llvm() -> None:
-    """Initialise the part of LLVM that generates code for this CPU."""
+    """Initialise the part of LLVM that generates code for this CPU, and name the functions that the code may call."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    if not features.has_fma():
+        library = ctypes.CDLL(None if os.name == "posix" else "ucrtbase")
+        for name in ("fma", "fmaf"):  # which LLVM calls then
+            llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
 
 
 @cache

@@ -289,7 +289,7 @@ def emit_step(step: StepEmitter, numbers: dict[str, ir.Value], scale: ir.Value, 
     all_lanes = Vector(builder, step.all, ir.VectorType(scalar_type(spec.compute), step.lanes))
     loaded, counted = element.load(
         spec, raw, number, all_lanes, lambda x, code: step.convert(x, code, spec.compute),
-        lambda stored, widened: differs_from(step, stored, widened, numbers["ignore_index"]),
+        lambda stored, converted: differs_from(step, stored, converted, numbers["ignore_index"]),
     )  # fmt: skip
     found = element.quantities(spec, loaded, number)
     scales = spread_number(builder, scale, spec)
@@ -324,13 +324,13 @@ def spread_number(builder: ir.IRBuilder, value: ir.Value, spec: Spec) -> Vector:
     return Vector(builder, spread(builder, value, lanes_of(spec)))
 
 
-def differs_from(step: StepEmitter, stored: Vector, widened: Vector, value: ir.Value) -> Vector:
-    """Return the mask of targets that differ from a number: integers are compared as stored, floating-point numbers as widened."""
+def differs_from(step: StepEmitter, stored: Vector, converted: Vector, value: ir.Value) -> Vector:
+    """Return the mask of targets that differ from a number: integers are compared as stored, other targets as converted."""
     code = next(op.code for op in step.spec.operands if op.name == "target")
-    if code[0] in "iub":
+    if code[0] in "iu":
         value = (step.builder.fptosi if code[0] == "i" else step.builder.fptoui)(value, scalar_type(code))
         return stored != Vector(step.builder, spread(step.builder, value, step.lanes))
-    return widened != spread_number(step.builder, value, step.spec)
+    return converted != spread_number(step.builder, value, step.spec)
 
 
 # --- intrinsics that the Numba loop calls ------------------------------------------------------------------------------

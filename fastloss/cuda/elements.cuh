@@ -75,7 +75,6 @@ DEVICE unsigned short to_bfloat16(const double x) { return to_bfloat16(round_to_
 // --- arguments and sums ----------------------------------------------------------------------------------------------
 
 #define AT_LEAST_1(n) ((n) > 0 ? (n) : 1)  // C++ has no empty arrays
-#define TOTALS (SUMS + 2 * IS_CHECKED)  // partial sums of a range: its sums, and the key and the value of its first bad element
 
 struct Axis {
     long long length, strides[ARRAYS];
@@ -103,20 +102,20 @@ struct Arguments {
 
 struct Sums {  // sums over a few elements, in the type of the arithmetic
     compute_t total[AT_LEAST_1(SUMS)], factor[AT_LEAST_1(FACTORS)];
-    double key, found;  // the first bad element: its position and operand (see Launch.bad_element), and its value
 };
 
 struct Totals {  // sums over a range, or over a group, in float64
-    double x[AT_LEAST_1(TOTALS)];
+    double x[AT_LEAST_1(SUMS)];
 };
 
-#define NONE 1e300  // key if there is no bad element
-
-DEVICE void record_bad(Sums& sums, const double key, const double found) {
-    if (key < sums.key) {
-        sums.key = key;
-        sums.found = found;
-    }
+// Record a bad element, by its position and operand (see Launch.bad_element) and its value, if no other is recorded.
+DEVICE void record_bad(const Arguments& a, const double key, const double found) {
+    if (*(volatile int*)a.is_recorded || atomicExch((int*)a.is_recorded, 1)) return;
+    volatile double* record = (volatile double*)a.record;
+    record[1] = key;
+    record[2] = found;
+    __threadfence_system();
+    *(volatile long long*)record = a.launch;  // last, because the host reads the record when this is not 0
 }
 
 // --- packs: neighbouring elements of a row, which one thread loads together -----------------------------------------------

@@ -52,61 +52,41 @@ DEVICE void process(const Arguments& a, const Numbers& number, const index_t gro
     for (int p = 0; p < PACKS; ++p)
         if (first + p * THREADS < stop) {
 #pragma unroll
-            for (int j = 0; j < PACK; ++j) compute(packs[p], j, !IS_RAGGED || j < pos[p].count, pos[p].linear + j, number, sums);
+            for (int j = 0; j < PACK; ++j) compute(packs[p], j, !IS_RAGGED || j < pos[p].count, pos[p].linear + j, a, number, sums);
             store(packs[p], a, pos[p]);
         }
 }
 
-// Return the totals of no elements.
-DEVICE Totals empty_totals() {
-    Totals totals = {};
-    if (IS_CHECKED) totals.x[SUMS] = NONE;
-    return totals;
-}
-
 // Return the totals of a thread's part of a range.
 DEVICE Totals sum_thread(const Arguments& a, const Numbers& number, const index_t group, const index_t first, const index_t stop) {
-    Totals totals = empty_totals();
-    double key = NONE, found = 0.0;
+    Totals totals = {};
     for (index_t at = first + threadIdx.x; at < stop; at += THREADS * PACKS * ROUNDS) {
         Sums sums = {};
-        sums.key = key;
-        sums.found = found;
         for (int turn = 0; turn < ROUNDS; ++turn) process(a, number, group, at + turn * THREADS * PACKS, stop, sums);
         fold(totals, sums);
-        key = sums.key;
-        found = sums.found;
-    }
-    if (IS_CHECKED) {
-        totals.x[SUMS] = key;
-        totals.x[TOTALS - 1] = found;
     }
     return totals;
 }
 
-#if TOTALS
+#if SUMS
 
-__shared__ double shared[TOTALS][THREADS];
+__shared__ double shared[SUMS][THREADS];
 
 DEVICE void add(Totals& totals, const Totals& other) {
 #pragma unroll
     for (int k = 0; k < SUMS; ++k) totals.x[k] += other.x[k];
-    if (IS_CHECKED && other.x[SUMS] < totals.x[SUMS]) {
-        totals.x[SUMS] = other.x[SUMS];
-        totals.x[TOTALS - 1] = other.x[TOTALS - 1];
-    }
 }
 
 DEVICE Totals read_shared(const int thread) {
     Totals totals;
 #pragma unroll
-    for (int k = 0; k < TOTALS; ++k) totals.x[k] = shared[k][thread];
+    for (int k = 0; k < SUMS; ++k) totals.x[k] = shared[k][thread];
     return totals;
 }
 
 DEVICE void write_shared(const Totals& totals) {
 #pragma unroll
-    for (int k = 0; k < TOTALS; ++k) shared[k][threadIdx.x] = totals.x[k];
+    for (int k = 0; k < SUMS; ++k) shared[k][threadIdx.x] = totals.x[k];
     __syncthreads();
 }
 
@@ -120,32 +100,23 @@ DEVICE Totals sum_block(Totals totals) {
     return totals;
 }
 
-// Write the results of a group, and record its first bad element if no other is recorded.
+// Write the results of a group.
 DEVICE void finish(const Arguments& a, const index_t group, const Totals& totals) {
 #if IS_MEAN
     write_result(a, group, totals.x[0] / totals.x[1]);
 #else
     for (int k = 0; k < SUMS; ++k) write_result(a, k * (index_t)a.groups + group, totals.x[k] / divisor(a, group));
 #endif
-#if IS_CHECKED
-    if (totals.x[SUMS] < NONE && atomicExch((int*)a.is_recorded, 1) == 0) {
-        volatile double* record = (volatile double*)a.record;
-        record[1] = totals.x[SUMS];
-        record[2] = totals.x[TOTALS - 1];
-        __threadfence_system();
-        *(volatile long long*)record = a.launch;  // last, because the host reads the record when this is not 0
-    }
-#endif
 }
 
 // Add the partial sums of a group's ranges, in the block that finishes the last range.
 DEVICE Totals sum_ranges(const Arguments& a, const index_t group) {
-    const volatile double* partials = (const volatile double*)a.partials + group * (index_t)a.group_ranges * TOTALS;
-    Totals totals = empty_totals();
+    const volatile double* partials = (const volatile double*)a.partials + group * (index_t)a.group_ranges * SUMS;
+    Totals totals = {};
     for (index_t range = threadIdx.x; range < (index_t)a.group_ranges; range += THREADS) {
         Totals other;
 #pragma unroll
-        for (int k = 0; k < TOTALS; ++k) other.x[k] = partials[range * TOTALS + k];
+        for (int k = 0; k < SUMS; ++k) other.x[k] = partials[range * SUMS + k];
         add(totals, other);
     }
     return sum_block(totals);
@@ -168,7 +139,7 @@ DEVICE void reduce(const Arguments& a, const index_t range, const index_t group,
     totals = sum_block(totals);
     if (a.group_ranges > 1) {
         if (threadIdx.x == 0)
-            for (int k = 0; k < TOTALS; ++k) ((volatile double*)a.partials)[range * TOTALS + k] = totals.x[k];
+            for (int k = 0; k < SUMS; ++k) ((volatile double*)a.partials)[range * SUMS + k] = totals.x[k];
         if (!is_last_range(a, group)) return;
         totals = sum_ranges(a, group);
         if (threadIdx.x == 0) ((unsigned int*)a.finished)[group] = 0;
@@ -186,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) KERNEL(const Arguments a) {
         const index_t first = (range - group * group_ranges) * (index_t)a.range_packs, end = first + (index_t)a.range_packs;
         const Numbers number = read_numbers(a, numerator(a, group) / divisor(a, group));
         const Totals totals = sum_thread(a, number, group, first, end < (index_t)a.group_packs ? end : (index_t)a.group_packs);
-#if TOTALS
+#if SUMS
         reduce(a, range, group, totals);
 #endif
     }

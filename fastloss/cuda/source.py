@@ -80,8 +80,8 @@ def constants(variant: Variant) -> str:
         "compute_t": TYPES[spec.compute],
         "index_t": "unsigned long long" if variant.is_wide else "unsigned int",
         "THREADS": THREADS,
-        # at least two blocks on a multiprocessor; without the 2, the compiler spills registers of some 8-byte kernels to fit three
-        "BOUNDS": f"{THREADS}, 2" if any(op.size == 8 for op in spec.arrays) else THREADS,
+        # blocks that fit on a multiprocessor; without a number, the compiler spills registers of some of these kernels to fit more
+        "BOUNDS": f"{THREADS}, 1" if spec.checked else f"{THREADS}, 2" if any(op.size == 8 for op in spec.arrays) else THREADS,
         "PACK": variant.pack,
         "PACKS": variant.packs,
         "ROUNDS": max(1, SUMMED // (variant.pack * variant.packs)),
@@ -91,7 +91,6 @@ def constants(variant: Variant) -> str:
         "SUMS": len(spec.summed),
         "FACTORS": len(spec.multiplied),
         "IS_RAGGED": int(variant.is_ragged),
-        "IS_CHECKED": int(bool(spec.checked)),
         "IS_MEAN": int(variant.is_mean),
     }
     widths = "".join(f"#define WIDTH_{k} {width}\n" for k, width in enumerate(variant.widths))
@@ -133,10 +132,10 @@ def element_function(spec: Spec) -> str:
     is_inside = Scalar(lines, "is_inside", "bool", compute)
     codes = {op.name: op.code for op in spec.operands}
 
-    def differs(stored: Scalar, widened: Scalar) -> Any:
-        if codes["target"][0] in "iub":  # compare integers as stored, floating-point numbers as widened
+    def differs(stored: Scalar, converted: Scalar) -> Any:
+        if codes["target"][0] in "iu":  # compare integers as stored, other targets as converted
             return stored != Scalar(lines, "number.ignored", stored.type)
-        return widened != number["ignore_index"]
+        return converted != number["ignore_index"]
 
     loaded, counted = element.load(spec, raw, number, is_inside, lambda x, code: x.convert(code, spec.compute), differs)
     found = element.quantities(spec, loaded, number)
@@ -151,8 +150,9 @@ def element_function(spec: Spec) -> str:
     for k, name in enumerate(spec.checked):
         bad = element.is_bad(loaded[name], counted)
         key, value = f"{len(spec.checked)}.0 * (double)linear + {k}.0", raw[name].convert(codes[name], "f8").name
-        lines.append(f"if ({bad.name}) record_bad(sums, {key}, {value});")
-    head = "void compute(Pack& pack, const int j, const bool is_inside, const index_t linear, const Numbers& number, Sums& sums)"
+        lines.append(f"if ({bad.name}) record_bad(a, {key}, {value});")
+    position = "const int j, const bool is_inside, const index_t linear"
+    head = f"void compute(Pack& pack, {position}, const Arguments& a, const Numbers& number, Sums& sums)"
     return "\n".join([numbers(spec, codes), function(head, lines)])
 
 

@@ -13,7 +13,7 @@ import cupy
 
 STREAMS = 64  # number of workspaces stored; freed memory is reused on its own stream only, so a workspace in use may be dropped
 GROUPS = 1024  # largest number of groups with several ranges; each has a counter of finished ranges
-SUMS = 6  # largest number of partial sums of a range: Dice's four, and the key and the value of a bad element
+SUMS = 4  # largest number of partial sums of a range: those of Dice
 PARTIALS = 8 * SUMS * 2 * GROUPS  # bytes; see launch.py for the number of ranges
 SLOTS = 4096  # records on a page; while a graph is captured, allocating another page may fail
 PER_THREAD = 2  # the handle of the default stream if each thread has a default stream of its own

@@ -97,7 +97,8 @@ class DiceLoss(AbstractLoss):
         self.settings = {**_SETTINGS, **(_WEIGHTS if with_entropy else {})}
         self.with_entropy = with_entropy
         options = (*self.settings, "weight", "reduction", *OPTIONS)
-        self.first, self.second = (Definition(formula, {}, ("target",), options) for formula in (_SUMS, _SLOPES))
+        self.first = Definition(_SUMS, {}, ("target",), options)
+        self.second = Definition(_SLOPES, {}, (), options)  # the first pass has checked the targets
         self.__signature__ = signature(("input", "target"), "mean", {**self.settings, **OPTIONS})
         example = f"value, grad = fastloss.{name}.value_and_grad(input, target)"
         own = _OWN | ({"reduction": _REDUCTION_WITH_ENTROPY} if with_entropy else {})

@@ -27,7 +27,6 @@ class Row:
     reduction: str | None = None  # the reduction of all its benchmarks; None: that of the case
     is_elementwise: bool = True  # a sum over the elements of an input and a target
     ulp: Mapping[str, Limit] = field(default_factory=dict)  # largest errors by quantity, in units in the last place
-    half_ulp: float = 1  # largest error of 16-bit results beyond half an ulp of their own, in float32 ulp
     settings: tuple[Mapping[str, float], ...] = ({},)  # parameters at which the errors are measured
     module: str = ""  # its class in fastloss.torch, if torch.nn has none
 

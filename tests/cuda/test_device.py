@@ -163,7 +163,9 @@ def test_errors_of_targets_are_deferred(cp, rng):
     t[1, 2, 3] = 7.0
     t[2, 0, 0] = -1.0
     LOGISTIC(z, t, validate="defer")
-    with pytest.raises(ValueError, match=r"^target\[1, 2, 3\] is 7.0; accepted: targets in \[0, 1\] \(found on the GPU, by an earlier"):
+    with pytest.raises(
+        ValueError, match=r"^target\[(1, 2, 3\] is 7|2, 0, 0\] is -1).0; accepted: targets in \[0, 1\] \(found on the GPU, by an"
+    ):
         fl.raise_deferred()
     fl.raise_deferred()  # raises each error only once
     LOGISTIC(z, cp.asarray(b), validate=True)

@@ -51,11 +51,6 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         "device-maximum-swallows-nan", "cuda/elements.cuh", "return x != x || y != y ? x + y : x > y ? x : y;", "return x > y ? x : y;",
         "The maximum may lose a NaN.", ("test_elementwise_loss.py::test_minimum_and_maximum_propagate_nan",),
     ),
-    Mutation(
-        "last-bad-element", "cuda/elements.cuh", "if (key < sums.key) {", "if (key >= 0.0) {",
-        "A thread records its last bad element instead of its first.",
-        (f"{DEVICE}test_the_first_of_several_bad_targets_of_a_thread_is_named",),
-    ),
     # --- the loop
     Mutation(
         "tail-too-long", "cuda/loop.cuh", "(index_t)a.segment_size - pack * PACK;", "(index_t)a.segment_size - pack * PACK + 1;",
@@ -75,8 +70,12 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         "A thread visits most packs several times.", (f"{DEVICE}test_ranges_of_many_packs",),
     ),
     Mutation(
-        "record-forgotten", "cuda/loop.cuh", "        key = sums.key;\n", "", "A thread forgets the bad element that it has found.",
+        "record-forgotten", "cuda/elements.cuh", "    *(volatile long long*)record = a.launch;", "    ;", "A bad element is not reported.",
         (DEFERRED,),
+    ),
+    Mutation(
+        "record-overwritten", "cuda/elements.cuh", "if (*(volatile int*)a.is_recorded || atomicExch((int*)a.is_recorded, 1)) return;", "",
+        "Several threads write one record.", (f"{DEVICE}test_the_first_of_several_bad_targets_of_a_thread_is_named",),
     ),
     Mutation(
         "half-of-block-dropped", "cuda/loop.cuh", "for (int half = THREADS / 2; half > 0;", "for (int half = THREADS / 4; half > 0;",
@@ -88,12 +87,12 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         "Threads read sums that others have not written yet.", (ANY_SIZE,),
     ),
     Mutation(
-        "partials-misread", "cuda/loop.cuh", "partials[range * TOTALS + k]", "partials[range + k]",
+        "partials-misread", "cuda/loop.cuh", "partials[range * SUMS + k]", "partials[range + k]",
         "Partial sums are read at the wrong places.", (f"{DEVICE}test_sums_do_not_depend_on_the_device", DEFERRED, ANY_SIZE,
         "test_segmentation.py::test_digits_of_large_groups"),
     ),
     Mutation(
-        "partials-of-first-group", "cuda/loop.cuh", "(const volatile double*)a.partials + group * (index_t)a.group_ranges * TOTALS;",
+        "partials-of-first-group", "cuda/loop.cuh", "(const volatile double*)a.partials + group * (index_t)a.group_ranges * SUMS;",
         "(const volatile double*)a.partials;", "Every group takes the partial sums of the first.", (MANY_RANGES,),
     ),
     Mutation(

@@ -19,6 +19,7 @@ from fastloss.backends.torch.bound_loss import VALUE, BoundLoss
 from fastloss.backends.torch.memory_views import is_on_gpu, to_array
 from fastloss.backends.torch.operators import append_axes
 from fastloss.core.abstract_loss import AbstractLoss
+from fastloss.core.checks import ElementError
 
 has_storage: Callable[[Any], bool] = torch._C._has_storage
 # the gradients to compute, by whether the first operand and the second require one
@@ -62,7 +63,12 @@ class LossFunction(torch.autograd.Function):
         if not early:
             ctx.save_for_backward(*tensors)
             return bound.value(tensors, settings)
-        value, _ = bound.compute(VALUE, wanted, tensors, settings, out=to_array(tensors[0]))
+        try:
+            value, _ = bound.compute(VALUE, wanted, tensors, settings, out=to_array(tensors[0]))
+        except ElementError as error:
+            if error.has_written:
+                increment_version(tensors[0])
+            raise
         increment_version(tensors[0])
         # saved under the input's version counter, so that autograd raises if the gradient is overwritten before the backward pass
         ctx.save_for_backward(tensors[0].detach(), None, *tensors[1:])

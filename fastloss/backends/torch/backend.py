@@ -31,7 +31,7 @@ from fastloss.backends.torch.memory_views import (
 )
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import Arguments
-from fastloss.core.checks import to_validate
+from fastloss.core.checks import refuse_shared_elements, to_validate
 from fastloss.core.plan import Array
 from fastloss.cpu.prepared import MOST_PREPARED, sort_options
 
@@ -202,6 +202,7 @@ def differentiable_value(bound: BoundLoss, tensors: Sequence[Any], settings: Map
         raise TypeError(f"inplace_grad is not supported by {bound.loss.__name__}, which has two gradients")
     if inplace_grad and tensors[0].requires_grad:
         refuse_leaf("inplace_grad=True: the input", tensors[0])
+        refuse_shared_elements("the input, which inplace_grad=True overwrites,", tensors[0].shape, tensors[0].stride(), 1)
     if tensors[1].requires_grad:
         bound.loss.require("target_slope")
     return bound.apply((bound, settings, inplace_grad), *tensors)
