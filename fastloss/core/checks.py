@@ -16,15 +16,7 @@ from fastloss.core.dtypes import FLOATS, NAMES, is_float
 REDUCTIONS = ("mean", "sum", "none", "batchmean", "sample_mean", "sample_sum")
 SMALLEST, LARGEST = math.nextafter(0.0, 1.0), sys.float_info.max  # bounds of "positive" and "finite"
 INTERNAL = ("fastloss", "torch")  # packages whose lines no warning names: torch.nn.Module calls a loss for its user
-
-
-class ElementError(ValueError):
-    """An element outside [0, 1]. It was found in the pass that writes the caller's output, or in one before."""
-
-    def __init__(self, message: str, has_written: bool) -> None:
-        super().__init__(message + " (the output has already been written)" * has_written)
-        self.has_written = has_written
-
+WRITTEN = " (the output has already been written)"  # ends the error of an element that is found while the output is written
 
 ArrayInfo = tuple[str, np.dtype[Any], tuple[int, ...], tuple[int, ...]]  # name, dtype, shape, strides
 

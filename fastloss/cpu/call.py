@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastloss.core.call import Call
-from fastloss.core.checks import ElementError, describe_bad_element, warn_of_empty_mean
+from fastloss.core.checks import WRITTEN, describe_bad_element, warn_of_empty_mean
 from fastloss.core.plan import Array, Request, make_plan
 from fastloss.cpu import memory
 from fastloss.kernel.builds import built
@@ -147,8 +147,9 @@ class HostCall(Call):
                 if (bad := self.find_bad(name, part)).any():
                     where = np.unravel_index(np.argmax(bad), bad.shape)
                     index = (int(where[0]) + first, *map(int, where[1:]))[: len(self.shape)]
-                    raise ElementError(describe_bad_element(name, index, part[name][where], "target_scale" in self.numbers), has_written)
-        raise ElementError("a target is outside [0, 1] by a rounding error of the arithmetic; accepted: targets in [0, 1]", has_written)
+                    message = describe_bad_element(name, index, part[name][where], "target_scale" in self.numbers)
+                    raise ValueError(message + WRITTEN * has_written)
+        raise ValueError("a target is outside [0, 1] by a rounding error of the arithmetic; accepted: targets in [0, 1]")
 
     def find_bad(self, name: str, part: dict[str, Array]) -> Any:
         """Return a bool array of the elements of a part of the batch that count and lie outside [0, 1]."""

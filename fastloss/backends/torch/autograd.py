@@ -19,7 +19,7 @@ from fastloss.backends.torch.bound_loss import VALUE, BoundLoss
 from fastloss.backends.torch.memory_views import is_on_gpu, to_array
 from fastloss.backends.torch.operators import append_axes
 from fastloss.core.abstract_loss import AbstractLoss
-from fastloss.core.checks import ElementError
+from fastloss.core.checks import WRITTEN
 
 has_storage: Callable[[Any], bool] = torch._C._has_storage
 # the gradients to compute, by whether the first operand and the second require one
@@ -65,8 +65,8 @@ class LossFunction(torch.autograd.Function):
             return bound.value(tensors, settings)
         try:
             value, _ = bound.compute(VALUE, wanted, tensors, settings, out=to_array(tensors[0]))
-        except ElementError as error:
-            if error.has_written:
+        except ValueError as error:
+            if str(error).endswith(WRITTEN):
                 increment_version(tensors[0])
             raise
         increment_version(tensors[0])
