@@ -62,7 +62,9 @@ def compute():
     assert run_file(tmp_path, code + AROUND, FASTLOSS_NUM_THREADS="3") == "True"
 
 
-@pytest.mark.parametrize("method", [method if method == "fork" else pytest.param(method, marks=pytest.mark.slow) for method in METHODS])
+@pytest.mark.parametrize(
+    "method", [method if method == "fork" else pytest.param(method, marks=pytest.mark.exhaustive) for method in METHODS]
+)
 def test_workers_of_a_data_loader(tmp_path, method):
     pytest.importorskip("torch")
     code = f"""
