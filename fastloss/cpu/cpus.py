@@ -23,10 +23,7 @@ def affinity(thread: int) -> set[int] | None:
 
 def quota(groups: Path = GROUPS, mounted: Path = MOUNTED) -> float:
     """Return how many CPUs' time the control groups of this process grant it: the least of its own group and of those around it."""
-    granted = math.inf
-    for folder in group_folders(groups, mounted):
-        granted = min(granted, read_quota(folder))
-    return granted
+    return min(map(read_quota, group_folders(groups, mounted)), default=math.inf)
 
 
 def group_folders(groups: Path, mounted: Path) -> Iterator[Path]:

@@ -169,7 +169,7 @@ class System(NamedTuple):
     wait: Any  # wait until a semaphore is more than 0, and decrement it
     post: Any  # increment a semaphore
     yield_cpu: Any
-    get_cpu: Any  # returns the CPU of the calling thread, or -1
+    get_cpu: Any  # returns the CPU of the calling thread, or UNKNOWN
 
 
 class Code(NamedTuple):
@@ -197,7 +197,7 @@ def system() -> System:
     # if the host had preempted it), and the two threads then take turns. So a worker that wakes on the caller's CPU moves to another
     # for good: 1,000,000 elements of BCE every 5 ms took 1.57 ms instead of 1.88 (12 processes each), every 20 ms 1.75 instead of 2.37.
     get_cpu = getattr(library, "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
-    get_cpu = get_cpu or integer(lambda: -1)
+    get_cpu = get_cpu or integer(lambda: UNKNOWN)
     if library is not None and has_semaphores(library):
         return System(library.sem_wait, library.sem_post, yield_cpu, get_cpu)
     return System(*python_semaphores(), yield_cpu, get_cpu)

@@ -22,14 +22,14 @@ from rich.table import Table
 import fastloss as fl
 from fastloss.cpu import features
 from tests.exhaustive.sweeps import SWEEPS, Sweep, work_on
+from tests.test_cpu_state import TARGETS
 from tests.ulp import QUANTITIES
 
 BLOCK, LEAST = 1 << 20, 1 << 10  # pairs of a block; smaller blocks if not all are computed, but not smaller than this
-AVX2 = {"NUMBA_CPU_NAME": "x86-64-v3", "NUMBA_CPU_FEATURES": "+avx2,+avx,+fma,+f16c,+sse4.2"}
 PATHS = {  # code paths of this CPU, the best first: environment variables that leave out the instructions of the better ones
     **({"AVX-512": {}} if features.has("avx512f") else {}),
-    **({"AVX2": AVX2} if features.has("avx2") else {}),
-    "none": {"NUMBA_ENABLE_AVX": "0"},
+    **({"AVX2": TARGETS["AVX2"]} if features.has("avx2") else {}),
+    "none": TARGETS["no AVX"],
 }
 
 
