@@ -363,11 +363,10 @@ def test_validate_writes_nothing_to_the_callers_buffer(in_place):
 
 
 WHOLE = "target[0, 1] is 255; accepted: targets in [0, 1]; for images stored as whole numbers pass target_scale=1/255"
-TO_PROBABILITIES = ["binary_cross_entropy_with_logits", "binary_cross_entropy", "sigmoid_focal_loss"]
+TO_PROBABILITIES = {"binary_cross_entropy_with_logits": "uint8", "binary_cross_entropy": "int16", "sigmoid_focal_loss": "int64"}
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int16", "int64"])
-@pytest.mark.parametrize("name", TO_PROBABILITIES)
+@pytest.mark.parametrize(("name", "dtype"), TO_PROBABILITIES.items())
 def test_whole_targets_beyond_0_and_1_are_refused(name, dtype):
     loss, z, images = getattr(fl, name), np.full((1, 3), 0.5, np.float32), np.array([[1, 255, 0]]).astype(dtype)
     images[0, 1] = 255

@@ -92,11 +92,15 @@ def test_weights_of_0_and_2_equal_dropped_and_repeated_elements(row, arrays, dty
         assert not grad[..., times == 0].any()
 
 
-MASKS = [*(("full", reduction) for reduction in REDUCTIONS), *((shape, "sample_mean") for shape in ("per channel", "per pixel"))]
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+MASKS = [("full", reduction) for reduction in REDUCTIONS]
+MASKS += [("per channel", "sample_mean"), ("per pixel", "sample_mean"), ("per sample", "mean"), ("per sample", "sample_sum")]
 
 
 @pytest.mark.rows("sums_elements")
-@pytest.mark.parametrize(("shape", "reduction"), [*MASKS, ("per sample", "mean"), ("per sample", "sample_sum")])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "reduction"), [*((F32, *mask) for mask in MASKS), (F64, "full", "none"), (F64, "per pixel", "sample_mean")], ids=str
+)
 def test_mask_takes_elements_out(row, arrays, dtype, rng, shape, reduction):
     z, mask = arrays[0], rng.random(SHAPES[shape]) < 0.6
     mask.flat[0] = True
@@ -140,7 +144,9 @@ def test_a_sample_without_elements_has_mean_nan_and_gradient_0(row, arrays, dtyp
 
 @pytest.mark.rows("has_targets")
 @pytest.mark.parametrize(
-    ("kind", "reduction"), [("uint8", "mean"), ("uint8", "none"), ("int64", "sample_mean"), ("int8", "sum"), ("float", "mean")]
+    ("dtype", "kind", "reduction"),
+    [(F32, "uint8", "mean"), (F32, "int64", "sample_mean"), (F32, "float", "mean"), (F64, "uint8", "none"), (F64, "int8", "sum")],
+    ids=str,
 )
 def test_ignore_index_is_a_mask(row, arrays, dtype, rng, kind, reduction):
     z, _, *rest = arrays
@@ -187,7 +193,7 @@ def test_a_uint8_batch_equals_its_float_copy_bit_by_bit(row, arrays, rng):
     assert_equals_its_float_copy(row, arrays, rng.integers(0, 256, arrays[1].shape).astype(np.uint8), 1 / 255)
 
 
-@pytest.mark.parametrize("code", INTEGERS)
+@pytest.mark.parametrize(("dtype", "code"), [*((F32, code) for code in INTEGERS), *((F64, code) for code in ("uint8", "uint64"))], ids=str)
 def test_integer_targets_equal_their_float_copy_bit_by_bit(batch, rng, code):
     t = rng.integers(0, 2 if code == "bool" else 120, batch[0].shape).astype(code)
     assert_equals_its_float_copy(LOSSES["binary_cross_entropy_with_logits"], batch, t, 1 / 119)

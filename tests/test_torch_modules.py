@@ -417,7 +417,13 @@ def test_patch_passes_unsupported_calls_to_torch(name, call):
     assert not is_ours(got)
     assert_identical(got, want)
     if want.requires_grad and not want.is_meta:
-        assert_identical(*(torch.autograd.grad(value.sum(), z)[0] for value in (got, want)))
+        try:
+            (slope,) = torch.autograd.grad(want.sum(), z)
+        except RuntimeError as error:  # PyTorch 2.6 has no gradient of mse_loss for two dtypes
+            with pytest.raises(RuntimeError, match=re.escape(str(error))):
+                torch.autograd.grad(got.sum(), z)
+        else:
+            assert_identical(torch.autograd.grad(got.sum(), z)[0], slope)
 
 
 @pytest.mark.parametrize(

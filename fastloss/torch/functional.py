@@ -136,12 +136,12 @@ def compute_regression(
     if weight is not None:
         check_shapes("input", input.shape, "weight", weight.shape)
     z, t = broadcast_operands(input, target)
-    is_plain = reduction == "none" and weight is None and not options and 0 not in parameters.values()
+    is_plain = reduction == "none" and weight is None and not options and all(parameters.values())
     if is_plain and is_left_to_torch(z, t, LEFT_BELOW[name]):
         value: Tensor = getattr(torch._C._nn, name)(z, t, NONE, *parameters.values())
         return value
     for parameter, number in parameters.items():
-        options |= given(parameter, number, 1.0)
+        options.update(given(parameter, number, 1.0))  # PyTorch 2.6 does not compile `|=`
     return compute(getattr(fastloss, name), z, t, weight, reduction, **options)
 
 

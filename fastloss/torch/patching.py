@@ -138,7 +138,8 @@ def with_fallback(original: Callable[..., Any], ours: Callable[..., Any], calls:
 
     @functools.wraps(original)
     def dispatch(input: Any, target: Any, *args: Any, **options: Any) -> Any:
-        given = (*zip(names, args, strict=False), *options.items()) if args else options.items()
+        # PyTorch 2.6 compiles `strict=False` as `strict=True`
+        given = (*zip(names, args), *options.items()) if args else options.items()  # noqa: B905
         compiling = is_compiling()
         if not (obstacle := find_obstacle(input, target, given, names, compiling)):
             if not compiling:

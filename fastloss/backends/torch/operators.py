@@ -39,8 +39,8 @@ LIBRARY.define(f"derivatives({CALL}, str[] wanted, Tensor? upstream) -> Tensor[]
 
 def pack_arguments(bound: BoundLoss, tensors: Sequence[Any], settings: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return a call as the arguments that the operators begin with."""
-    first, second, *others = tensors
-    names = list(bound.names)
+    first, second = tensors[:2]
+    others, names = list(tensors[2:]), list(bound.names)
     numbers: dict[str, float] = {}
     parameters = bound.loss.definition.formula.defaults if bound.loss.definition is not None else ()
     for name, x in settings.items():
