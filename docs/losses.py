@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -24,6 +25,7 @@ import fastloss as fl
 from bench.page import replace_block
 from fastloss.formula import OPTIONS
 from fastloss.losses.table import LOSSES, Row
+from tests.exhaustive.__main__ import MEASURED
 from tests.ulp import QUANTITIES, ULP
 
 Array = npt.NDArray[np.float64]
@@ -88,6 +90,19 @@ def largest_error(name: str, quantity: str) -> str:
     return allowed if second is None else f"{allowed} by mu, {ulps(second)} by logvar"
 
 
+def measured_table() -> str:
+    """Return the table of the largest errors that `python -m tests.exhaustive` has found."""
+    records = json.loads(MEASURED.read_text())
+    return table_of(map(measured_row, records), ["formula", "code path", "pairs", "value", "gradient", "second derivative"])
+
+
+def measured_row(record: dict[str, Any]) -> list[str]:
+    """Return the row of one sweep: each error, and the promised bound."""
+    name, *rest = record["formula"].split(", ", 1)
+    errors = [f"{error['error']:.2f} of {error['bound']:g}" for error in record["errors"].values()]
+    return [", ".join([f"`{name}`", *rest]), record["code path"], f"{record['pairs']:,}", *errors, *[""] * (len(QUANTITIES) - len(errors))]
+
+
 def code(name: str) -> str:
     """Set a loss's name, and the parameter or dtype after it, as code."""
     return ", ".join(f"`{word}`" for word in name.split(", "))
@@ -122,6 +137,7 @@ def default(value: Any) -> str:
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "losses": (ROOT / "README.md", loss_table),
     "accuracy": (ROOT / "docs" / "accuracy.md", accuracy_table),
+    "measured": (ROOT / "docs" / "reliability.md", measured_table),
     "overview": (ROOT / "docs" / "losses.md", overview_list),
 }
 

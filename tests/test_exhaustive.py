@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 pytest.importorskip("numba")
 
-from tests.exhaustive.__main__ import main, parser
+from tests.exhaustive.__main__ import MEASURED, main, parser
 from tests.exhaustive.compare import compare, compare_cross_entropy
 from tests.exhaustive.sweeps import SWEEPS
 
@@ -78,10 +79,25 @@ def test_the_largest_error_of_the_cross_entropy_is_found():
     assert halves[0, 0] > 100
 
 
+def test_the_record_is_of_all_arguments_and_within_the_promised_bounds():
+    """A promise that changes, or a sweep of other arguments, needs another run."""
+    records, sweeps = json.loads(MEASURED.read_text()), {sweep.name: sweep for sweep in SWEEPS}
+    assert records
+    for record in records:
+        sweep, errors = sweeps[record["formula"]], record["errors"]
+        assert (record["pairs"], record["every"]) == (sweep.size, 1)
+        assert tuple(one["bound"] for one in errors.values()) == sweep.bounds
+        assert all(one["error"] <= one["bound"] for one in errors.values())
+
+
 def test_the_command(capsys, tmp_path):
-    assert main(["--every", "100000", "--only", "exp", "--processes", "1", "--json", str(tmp_path / "found.json")]) == 0
-    assert "exp" in capsys.readouterr().out
-    assert '"error": 0.' in (tmp_path / "found.json").read_text()
+    file = tmp_path / "found.json"
+    for name in ("exp", "log", "exp"):  # the second outcome of a sweep replaces the first
+        assert main(["--every", "100000", "--only", name, "--paths", "none", "--processes", "1", "--json", str(file)]) == 0
+        assert name in capsys.readouterr().out
+    records = json.loads(file.read_text())
+    assert [(record["formula"], record["code path"]) for record in records] == [("log", "none"), ("exp", "none")]
+    assert all(0 < record["errors"]["value"]["error"] < 1 for record in records)
     assert main(["--only", "unknown"]) == 2
     assert "there is no sweep unknown; accepted:" in capsys.readouterr().out
     assert parser().parse_args([]).every == 1

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from tests.exhaustive.sweeps import SWEEPS, Sweep, work_on
 from tests.test_cpu_state import TARGETS
 from tests.ulp import QUANTITIES
 
+MEASURED = Path(__file__).with_name("measured.json")  # the record that the documentation shows
 BLOCK, LEAST = 1 << 20, 1 << 10  # pairs of a block; smaller blocks if not all are computed, but not smaller than this
 PATHS = {  # code paths of this CPU, the best first: environment variables that leave out the instructions of the better ones
     **({"AVX-512": {}} if features.has("avx512f") else {}),
@@ -68,14 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := sorted(set(options.only or ()) - {s.name for s in SWEEPS}):
         console.print(f"there is no sweep {', '.join(unknown)}; accepted:", *(f"  {s.name}" for s in SWEEPS), sep="\n", style="red")
         return 2
-    outcomes = run(chosen, options.paths, options.every, options.processes, console)
-    table = Table(*HEADER, show_lines=True)
-    for outcome in outcomes:
+    table, are_kept = Table(*HEADER, show_lines=True), True
+    for outcome in run(chosen, options.paths, options.every, options.processes, console):
         table.add_row(*outcome.cells(), style="" if outcome.is_kept else "red")
+        are_kept &= outcome.is_kept
+        if options.json:
+            add_record(options.json, as_record(outcome, options.every))
     console.print(table)
-    if options.json:
-        options.json.write_text(json.dumps([as_record(x, options.every) for x in outcomes], indent=1) + "\n", encoding="utf-8")
-    return 0 if all(outcome.is_kept for outcome in outcomes) else 1
+    return 0 if are_kept else 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -85,20 +86,19 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), help="code paths (default: all that the CPU has)")
     made.add_argument("--every", type=int, default=1, metavar="N", help="take one block of N, and not all (default: 1)")
     made.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes that compute (default: one a CPU)")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes to a file")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write each outcome to a file, in place of one of the same sweep")
     return made
 
 
-def run(sweeps: Sequence[Sweep], paths: Sequence[str], every: int, processes: int, console: Console) -> list[Outcome]:
+def run(sweeps: Sequence[Sweep], paths: Sequence[str], every: int, processes: int, console: Console) -> Iterator[Outcome]:
     """Run sweeps on code paths. Those whose results do not depend on the path run on the first alone."""
-    outcomes = []
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as progress:
         for path in paths:
             chosen = [sweep for sweep in sweeps if sweep.every_path or path == paths[0]]
             with processes_for(PATHS[path], processes) as pool:
-                outcomes += [run_one(sweep, path, every, pool, progress) for sweep in chosen]
-    return outcomes
+                for sweep in chosen:
+                    yield run_one(sweep, path, every, pool, progress)
 
 
 @contextmanager
@@ -141,6 +141,13 @@ def as_record(outcome: Outcome, every: int) -> dict[str, Any]:
         "formula": outcome.sweep.name, "code path": outcome.path, "pairs": outcome.pairs, "every": every,
         "minutes": round(outcome.seconds / 60, 1), "errors": errors,
     }  # fmt: skip
+
+
+def add_record(file: Path, record: Mapping[str, Any]) -> None:
+    """Write a record to a file, after those of other formulas and code paths."""
+    records = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    others = [other for other in records if any(other[key] != record[key] for key in ("formula", "code path"))]
+    file.write_text(json.dumps([*others, record], indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
