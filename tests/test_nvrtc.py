@@ -29,7 +29,7 @@ def test_every_kernel_compiles_and_none_spills(architecture):
 NAMES = """
 ndarray.get ndarray.fill ndarray.astype ndarray.reshape ndarray.copy RawModule.get_function RawKernel asarray empty empty_like zeros full
 broadcast_to cuda.alloc cuda.alloc_pinned_memory cuda.MemoryPointer.memset_async cuda.MemoryPointer.copy_from_device_async
-cuda.UnownedMemory cuda.Stream.is_capturing cuda.Stream.begin_capture cuda.Stream.end_capture cuda.Stream.null cuda.ExternalStream
+cuda.UnownedMemory cuda.Stream.is_capturing cuda.Stream.begin_capture cuda.Stream.end_capture cuda.Stream.null cuda.Stream.from_external
 cuda.Device cuda.Device.compute_capability cuda.get_current_stream cuda.using_allocator cuda.PythonFunctionAllocator.malloc
 cuda.function.Module.load cuda.function.Module.get_function cuda.memory.OutOfMemoryError cuda.runtime.getDevice
 cuda.runtime.getDeviceCount cuda.runtime.deviceGetAttribute cuda.runtime.cudaDevAttrMultiProcessorCount cuda.runtime.deviceSynchronize

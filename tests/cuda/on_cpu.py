@@ -365,6 +365,13 @@ class Stream:
     def __init__(self, ptr: int = 0, non_blocking: bool = False) -> None:
         self.ptr, self.captures, self.recorded = ptr, False, list[Any]()
 
+    @classmethod
+    def from_external(cls, stream: Any) -> Stream:
+        """Return a stream that belongs to another library."""
+        version, address = stream.__cuda_stream__()
+        assert version == 0
+        return cls(address)
+
     def begin_capture(self) -> None:
         """Capture launches instead of running them."""
         self.captures = True
@@ -459,6 +466,6 @@ runtime = types.SimpleNamespace(
 cuda = types.SimpleNamespace(
     function=types.SimpleNamespace(Module=Module),
     runtime=runtime, memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError), alloc=alloc, MemoryPointer=MemoryPointer,
-    alloc_pinned_memory=alloc_pinned_memory, UnownedMemory=UnownedMemory, Stream=Stream, ExternalStream=Stream, Device=Device,
+    alloc_pinned_memory=alloc_pinned_memory, UnownedMemory=UnownedMemory, Stream=Stream, Device=Device,
     get_current_stream=lambda: current.stream, using_allocator=using_allocator, PythonFunctionAllocator=PythonFunctionAllocator,
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -67,12 +67,21 @@ def call_of(dtype: torch.dtype) -> type[DeviceCall]:
     return type("TensorDeviceCallOf", (TensorDeviceCall,), {"__slots__": (), "value_dtype": numpy_dtype(dtype)})
 
 
+class StreamOfTorch(NamedTuple):
+    """A stream of PyTorch in the form of the protocol by which CuPy takes streams of others."""
+
+    address: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.address  # the version of the protocol first
+
+
 @contextlib.contextmanager
 def current(tensor: Any) -> Iterator[None]:
     """Make CuPy use a tensor's device, PyTorch's current stream on it, and PyTorch's allocator."""
     index = tensor.get_device()
-    stream = torch.cuda.current_stream(index).cuda_stream
-    with cupy.cuda.Device(index), cupy.cuda.ExternalStream(stream), cupy.cuda.using_allocator(allocator().malloc):
+    stream = cupy.cuda.Stream.from_external(StreamOfTorch(torch.cuda.current_stream(index).cuda_stream))
+    with cupy.cuda.Device(index), stream, cupy.cuda.using_allocator(allocator().malloc):
         yield
 
 
