@@ -40,7 +40,7 @@ LIBRARY.define(f"derivatives({CALL}, str[] wanted, Tensor? upstream) -> Tensor[]
 def pack_arguments(bound: BoundLoss, tensors: Sequence[Any], settings: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return a call as the arguments that the operators begin with."""
     first, second = tensors[:2]
-    others, names = list(tensors[2:]), list(bound.names)
+    others, names = list(tensors[2:]), list(bound.names)  # PyTorch 2.6 makes a tuple of `*others`
     numbers: dict[str, float] = {}
     parameters = bound.loss.definition.formula.defaults if bound.loss.definition is not None else ()
     for name, x in settings.items():
