@@ -28,7 +28,7 @@ ULP = {
     ("dice_with_logits_loss, float64", "slope"): 8,
     ("exp", "value"): 1,
     ("log", "value"): 1,
-    ("log1p", "value"): 1.5,
+    ("log1p", "value"): 1.6,
     ("expm1", "value"): 1.5,
     ("sigmoid", "value"): 1.5,
     ("pow", "value"): 1,
