@@ -167,9 +167,8 @@ def expm1(x: Number) -> Number:
     r_sum = r + r_low
     beyond_r = fma(r_sum * r_sum, estrin(r_sum, fmt.exp_terms), r_low)
     scale = power_of_two(whole, fmt)
-    return where(
-        x > 10.0, exp(x) - 1.0, fma(scale, beyond_r, fma(scale, r, scale - 1.0))
-    )  # for large x, 2**n may overflow where e**x does not
+    result = fma(scale, beyond_r, fma(scale, r, scale - 1.0))
+    return where(x > 10.0, exp(x) - 1.0, result)  # for large x, 2**n may overflow where e**x does not
 
 
 def log1p_of_product(x: Number) -> Number:
