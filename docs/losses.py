@@ -25,7 +25,7 @@ import fastloss as fl
 from bench.page import replace_block
 from fastloss.formula import OPTIONS
 from fastloss.losses.table import LOSSES, Row
-from tests.exhaustive.__main__ import MEASURED
+from tests.exhaustive import MEASURED
 from tests.ulp import QUANTITIES, ULP
 
 Array = npt.NDArray[np.float64]

@@ -19,20 +19,19 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import fastloss as fl
+from fastloss.backends.torch.memory_views import to_tensor
 from fastloss.cpu import memory
 from tests.arguments import EVERY_LOSS, methods_of, options_of
-from tests.table import Case
+from tests.table import FLOATS, Case
 
 SHAPES = ((2, 3, 5, 7), (1, 2, 40, 33), (4, 3, 64, 64), (3, 1, 300, 301), (8, 3, 128, 128))
 KEPT = (16, 3, 256, 256)  # gradients whose memory is kept when they are freed
-DTYPES = tuple(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
 KINDS = 300  # kinds of calls, of some thousands: a kernel is compiled for most of them
 WARM_UP = 2  # times that each call is made before the resources are watched
 MOST_GROWTH = 1.01
@@ -63,7 +62,7 @@ def usage() -> Usage:
 
 def kinds() -> list[tuple[Case, str, Any, tuple[int, ...], bool, bool]]:
     """Return the kinds of calls: loss, method, dtype, shape, whether with options, and whether with tensors."""
-    products = itertools.product(EVERY_LOSS.values(), DTYPES, SHAPES, (False, True), (False, True))
+    products = itertools.product(EVERY_LOSS.values(), FLOATS, SHAPES, (False, True), (False, True))
     return [(row, method, *rest) for row, *rest in products for method in methods_of(row)]
 
 
@@ -84,13 +83,6 @@ def call(rng: Any, row: Case, method: str, dtype: Any, shape: tuple[int, ...], w
     value = getattr(row.loss, method)(*tensors, **{name: to_tensor(x) if np.ndim(x) else x for name, x in options.items()})
     if method == "__call__" and row.gradients:
         (value[0] if isinstance(value, tuple) else value).sum().backward()
-
-
-def to_tensor(x: Any) -> Any:
-    """Return a tensor on an array's memory."""
-    import torch
-
-    return torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16) if x.dtype == DTYPES[1] else torch.from_numpy(x)
 
 
 def call_wrongly(rng: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from fastloss import reference
@@ -13,6 +14,8 @@ from fastloss.core.checks import REDUCTIONS
 from fastloss.losses import table
 from tests import oracle
 
+HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+FLOATS = (*HALVES, np.dtype(np.float32), np.dtype(np.float64))
 LATENTS = 5  # numbers in the latent code of an image
 KINDS = {  # how to draw an operand, by its kind
     "logits": lambda rng, shape: 3 * rng.standard_normal(shape),

@@ -12,16 +12,15 @@ import signal
 import subprocess
 import warnings
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from fastloss.cpu.loop import VECTOR_BYTES
 from tests.arguments import EVERY_LOSS, options_of, parameters_of
+from tests.table import FLOATS
 from tests.test_threads import run_python
 
 PAGE, GUARD, PROT_NONE = mmap.PAGESIZE, 0xA5, 0
-DTYPES = tuple(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
 WHOLE = tuple(map(np.dtype, ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "bool")))
 EDGES = {"begin": 0, "end": 0, "begin, off by a byte": 1, "end, off by a byte": 1}
 LARGE = 40_003  # elements: several ranges
@@ -86,7 +85,7 @@ CALLS = (("value_and_grad", "none"), ("grad", "mean"), ("__call__", "sum"), ("va
 
 def kinds(row):
     """Return the kinds of calls of a loss. Every dtype meets every layout, in turn with the options and the methods."""
-    pairs = itertools.product(enumerate(DTYPES), enumerate(LAYOUTS))
+    pairs = itertools.product(enumerate(FLOATS), enumerate(LAYOUTS))
     return [(dtype, layout, OPTIONS[(i + j) % 4], *CALLS[(2 * i + j) % 5], WHOLE[(7 * i + j) % 9]) for (i, dtype), (j, layout) in pairs]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import os
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -21,10 +20,11 @@ from hypothesis import strategies as st
 
 import fastloss as fl
 from tests import oracle
-from tests.table import LOSSES
+from tests.table import FLOATS, HALVES, LOSSES
+from tests.test_latent import PARTS
 from tests.test_layouts import lay_out, views
 from tests.test_segmentation import GROUPS, assert_true, losses_and_slopes, reductions
-from tests.ulp import PRODUCT, SUM, ULP, assert_close, assert_same, flat
+from tests.ulp import PRODUCT, SMOOTHED, SUM, ULP, assert_close, assert_same, flat
 
 try:
     from fastloss.backends.torch.memory_views import to_array, to_tensor
@@ -34,10 +34,8 @@ except ImportError:  # PyTorch is optional
 LONG_RUN = int(os.environ.get("FASTLOSS_FUZZ", "0"))
 EXAMPLES = LONG_RUN or 10_000
 SUMS = [row for row in LOSSES.values() if row.sums_elements]  # losses that are sums over elements
-FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = DTYPES = tuple(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
 POKES = [0.0, -0.0, 1e-45, -1e-40, 1e-38, 1e-20, 1.0, -1.0, 15.9, -88.5, 104.0, 745.5, np.nan]  # of logits and of differences
 BEYOND = [1e4, -1e18, 1e30, np.inf, -np.inf]  # where the loss is defined there, and the oracle too
-PLAIN = (tuple(range(4)), [1] * 4, [0] * 4)  # the layout of a contiguous array
 # `images`: uint8 targets, a scale, and an ignored value; `tensors`: the call is made with tensors too
 OPTIONS = ((), ("weight", "tensors"), ("mask", "grad_output"), ("weight", "mask", "images"))
 
@@ -53,7 +51,12 @@ fuzz = settings(
 
 def arithmetic(dtype):
     """Return the dtype in which a loss of arrays of this dtype is computed."""
-    return FLOAT64 if dtype == FLOAT64 else FLOAT32
+    return np.dtype(np.float32) if dtype in HALVES else dtype
+
+
+def chosen(names, **options):
+    """Return the options that have one of the names."""
+    return {name: x for name, x in options.items() if name in names}
 
 
 # --- sums over elements -----------------------------------------------------------------------------------------------
@@ -96,7 +99,7 @@ def expected(row, z, t, parameters, dtype):
             magnitude = np.where(np.isinf(z), abs(want), magnitude)  # the oracle's own is NaN for an infinite difference
             allowed = np.where(limit == 0, 0, limit * spacing(magnitude, dtype))
             if "label_smoothing" in parameters:  # the smoothed target is rounded
-                allowed = allowed + np.finfo(dtype).eps * np.where(quantity == "value", np.minimum(abs(z), np.finfo(dtype).max), 1)
+                allowed = allowed + SMOOTHED[dtype] * (np.minimum(abs(z), np.finfo(dtype).max) if quantity == "value" else 1)
         want = np.where(np.isnan(z), np.nan, want)
         found.append((np.where(np.abs(want) > np.finfo(dtype).max, np.copysign(np.inf, want), want), allowed))
     return found
@@ -118,8 +121,7 @@ def check(row, dtype, shape, seed, pokes, names, parameters, reduction, layouts)
     w = rng.choice([0.0, 0.25, 1.0, 3.0], shape).astype(dtype) if "weight" in names else np.ones(shape, dtype)
     counted = rng.random(shape) < 0.7 if "mask" in names else np.ones(shape, bool)
     counted.flat[0] = True
-    options = {"reduction": reduction, **parameters, **({"weight": w} if "weight" in names else {})}
-    options |= {"mask": counted} if "mask" in names else {}
+    options = {"reduction": reduction, **parameters, **chosen(names, weight=w, mask=counted)}
     if "images" in names:
         t.flat[0] = 8
         options |= {"target_scale": 1 / 255, "ignore_index": 7}
@@ -128,14 +130,15 @@ def check(row, dtype, shape, seed, pokes, names, parameters, reduction, layouts)
     count = {"mean": counted.sum(), "sample_mean": counted.sum(axis=tuple(range(1, len(shape))), keepdims=True)}.get(reduction, 1)
     if np.any(count == 0):
         return
-    value, *grads = call(row, (z, t), layouts, options, upstream)
-    plain = call(row, (z, t), [PLAIN, PLAIN], options, upstream)
-    assert_same(grads, plain[1:])  # sums depend on the layout, which decides the order of additions
+    value, *grads = plain = call(row, (z, t), options, upstream)
+    if layouts:  # sums depend on the layout, which decides the order of additions
+        value, *slopes = call(row, [lay_out(x, *layout) for x, layout in zip((z, t), layouts, strict=True)], options, upstream)
+        assert_same(slopes, grads)
     if "tensors" in names and to_tensor:
         assert_same(call_with_tensors(row, (z, t), options), [np.asarray(plain[0], dtype), *plain[1:]])
     if dtype != wide:
         widened = z.astype(wide), t if "images" in names else t.astype(wide)
-        exact, *grads = call(row, widened, [PLAIN, PLAIN], {**options, "weight": w.astype(wide)}, upstream)
+        exact, *grads = call(row, widened, {**options, "weight": w.astype(wide)}, upstream)
         with np.errstate(all="ignore"):
             assert_same(plain[1:], [x.astype(dtype) for x in grads])
             if reduction == "none":
@@ -149,9 +152,8 @@ def check(row, dtype, shape, seed, pokes, names, parameters, reduction, layouts)
     assert_value(value, want, allowed, w.astype(wide), counted, count, reduction, wide, told)
 
 
-def call(row, operands, layouts, options, upstream):
+def call(row, operands, options, upstream):
     """Return the value and the gradients, from one pass, after comparing them with those of two passes."""
-    operands = [lay_out(x, *layout) for x, layout in zip(operands, layouts, strict=True)]
     value, grads = row.loss.value_and_grad(*operands, **options, grad_output=upstream)
     alone = row.loss.grad(*operands, **options, grad_output=upstream)
     assert_same(flat(alone), flat(grads))
@@ -231,10 +233,8 @@ def check_objective(dtype, shape, seed, pokes, names, reconstruction, beta):
     z, t, mu, logvar = row.draw(rng, dtype, shape)
     for at, value in pokes:
         z.flat[at % z.size] = value if abs(value) <= 88 else 0
-    options = {"weight": rng.random(shape).astype(dtype)} if "weight" in names else {}
-    options |= {"mask": rng.random(shape) < 0.7} if "mask" in names else {}
-    part = {"bce": fl.binary_cross_entropy_with_logits, "mse": fl.mse_with_logits_loss}[reconstruction]
-    images, of_images = part.value_and_grad(z, t, reduction="batchmean", **options)
+    options = chosen(names, weight=rng.random(shape).astype(dtype), mask=rng.random(shape) < 0.7)
+    images, of_images = PARTS[reconstruction].value_and_grad(z, t, reduction="batchmean", **options)
     divergence = fl.gaussian_kl_loss(mu, logvar, reduction="batchmean")
     of_latents = fl.gaussian_kl_loss.grad(mu, logvar, reduction="batchmean", grad_output=beta)
     value, grads = fl.vae_loss.value_and_grad(z, t, mu, logvar, reconstruction=reconstruction, beta=beta, **options)
@@ -256,9 +256,9 @@ def kinds(row):
     options = [names for names in OPTIONS if row.has_targets or "images" not in names]
     reductions, parameters = ["none", "mean", "sample_mean"], parameters_of(row)
     if LONG_RUN:
-        return list(itertools.product(DTYPES, options, reductions, parameters))
+        return list(itertools.product(FLOATS, options, reductions, parameters))
     first = SUMS.index(row)
-    return [(DTYPES[(first + k) % 4], names, reductions[k % 3], parameters[k % len(parameters)]) for k, names in enumerate(options)]
+    return [(FLOATS[(first + k) % 4], names, reductions[k % 3], parameters[k % len(parameters)]) for k, names in enumerate(options)]
 
 
 def pokes(special):
@@ -284,7 +284,7 @@ def test_sums_over_elements(case):
     @given(data=st.data(), shape=shapes(), seed=st.integers(0, 2**32), poked=pokes(special), kind=st.sampled_from(kinds(case)))
     def calls(data, shape, seed, poked, kind):
         dtype, names, reduction, parameters = kind
-        layouts = [data.draw(views()) for _ in range(2)] if LONG_RUN else [PLAIN, PLAIN]
+        layouts = [data.draw(views()) for _ in range(2)] if LONG_RUN else []
         check(case, dtype, shape, seed, poked, names, parameters, reduction, layouts)
 
     calls()
@@ -293,9 +293,9 @@ def test_sums_over_elements(case):
 @in_parts
 def test_regions():
     kinds = (
-        itertools.product(DTYPES, GROUPS, ((), ("weight", "mask")))
+        itertools.product(FLOATS, GROUPS, ((), ("weight", "mask")))
         if LONG_RUN
-        else zip(DTYPES, GROUPS, [("weight", "mask"), ()] * 2, strict=True)
+        else zip(FLOATS, GROUPS, [("weight", "mask"), ()] * 2, strict=True)
     )
 
     @fuzz
@@ -310,7 +310,7 @@ def test_regions():
 
 @in_parts
 def test_objectives():
-    kinds = itertools.product(DTYPES, OPTIONS[:3], ("bce", "mse")) if LONG_RUN else zip(DTYPES, OPTIONS, ("bce", "mse") * 2, strict=True)
+    kinds = itertools.product(FLOATS, OPTIONS[:3], ("bce", "mse")) if LONG_RUN else zip(FLOATS, OPTIONS, ("bce", "mse") * 2, strict=True)
 
     @fuzz
     @given(shape=shapes(), seed=st.integers(0, 2**32), poked=pokes(POKES[:-1]), kind=st.sampled_from(list(kinds)),

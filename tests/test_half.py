@@ -11,13 +11,12 @@ import pytest
 import fastloss as fl
 from tests import oracle
 from tests.devices import is_long_on_the_stand_in, some, sums_in_another_order
+from tests.table import FLOATS, HALVES
 from tests.ulp import QUANTITIES, ULP, assert_same, compute, flat, half_error
 
 pytestmark = pytest.mark.usefixtures("device")
 
-HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 LARGE = (2 << 20) + 8  # a size from which the CPU stores past its caches
-FLOATS = [*HALVES, np.dtype(np.float32), np.dtype(np.float64)]
 
 
 @pytest.fixture(params=HALVES, ids=str)

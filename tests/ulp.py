@@ -34,6 +34,10 @@ ULP = {
     ("pow", "value"): 1,
     ("tanh", "value"): 2.5,
 }
+# float16 logits of the cross-entropy with any finite target, also beyond 0 and 1, where the losses' table has no bound.
+ANY_TARGET = {"value": 3, "slope": 2, "curvature": 2}
+# What label smoothing may round off a target from 0 to 1.
+SMOOTHED = {np.dtype(x): np.finfo(x).eps for x in (np.float32, np.float64)}
 # A product of factors, each rounded: half an ulp for the last rounding, up to one for those before it.
 PRODUCT = {"scale": 1.5, "weight and scale": 2.5, "weight": 0.5}
 # Sums, relative to the sum of the magnitudes. float32 is summed in blocks of 16 per lane, and these sums in float64.
@@ -102,8 +106,9 @@ def assert_tensor(got, want):
 
 
 def assert_same(got, want):
-    """Assert that the numbers and arrays of two sequences are identical. NumPy does not know the NaNs of bfloat16: they are widened."""
+    """Assert that the numbers and arrays of two sequences are identical."""
     for pair in zip(got, want, strict=True):
+        # NumPy takes NaNs of bfloat16 for different
         a, b = (x.astype(np.float32) if getattr(x, "dtype", None) == bfloat16 else x for x in pair)
         np.testing.assert_array_equal(a, b)
 
@@ -125,6 +130,9 @@ def compute(loss, *arrays, **options):
 # Difference of the losses of a few training steps from those with a peer's loss. Optimisers divide gradients by their size, which
 # magnifies the rounding errors of small gradients.
 TRAINING = 1e-3
+
+# Relative error of a Dice loss of more than 2**31 equal elements.
+MANY_EQUAL = 1e-9
 
 # Relative errors of the benchmarks' rows in the Euclidean norm, including naive formulas.
 ROW = {"float32": 1e-6, "float64": 1e-12, "float16": 1e-3, "bfloat16": 4e-3, "uint8 targets": 1e-6}

@@ -25,7 +25,6 @@ from tests.exhaustive.sweeps import SWEEPS, Sweep, work_on
 from tests.test_cpu_state import TARGETS
 from tests.ulp import QUANTITIES
 
-MEASURED = Path(__file__).with_name("measured.json")  # the record that the documentation shows
 BLOCK, LEAST = 1 << 20, 1 << 10  # pairs of a block; smaller blocks if not all are computed, but not smaller than this
 PATHS = {  # code paths of this CPU, the best first: environment variables that leave out the instructions of the better ones
     **({"AVX-512": {}} if features.has("avx512f") else {}),
