@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import fastloss as fl
-from fastloss.cpu import features
 from tests.test_threads import run_python
 
 LOSS = fl.binary_cross_entropy_with_logits.value_and_grad
@@ -81,17 +80,13 @@ def test_numba_without_compilation_is_refused(tmp_path):
     assert "RuntimeError: NUMBA_DISABLE_JIT is set, and fastloss's kernels are compiled by Numba" in caught.value.stderr
 
 
-def test_a_configuration_that_only_numba_knows_is_refused(tmp_path):
-    if not features.has("avx512f"):
-        pytest.skip("only a CPU with AVX-512 compiles intrinsics that Numba refuses")
+def test_a_configuration_that_only_numba_knows_changes_nothing(tmp_path):
     code = """
 import numba.core.config
 numba.core.config.ENABLE_AVX = 0
 import fastloss as fl
-fl.mse_loss([1.0], [0.0])"""
-    with pytest.raises(subprocess.CalledProcessError) as caught:
-        run_python(code, FASTLOSS_CACHE_DIR=str(tmp_path))
-    assert "Numba compiles for a CPU without AVX-512" in caught.value.stderr
+print(fl.mse_loss([1.5], [0.0]))"""
+    assert float(run_python(code, FASTLOSS_CACHE_DIR=str(tmp_path))) == 2.25
 
 
 @pytest.fixture

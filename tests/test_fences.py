@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 import pytest
 
-from fastloss.cpu.loop import VECTOR_BYTES
+from fastloss.cpu.step import VECTOR_BYTES
 from tests.arguments import EVERY_LOSS, options_of, parameters_of
 from tests.table import FLOATS
 from tests.test_threads import run_python

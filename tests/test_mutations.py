@@ -25,7 +25,7 @@ def test_names_are_unique_and_there_are_enough_mutations():
 
 
 def test_an_entry_that_no_longer_applies_is_named():
-    with pytest.raises(StaleMutationError, match=r"row-mask-inclusive: 'gone' occurs 0 times in cpu/loop.py, not 1"):
+    with pytest.raises(StaleMutationError, match=r"row-mask-inclusive: 'gone' occurs 0 times in cpu/step.py, not 1"):
         replace(MUTATIONS[0], old="gone").apply("text")
     assert replace(MUTATIONS[0], old="a", new="b", count=3, nth=2).apply("aaa") == "aba"
 

@@ -66,7 +66,7 @@ print(statistics["compiled"])"""
 
 DECIDES_CODE = [
     "ops.py", "formula.py", "version.py", "core/dtypes.py", "core/plan.py", "kernel/element.py", "kernel/elementary.py", "cpu/abi.py",
-    "cpu/compile.py", "cpu/loop.py", "cpu/vector.py",
+    "cpu/compile.py", "cpu/loop.py", "cpu/step.py", "cpu/vector.py",
 ]  # fmt: skip
 
 

@@ -39,11 +39,10 @@ class Frame(NamedTuple):
     partials: int
 
 
-def frame_of(spec: Spec) -> Frame:
-    """Return the positions of the parts of the frames for a spec."""
-    numbers = FIELDS + len(spec.arrays)
-    scale = numbers + len(spec.numbers)
-    return Frame(FIELDS, numbers, scale, scale + 1)
+def frame_of(arrays: int, numbers: int) -> Frame:
+    """Return the positions of the parts of a frame, given the number of arrays and of options that are numbers."""
+    scale = FIELDS + arrays + numbers
+    return Frame(FIELDS, FIELDS + arrays, scale, scale + 1)
 
 
 def count_partials(spec: Spec) -> int:

@@ -24,22 +24,10 @@ from fastloss.cpu import features
 from fastloss.kernel.builds import built
 from fastloss.kernel.cache import fingerprint, kernel_cache
 
-SYMBOL = "fastloss_kernel"
+SYMBOL, LOOP = "fastloss_kernel", "fastloss_loop"  # names of functions: of the one that callers enter, and of the loop that it calls
 PROTOTYPE = ctypes.CFUNCTYPE(None)  # called with a ctypes array, unchecked (0.2 us a call, 0.4 us with an address); a call releases the GIL
 
-# The function that callers enter. It sets the default floating-point state (rounding to nearest, subnormal numbers kept, no exception
-# raised) around the loop, and then restores the state of the thread.
-ENTRY = """
-DECLARE
-define void @SYMBOL(ptr %frame) {
-  %result = alloca ptr
-  %error = alloca ptr
-  SET
-  call i32 @LOOP(ptr %result, ptr %error, ptr %frame)
-  RESTORE
-  ret void
-}"""
-STATES = {  # by LLVM's name of the processor: what DECLARE, SET and RESTORE stand for
+STATES = {  # by LLVM's name of the processor: declarations, and code that sets the default floating-point state and that restores it
     "x86_64": (
         "declare void @llvm.x86.sse.stmxcsr(ptr)\ndeclare void @llvm.x86.sse.ldmxcsr(ptr)",
         """%found = alloca i32
@@ -88,44 +76,56 @@ def _object_code(spec: Spec) -> bytes:
 
 def _compile(spec: Spec) -> bytes:
     """Compile the kernel of a spec to an object file."""
-    from fastloss.cpu import loop  # imports Numba, which a process that finds its kernels on disk does not need
+    from fastloss.cpu import loop, step  # import Numba, which a process that finds its kernels on disk does not need
 
     _check_numba()
-    loop.SPECS[spec.key] = spec
-    # Numba's machine code refers to addresses of this process; compiling its LLVM text again gives code without such references
-    text = loop.build(spec.key).inspect_llvm()
-    name = next(f.name for f in llvm.parse_assembly(text).functions if not (f.is_declaration or f.name.startswith("cfunc.")))
-    entry = ENTRY.replace("SYMBOL", SYMBOL).replace("LOOP", f'"{name}"')
-    for part, code in zip(("DECLARE", "SET", "RESTORE"), STATES.get(features.processor(), ("", "", "")), strict=True):
-        entry = entry.replace(part, code)
-    module = llvm.parse_assembly(text + entry)
-    drop_unused(module)
+    # the LLVM code of Numba's loop, because its machine code refers to addresses of this process
+    module = llvm.parse_assembly(loop.build(loop.shape_of(spec)))
+    function = next(f for f in module.functions if not (f.is_declaration or f.name.startswith("cfunc.")))
+    function.name = LOOP
+    function.add_function_attribute("noinline")  # else its instructions could leave the floating-point state that it runs in
+    for text in (step.emit_functions(spec), _entry()):
+        module.link_in(llvm.parse_assembly(text))
+    _optimize(module)
     return bytes(_machine().emit_object(module))
 
 
-def drop_unused(module: llvm.ModuleRef) -> None:
-    """Drop Numba's wrapper of the loop. The functions of Python that it would call are not known where the kernel is loaded."""
+def _entry() -> str:
+    """Return the LLVM code of the function that callers enter.
+
+    It sets the default floating-point state (rounding to nearest, subnormal numbers kept, no exception raised), calls the loop, and
+    restores the state of the thread.
+    """
+    declarations, set_state, restore = STATES.get(features.processor(), ("", "", ""))
+    return f"""
+{declarations}
+declare i32 @{LOOP}(ptr, ptr, ptr)
+define void @{SYMBOL}(ptr %frame) {{
+  %result = alloca ptr
+  %error = alloca ptr
+  {set_state}
+  call i32 @{LOOP}(ptr %result, ptr %error, ptr %frame)
+  {restore}
+  ret void
+}}"""
+
+
+def _optimize(module: llvm.ModuleRef) -> None:
+    """Inline the step into the loop, and drop Numba's wrapper, which calls functions of Python that the kernel must not refer to."""
     for function in module.functions:
         if not function.is_declaration and function.name != SYMBOL:
             function.linkage = "internal"
-    passes = llvm.create_new_module_pass_manager()
-    passes.add_global_dead_code_eliminate_pass()
-    passes.run(module, llvm.create_pass_builder(_machine(), llvm.create_pipeline_tuning_options(speed_level=0)))
+    builder = llvm.create_pass_builder(_machine(), llvm.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(module, builder)
 
 
 def _check_numba() -> None:
-    """Raise RuntimeError if Numba is configured so that it cannot compile a kernel."""
+    """Raise RuntimeError if Numba is told not to compile."""
     from numba.core import config
-    from numba.core.registry import cpu_target
 
     if config.DISABLE_JIT:
         raise RuntimeError(
             "NUMBA_DISABLE_JIT is set, and fastloss's kernels are compiled by Numba; accepted: NUMBA_DISABLE_JIT=0, or unset"
-        )
-    if features.has("avx512f") and "+avx512f" not in cpu_target.target_context.codegen()._tm_features.split(","):
-        raise RuntimeError(
-            "Numba compiles for a CPU without AVX-512, but its environment variables do not say so; accepted: NUMBA_CPU_NAME, "
-            "NUMBA_CPU_FEATURES and NUMBA_ENABLE_AVX set in the environment, before Python starts"
         )
 
 

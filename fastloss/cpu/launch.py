@@ -41,7 +41,7 @@ class Launch:
         self.layout = (ctypes.c_int64 * len(fields))(*fields)
         self.layout_at = ctypes.addressof(self.layout)
         self.ranges, self.work, self.by_group = plan.ranges, plan.work, plan.group_axes > 0
-        frame = frame_of(plan.spec)
+        frame = frame_of(len(plan.spec.arrays), len(plan.spec.numbers))
         self.write = struct.Struct(f"{frame.numbers - COUNTERS}q{frame.partials - frame.numbers}d").pack_into
         self.scale_at, self.partials_at = 8 * frame.scale, 8 * frame.partials
         self.partials = count_partials(plan.spec)

@@ -1,10 +1,9 @@
-"""The CPU's loop over elements, which is the same for every loss.
+"""The CPU's loop over ranges, rows and blocks of elements, which is the same for every loss.
 
 Design: a) A `Spec` holds everything that decides machine code: the formula, the arrays with their dtypes and kinds of access,
-the sums and the outputs. b) `build` writes the loop as a Numba function over ranges, rows and blocks. c) `emit_step` emits
-LLVM code for one step, which is a vector's width of elements of a row: loads, formula, weight, sums, stores. The formula is
-called with `Vector` arguments and emits its own instructions. d) Reductions, weights, masks and dtypes are fields of the spec;
-the loop does not branch on them.
+the sums and the outputs. b) `build` compiles the loop with Numba. The loop depends on numbers of arrays and sums alone, its `Shape`,
+so many specs share one. c) The loop calls STEP for a vector's width of elements, and FOLD after a block of them; both are
+LLVM code of the spec, see `step.py`. The loop does not branch on reductions, weights, masks and dtypes.
 
 Sums are accumulated in the type of the arithmetic within a block of a row, and in float64 across blocks. Each range leaves one
 partial sum for each sum. The lane that adds an element depends on the arrays' layout alone, so partial sums depend neither on
@@ -13,62 +12,44 @@ the number of threads nor on addresses.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
+import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import cfunc, types
 from numba.core import cgutils
 from numba.core.datamodel import models, register_default
 from numba.extending import intrinsic
 
-from fastloss.core.dtypes import BY_CODE
-from fastloss.core.plan import Operand, Spec
-from fastloss.cpu.abi import (
-    CACHED,
-    FIELDS,
-    LAYOUT_FIELDS,
-    LINE,
-    NONTEMPORAL_LINES,
-    NONTEMPORAL_SHIFTED_LINES,
-    PIECE,
-    count_partials,
-    frame_of,
-)
-from fastloss.cpu.vector import HAS_AVX512, Vector, call, indices, mangle, scalar_type
-from fastloss.kernel import element, elementary
-from fastloss.ops import where
-
-# A step is four registers of AVX-512 or eight of AVX2. With fewer, the CPU waits for dependent instructions (BCE value+gradient
-# with arrays in the cache, in ns an element, at 128, 256 and 512 bytes: AVX-512 0.50, 0.47, 0.51; at 64 to 256 bytes: AVX2 0.71,
-# 0.55, 0.50).
-VECTOR_BYTES = 256
-REGISTER_BYTES = 64 if HAS_AVX512 else 32
-PREFETCH = 2048  # bytes from a load to the cache lines that it prefetches
-# Number of steps whose elements are summed in float32: a lane adds 64 elements, with an error of 2e-7 for a constant batch. It
-# also multiplies 64 factors of at most 2, whose product must stay below 2**127.
-BLOCK = 64 * REGISTER_BYTES // VECTOR_BYTES
-
-I1, I64, DOUBLE = ir.IntType(1), ir.IntType(64), ir.DoubleType()
-SPECS: dict[str, Spec] = {}  # by key, because Numba's intrinsics take literal strings but not objects
+from fastloss.core.plan import Spec
+from fastloss.cpu.abi import FIELDS, LAYOUT_FIELDS, count_partials, frame_of
+from fastloss.cpu.step import BLOCK, DOUBLE, FOLD, I64, STEP, count_sums, lanes_of, sum_type
+from fastloss.cpu.vector import Vector
+from fastloss.kernel import element
 
 
-def lanes_of(spec: Spec) -> int:
-    """Return the number of elements in a step."""
-    return VECTOR_BYTES // BY_CODE[spec.compute].size
+class Shape(NamedTuple):
+    """What a loop depends on."""
+
+    compute: str  # code of the type of the arithmetic
+    arrays: int
+    numbers: int  # options given as numbers
+    sums: int  # of a block
+    totals: int  # of a range
 
 
-def sum_lanes_of(spec: Spec) -> int:
-    """Return the number of lanes of a sum."""
-    return REGISTER_BYTES // BY_CODE[spec.compute].size
+def shape_of(spec: Spec) -> Shape:
+    """Return the shape of the loop of a spec."""
+    return Shape(spec.compute, len(spec.arrays), len(spec.numbers), count_sums(spec), count_partials(spec))
 
 
 class Lanes(types.Type):
     """Numba's type for an LLVM vector, which the loop carries in registers."""
 
-    def __init__(self, element: str, count: int) -> None:
-        self.llvm = ir.VectorType(scalar_type(element), count)
-        super().__init__(f"Lanes({element} x {count})")
+    def __init__(self, vector: ir.VectorType) -> None:
+        self.llvm = vector
+        super().__init__(f"Lanes({vector})")
 
 
 @register_default(Lanes)
@@ -77,263 +58,7 @@ class _LanesModel(models.PrimitiveModel):
         super().__init__(manager, lanes, lanes.llvm)
 
 
-# --- one step, in LLVM code ------------------------------------------------------------------------------------------
-
-
-class Row(NamedTuple):
-    """The addresses and strides of the elements of a row, as LLVM values."""
-
-    addresses: list[ir.Value]  # of each array's first element in the row
-    inner_strides: list[ir.Value]  # of each array along the row's inner axis
-    outer_strides: list[ir.Value]  # of each array along the row's outer axis
-    inner_size: ir.Value  # length of the inner axis
-
-
-class StepEmitter:
-    """Emits the loads and stores of one step: the elements of a row from `start` on, of which `left` remain."""
-
-    def __init__(self, spec: Spec, builder: ir.IRBuilder, row: Row, start: ir.Value, left: ir.Value, prefetches: ir.Value) -> None:
-        self.spec, self.builder, self.row, self.start, self.left, self.prefetches = spec, builder, row, start, left, prefetches
-        self.lanes = lanes_of(spec)
-        self.ids = ir.Constant(ir.VectorType(I64, self.lanes), list(range(self.lanes)))
-        self.all = ir.Constant(ir.VectorType(I1, self.lanes), [1] * self.lanes)
-        self.is_full = builder.icmp_signed(">=", left, I64(self.lanes))
-
-    def row_mask(self) -> ir.Value:
-        """Return the mask of the lanes that lie before the end of the row."""
-        return self.builder.icmp_signed("<", self.ids, spread(self.builder, self.left, self.lanes))
-
-    def branch_on_full(self, full_step: Callable[[], list[ir.Value]], end_of_row: Callable[[], list[ir.Value]]) -> list[ir.Value]:
-        """Emit a branch that computes the same values in two ways: for a full step, and for a step past the end of a row.
-
-        The branch is predicted, so its cost is negligible compared with masking every step. The formula is emitted once, outside
-        the branch, to save compile time.
-        """
-        builder = self.builder
-        with builder.if_else(self.is_full) as (full, tail):
-            with full:
-                a, a_block = full_step(), builder.block
-            with tail:
-                b, b_block = end_of_row(), builder.block
-        joined = [builder.phi(x.type) for x in a]
-        for phi, x, y in zip(joined, a, b, strict=True):
-            phi.add_incoming(x, a_block)
-            phi.add_incoming(y, b_block)
-        return joined
-
-    def load_all(self) -> dict[str, Vector]:
-        """Load a vector of each operand."""
-        operands = list(enumerate(self.spec.operands))
-
-        def load_full() -> list[ir.Value]:
-            with self.builder.if_then(self.builder.icmp_signed("!=", self.prefetches, I64(0))):
-                for k, op in operands:
-                    if op.access == "contiguous":
-                        self.prefetch(self.first_pointer(k, op), self.lanes * op.size)
-            return [self.load(k, op, None) for k, op in operands]
-
-        vectors = self.branch_on_full(load_full, lambda: [self.load(k, op, self.row_mask()) for k, op in operands])
-        return {op.name: Vector(self.builder, vector) for (_, op), vector in zip(operands, vectors, strict=True)}
-
-    def zero_past_row(self, vectors: list[Vector]) -> list[Vector]:
-        """Return the vectors with 0 in the lanes past the end of the row."""
-
-        def masked() -> list[ir.Value]:
-            mask = self.row_mask()
-            return [self.builder.select(mask, v.value, ir.Constant(v.type, None)) for v in vectors]
-
-        return [Vector(self.builder, v) for v in self.branch_on_full(lambda: [v.value for v in vectors], masked)]
-
-    def first_pointer(self, k: int, operand: Operand) -> ir.Value:
-        """Return the pointer to the step's first element of array k, which is contiguous."""
-        address = self.builder.add(self.row.addresses[k], self.builder.mul(self.start, I64(operand.size)))
-        return self.builder.inttoptr(address, scalar_type(operand.code).as_pointer())
-
-    def lane_pointers(self, k: int, element: ir.Type) -> ir.Value:
-        """Return a vector with a pointer for each lane, for array k, which is not contiguous."""
-        builder, row = self.builder, self.row
-        stride = spread(builder, row.inner_strides[k], self.lanes)
-        if self.spec.arrays[k].access == "nested":
-            outer, index = self.nested_indices()
-            offset = builder.add(builder.mul(outer, spread(builder, row.outer_strides[k], self.lanes)), builder.mul(index, stride))
-        else:
-            offset = builder.mul(builder.add(spread(builder, self.start, self.lanes), self.ids), stride)
-        address = builder.add(spread(builder, row.addresses[k], self.lanes), offset)
-        return builder.inttoptr(address, ir.VectorType(element.as_pointer(), self.lanes))
-
-    def nested_indices(self) -> tuple[ir.Value, ir.Value]:
-        """Return each lane's index along the outer axis and along the inner axis of the row.
-
-        Only the first lane takes an integer division. The other lanes are at most a step and a short axis further on, so their
-        quotients are small enough for a division in float32 to be right.
-        """
-        builder, inner_size = self.builder, self.row.inner_size
-        first = builder.sdiv(self.start, inner_size)
-        rest = builder.sub(self.start, builder.mul(first, inner_size))
-        index = builder.add(spread(builder, rest, self.lanes), self.ids)
-        floats = ir.VectorType(ir.FloatType(), self.lanes)
-        middle = builder.fadd(builder.sitofp(index, floats), ir.Constant(floats, [0.5] * self.lanes))
-        size = spread(builder, inner_size, self.lanes)
-        further = builder.fptosi(builder.fdiv(middle, builder.sitofp(size, floats)), index.type)
-        return builder.add(spread(builder, first, self.lanes), further), builder.sub(index, builder.mul(further, size))
-
-    def load(self, k: int, operand: Operand, mask: ir.Value | None) -> ir.Value:
-        """Load one vector of operand k. Lanes outside `mask` are not read; None loads all lanes."""
-        builder, element = self.builder, scalar_type(operand.code)
-        vector, align = ir.VectorType(element, self.lanes), ir.Constant(ir.IntType(32), operand.size)
-        zero = ir.Constant(vector, None)
-        if operand.access == "constant":
-            pointer = builder.inttoptr(self.row.addresses[k], element.as_pointer())
-            return spread(builder, builder.load(pointer), self.lanes)
-        if operand.access != "contiguous":
-            name = f"llvm.masked.gather.{mangle(vector)}.v{self.lanes}p0"
-            return call(builder, name, vector, self.lane_pointers(k, element), align, mask or self.all, zero)
-        pointer = self.first_pointer(k, operand)
-        vector_pointer = builder.bitcast(pointer, vector.as_pointer())
-        if mask is not None:
-            return call(builder, f"llvm.masked.load.{mangle(vector)}.p0", vector, vector_pointer, align, mask, zero)
-        return builder.load(vector_pointer, align=align.constant)
-
-    def prefetch(self, pointer: ir.Value, size: int) -> None:
-        """Prefetch the cache lines that a later step will load.
-
-        The formula between two loads is so long that out-of-order execution does not reach the next load: without prefetching,
-        the value of BCE took 1.48 times as long as a dot product, and with it 1.05 times. With arrays in the second or third cache,
-        MSE took 1.15 times as long with it, so small batches go without.
-        """
-        builder, flags = self.builder, [ir.IntType(32)(n) for n in (0, 3, 1)]  # for reading, high locality, data
-        bytes_pointer = builder.bitcast(pointer, ir.IntType(8).as_pointer())
-        for line in range(0, size, LINE):
-            ahead = builder.gep(bytes_pointer, [I64(PREFETCH + line)])
-            call(builder, "llvm.prefetch.p0", ir.VoidType(), ahead, *flags)
-
-    def store(self, k: int, operand: Operand, vector: ir.Value, mode: ir.Value) -> None:
-        """Store one vector to array k: at the end of a row by a masked store, otherwise in the frame's store mode."""
-        builder, element = self.builder, scalar_type(operand.code)
-        align = ir.Constant(ir.IntType(32), operand.size)
-        void = ir.VoidType()
-        if operand.access != "contiguous":
-            name = f"llvm.masked.scatter.{mangle(vector.type)}.v{self.lanes}p0"
-            call(builder, name, void, vector, self.lane_pointers(k, element), align, self.row_mask())
-            return
-        pointer = builder.bitcast(self.first_pointer(k, operand), vector.type.as_pointer())
-        with builder.if_else(self.is_full) as (full, tail):
-            with full, builder.if_else(builder.icmp_signed("==", mode, I64(CACHED))) as (cached, nontemporal):
-                with cached:
-                    builder.store(vector, pointer, align=align.constant)
-                with nontemporal:
-                    self.store_nontemporal(vector, pointer, mode, operand.size * self.lanes)
-            with tail:
-                call(builder, f"llvm.masked.store.{mangle(vector.type)}.p0", void, vector, pointer, align, self.row_mask())
-
-    def store_nontemporal(self, vector: ir.Value, pointer: ir.Value, mode: ir.Value, size: int) -> None:
-        """Store past the caches, in as few stores as the alignment allows.
-
-        The CPU combines stores of 16 bytes to cache lines, but each takes a shuffle: with stores of whole lines MSE went from 1.17
-        to 0.98 times the time of the triad, and BCE from 1.89 to 1.74.
-        """
-        builder = self.builder
-        words = builder.bitcast(vector, ir.VectorType(ir.IntType(32), size // 4))
-        words_at = builder.bitcast(pointer, ir.IntType(32).as_pointer())
-        head = LINE - PIECE
-        by_pieces = pieces(0, size)
-        by_lines, by_shifted_lines = by_pieces, by_pieces
-        if size % LINE == 0:
-            by_lines, by_shifted_lines = lines(0, size), [*pieces(0, head), *lines(head, size - PIECE), (size - PIECE, PIECE)]
-        with builder.if_else(builder.icmp_signed("==", mode, I64(NONTEMPORAL_SHIFTED_LINES))) as (is_shifted, other):
-            with is_shifted:
-                self.store_parts(words, words_at, by_shifted_lines)
-            with other, builder.if_else(builder.icmp_signed("==", mode, I64(NONTEMPORAL_LINES))) as (is_line, is_piece):
-                with is_line:
-                    self.store_parts(words, words_at, by_lines)
-                with is_piece:
-                    self.store_parts(words, words_at, by_pieces)
-
-    def store_parts(self, words: ir.Value, pointer: ir.Value, parts: list[tuple[int, int]]) -> None:
-        """Store parts of a vector past the caches. A part is given by its first byte and its size, and is aligned to its size."""
-        builder = self.builder
-        for first, size in parts:
-            part = builder.shuffle_vector(words, words, indices(first // 4, size // 4))
-            at = builder.bitcast(builder.gep(pointer, [I64(first // 4)]), part.type.as_pointer())
-            builder.store(part, at, align=size).set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
-
-    def convert(self, raw: Vector, code: str, to: str) -> Vector:
-        """Convert lanes stored with type code `code` to the type `to`, rounded once to nearest."""
-        if code == "b1":  # in NumPy any byte but 0 means True
-            raw = raw != 0
-        return raw if code == to else raw.convert(code, to)
-
-
-def pieces(first: int, stop: int) -> list[tuple[int, int]]:
-    """Divide the bytes from `first` to `stop` into parts of 16 bytes."""
-    return [(at, PIECE) for at in range(first, stop, PIECE)]
-
-
-def lines(first: int, stop: int) -> list[tuple[int, int]]:
-    """Divide the bytes from `first` to `stop` into parts of a cache line."""
-    return [(at, LINE) for at in range(first, stop, LINE)]
-
-
-def spread(builder: ir.IRBuilder, scalar: ir.Value, count: int) -> ir.Value:
-    """Return a vector with the scalar in every lane."""
-    vector = ir.VectorType(scalar.type, count)
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.IntType(32)(0))
-    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), count), None))
-
-
-def emit_step(step: StepEmitter, numbers: dict[str, ir.Value], scale: ir.Value, mode: ir.Value, sums: list[Vector]) -> list[Vector]:
-    """Emit one step: loads, formula, stores and sums. Return the new sums of the block; see `_sum_types`."""
-    spec, builder = step.spec, step.builder
-    raw = step.load_all()
-    number = {name: spread_number(builder, value, spec) for name, value in numbers.items()}
-    all_lanes = Vector(builder, step.all, ir.VectorType(scalar_type(spec.compute), step.lanes))
-    loaded, counted = element.load(
-        spec, raw, number, all_lanes, lambda x, code: step.convert(x, code, spec.compute),
-        lambda stored, converted: differs_from(step, stored, converted, numbers["ignore_index"]),
-    )  # fmt: skip
-    found = element.quantities(spec, loaded, number)
-    scales = spread_number(builder, scale, spec)
-    for k, (output, result) in enumerate(element.results_to_store(spec, found, loaded, scales, counted), len(spec.operands)):
-        step.store(k, output, step.convert(result, spec.compute, output.code).value, mode)
-    values, factors = element.summands(spec, found, loaded.get("weight"), counted)
-    bad = counted.splat(0.0)
-    for name in spec.checked:
-        bad = bad + where(element.is_bad(loaded[name], counted), 1.0, 0.0)
-    added = [counted.match(v) for v in (*values, *factors, bad)]
-    return [
-        accumulate_lanes(old, new, as_factors=len(values) <= k < len(sums) - 1)
-        for k, (old, new) in enumerate(zip(sums, step.zero_past_row(added), strict=True))
-    ]
-
-
-def accumulate_lanes(old: Vector, new: Vector, as_factors: bool) -> Vector:
-    """Add the halves of the new lanes until they fill one register, then add the register to a sum; multiply if they are factors.
-
-    A sum takes one register instead of as many as a step has, which leaves registers to the formula: with arrays in the cache,
-    BCE value+gradient went from 0.92 ns an element to 0.47.
-    """
-    while new.type.count > old.type.count:
-        new = element.accumulate(*new.halves(), as_factors)
-    return element.accumulate(old, new, as_factors)
-
-
-def spread_number(builder: ir.IRBuilder, value: ir.Value, spec: Spec) -> Vector:
-    """Convert a float64 number to the type of the arithmetic and return a vector with it in every lane."""
-    if spec.compute == "f4":
-        value = builder.fptrunc(value, ir.FloatType())
-    return Vector(builder, spread(builder, value, lanes_of(spec)))
-
-
-def differs_from(step: StepEmitter, stored: Vector, converted: Vector, value: ir.Value) -> Vector:
-    """Return the mask of targets that differ from a number: integers are compared as stored, other targets as converted."""
-    code = next(op.code for op in step.spec.operands if op.name == "target")
-    if code[0] in "iu":
-        value = (step.builder.fptosi if code[0] == "i" else step.builder.fptoui)(value, scalar_type(code))
-        return stored != Vector(step.builder, spread(step.builder, value, step.lanes))
-    return converted != spread_number(step.builder, value, step.spec)
-
-
-# --- intrinsics that the Numba loop calls ------------------------------------------------------------------------------
+# --- intrinsics that the loop calls ------------------------------------------------------------------------------------
 
 
 @intrinsic(prefer_literal=True)
@@ -369,67 +94,48 @@ def fetch_add(typingctx: Any, pointer: Any, index: Any) -> Any:
     return types.int64(pointer, index), codegen
 
 
-def _sum_types(spec: Spec) -> tuple[Any, Any]:
-    """Return Numba's types of the sums of a block and of the sums of a range.
-
-    A block has a total for each sum, a product for each sum in `spec.multiplied`, and the number of bad elements. A range has a
-    float64 total for each sum, and the number of bad elements.
-    """
-    block = types.UniTuple(Lanes(spec.compute, sum_lanes_of(spec)), len(spec.summed) + len(spec.multiplied) + 1)
-    total = types.UniTuple(Lanes("f8", sum_lanes_of(spec)), count_partials(spec))
-    return block, total
-
-
-@intrinsic(prefer_literal=True)
-def zeros(typingctx: Any, key: Any, level: Any) -> Any:
-    """Return the sums of a "block" or of a "range", set to 0."""
-    result = _sum_types(SPECS[key.literal_value])[level.literal_value == "range"]
+@intrinsic
+def zeros(typingctx: Any, result: Any) -> Any:
+    """Return sums of a type, set to 0."""
+    made = result.instance_type
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return context.make_tuple(builder, result, [ir.Constant(result.dtype.llvm, None)] * result.count)
+        return context.make_tuple(builder, made, [ir.Constant(made.dtype.llvm, None)] * made.count)
 
-    return result(key, level), codegen
+    return made(result), codegen
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def compute_step(
-    typingctx: Any, key: Any, addresses: Any, inner_strides: Any, outer_strides: Any, inner_size: Any, start: Any, stop: Any,
-    numbers: Any, scale: Any, mode: Any, prefetches: Any, sums: Any
+    typingctx: Any, addresses: Any, inner_strides: Any, outer_strides: Any, inner_size: Any, start: Any, stop: Any, numbers: Any,
+    scale: Any, mode: Any, prefetches: Any, sums: Any
 ) -> Any:  # fmt: skip
-    """Compute one step, a vector's width of elements from `start` on; see `emit_step`."""
-    spec = SPECS[key.literal_value]
+    """Compute one step, a vector's width of elements from `start` on, and return the new sums of the block."""
+    arguments = addresses, inner_strides, outer_strides, inner_size, start, stop, numbers, scale, mode, prefetches, sums
+    return sums(*arguments), calling(STEP)
+
+
+@intrinsic
+def fold(typingctx: Any, totals: Any, sums: Any) -> Any:
+    """Add the sums of a block to the totals of the range, in float64."""
+    return totals(totals, sums), calling(FOLD)
+
+
+def calling(name: str) -> Any:
+    """Return what emits a call of a function of `step.py`. Each item of a tuple is an argument of its own."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        addresses_, inner_, outer_, numbers_, sums_ = (cgutils.unpack_tuple(builder, args[k]) for k in (1, 2, 3, 7, 11))
-        inner_size_, start_, stop_, scale_, mode_, prefetches_ = (args[k] for k in (4, 5, 6, 8, 9, 10))
-        named = dict(zip(spec.numbers, numbers_, strict=False))
-        one = StepEmitter(spec, builder, Row(addresses_, inner_, outer_, inner_size_), start_, builder.sub(stop_, start_), prefetches_)
-        new_sums = emit_step(one, named, scale_, mode_, [Vector(builder, v) for v in sums_])
-        return context.make_tuple(builder, sums, [v.value for v in new_sums])
+        result, flat = signature.return_type, [x for arg in args for x in items(builder, arg)]
+        function_type = ir.FunctionType(ir.LiteralStructType([result.dtype.llvm] * result.count), [x.type for x in flat])
+        packed = builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), flat)
+        return context.make_tuple(builder, result, [builder.extract_value(packed, k) for k in range(result.count)])
 
-    return sums(key, addresses, inner_strides, outer_strides, inner_size, start, stop, numbers, scale, mode, prefetches, sums), codegen
+    return codegen
 
 
-@intrinsic(prefer_literal=True)
-def fold(typingctx: Any, key: Any, totals: Any, sums: Any) -> Any:
-    """Add the sums of a block to the sums of the range, in float64."""
-    spec = SPECS[key.literal_value]
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        block = [Vector(builder, v) for v in cgutils.unpack_tuple(builder, args[2])]
-        total = [Vector(builder, v) for v in cgutils.unpack_tuple(builder, args[1])]
-
-        def widen(x: Vector) -> Vector:
-            return x if spec.compute == "f8" else x.like(builder.fpext(x.value, totals.dtype.llvm))
-
-        count = len(spec.summed)
-        new = [old + widen(value) for old, value in zip(total, [*block[:count], block[-1]], strict=True)]
-        for name, product in zip(spec.multiplied, block[count:-1], strict=True):
-            k = spec.summed.index(name)
-            new[k] = new[k] + widen(elementary.log1p_of_product(product))
-        return context.make_tuple(builder, totals, [v.value for v in new])
-
-    return totals(key, totals, sums), codegen
+def items(builder: Any, value: Any) -> list[Any]:
+    """Return the items of a tuple, or the value itself."""
+    return cgutils.unpack_tuple(builder, value) if isinstance(value.type, ir.ArrayType) else [value]
 
 
 @intrinsic
@@ -470,19 +176,24 @@ def pointer_at(typingctx: Any, element: Any, address: Any) -> Any:
     return result(element, address), codegen
 
 
-def build(key: str) -> Any:
-    """Compile the loop for a spec.
+@cache
+def build(shape: Shape) -> str:
+    """Compile a loop, and return its LLVM code.
 
     Each thread calls the function with the same argument, the frame of the call; see `abi.py`.
     A thread takes its next range from an atomic counter, whose increment also makes the non-temporal stores of the range before visible
     to other threads.
     """
-    spec = SPECS[key]
-    lanes, arrays, partial_count = lanes_of(spec), len(spec.arrays), count_partials(spec)
+    arrays, partial_count, lanes = shape.arrays, shape.totals, lanes_of(shape.compute)
     block = BLOCK * lanes
-    addresses_at, numbers_at, scale_at, partials_at = frame_of(spec)
-    numbers = max(1, scale_at - numbers_at)  # Numba has no empty homogeneous tuples; without numbers, one unused field is read
+    block_sums = types.UniTuple(Lanes(sum_type(shape.compute, shape.compute)), shape.sums)
+    range_totals = types.UniTuple(Lanes(sum_type(shape.compute, "f8")), shape.totals)
+    addresses_at, numbers_at, _, partials_at = frame_of(arrays, shape.numbers)
+    numbers = max(1, shape.numbers)  # Numba has no empty homogeneous tuples; without numbers, one unused field is read
     inner_at, outer_at, starts_at, axes_at = (LAYOUT_FIELDS + k * arrays for k in range(4))
+
+    for name in (STEP, FOLD):
+        llvm.add_symbol(name, 1)  # Numba loads the loop, but nothing calls it
 
     @cfunc(types.void(types.CPointer(types.int64)), error_model="numpy")
     def kernel(frame: Any) -> None:
@@ -499,7 +210,7 @@ def build(key: str) -> Any:
             at = group * group_size + (index - group * per_group) * range_size
             stop = min(at + range_size, (group + 1) * group_size)
             scale = pointer_at(types.float64, scales)[group * scale_stride]
-            totals = zeros(key, "range")
+            totals = zeros(range_totals)
             while at < stop:
                 row = at // row_size
                 column = at - row * row_size
@@ -512,15 +223,15 @@ def build(key: str) -> Any:
                     row //= length
                     axis += 1 + arrays
                 for first in range(column, column + count, block):
-                    sums = zeros(key, "block")
+                    sums = zeros(block_sums)
                     last = min(first + block, column + count)
                     for start in range(first, last, lanes):
                         sums = compute_step(
-                            key, here, inner_strides, outer_strides, inner_size, start, last, options, scale, mode, prefetches, sums
+                            here, inner_strides, outer_strides, inner_size, start, last, options, scale, mode, prefetches, sums
                         )
-                    totals = fold(key, totals, sums)
+                    totals = fold(totals, sums)
                 at += count
             store_sums(partials, partial_count * index, totals)
             index = fetch_add(frame, 0)
 
-    return kernel
+    return str(kernel.inspect_llvm())

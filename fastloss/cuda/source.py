@@ -21,7 +21,7 @@ from fastloss.kernel import element, elementary
 
 WORD = 16  # bytes of the widest load or store
 THREADS = 256  # in a block
-SUMMED = 64  # elements that a thread sums in the type of the arithmetic before it adds the sum in float64; see BLOCK in cpu/loop.py
+SUMMED = 64  # elements that a thread sums in the type of the arithmetic before it adds the sum in float64; see BLOCK in cpu/step.py
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The arithmetic of one element between its loads and its stores, written once for the CPU and the GPU.
 
 The functions take symbols, which stand for an element or a vector of elements, and return symbols: the results to store, and
-the terms to add to the sums. Loads, stores and sums are written by each machine (`cpu/loop.py`, `cuda/source.py`).
+the terms to add to the sums. Loads, stores and sums are written by each machine (`cpu/step.py`, `cuda/source.py`).
 """
 
 from __future__ import annotations

@@ -18,63 +18,63 @@ ONCE = "test_half.py::test_float64_is_rounded_once"
 MUTATIONS = (
     # --- the loop
     Mutation(
-        "row-mask-inclusive", "cpu/loop.py", 'icmp_signed("<", self.ids, spread(', 'icmp_signed("<=", self.ids, spread(',
+        "row-mask-inclusive", "cpu/step.py", 'icmp_signed("<", self.ids, spread(', 'icmp_signed("<=", self.ids, spread(',
         "The masks at the end of a row have one lane too many.", (OUTSIDE,),
     ),
     Mutation(
-        "full-step-too-early", "cpu/loop.py", 'icmp_signed(">=", left, I64(self.lanes))', 'icmp_signed(">=", left, I64(self.lanes - 1))',
+        "full-step-too-early", "cpu/step.py", 'icmp_signed(">=", left, I64(self.lanes))', 'icmp_signed(">=", left, I64(self.lanes - 1))',
         "A step that lacks one element counts as full.", (OUTSIDE, SHAPES),
     ),
     Mutation(
-        "sums-past-row", "cpu/loop.py", "return [self.builder.select(mask, v.value, ir.Constant(v.type, None)) for v in vectors]",
+        "sums-past-row", "cpu/step.py", "return [self.builder.select(mask, v.value, ir.Constant(v.type, None)) for v in vectors]",
         "return [v.value for v in vectors]", "Lanes past the end of a row are added to the sums.", (SHAPES,),
     ),
     Mutation(
-        "nested-strides-swapped", "cpu/loop.py",
+        "nested-strides-swapped", "cpu/step.py",
         "builder.mul(outer, spread(builder, row.outer_strides[k], self.lanes)), builder.mul(index, stride)",
         "builder.mul(index, spread(builder, row.outer_strides[k], self.lanes)), builder.mul(outer, stride)",
         "In rows with two axes, the inner and the outer index are swapped.", (SHORT,),
     ),
     Mutation(
-        "nested-division-too-large", "cpu/loop.py", "[0.5] * self.lanes", "[1.0] * self.lanes",
+        "nested-division-too-large", "cpu/step.py", "[0.5] * self.lanes", "[1.0] * self.lanes",
         "The last element of an inner axis is counted to the next one.", (SHORT,),
     ),
     Mutation(
-        "nested-division-without-half", "cpu/loop.py", "[0.5] * self.lanes", "[0.0] * self.lanes",
+        "nested-division-without-half", "cpu/step.py", "[0.5] * self.lanes", "[0.0] * self.lanes",
         "The division of small integers in float32 has no margin.", (SHORT,),
         survives="IEEE division of such small integers never rounds a quotient up to the next integer; the half is a margin",
     ),
     Mutation(
-        "strided-without-start", "cpu/loop.py", "builder.mul(builder.add(spread(builder, self.start, self.lanes), self.ids), stride)",
+        "strided-without-start", "cpu/step.py", "builder.mul(builder.add(spread(builder, self.start, self.lanes), self.ids), stride)",
         "builder.mul(self.ids, stride)", "Every step of a strided row reads the first elements.", (VIEWS,),
     ),
     Mutation(
-        "shifted-lines-misplaced", "cpu/loop.py", "head = LINE - PIECE", "head = PIECE",
+        "shifted-lines-misplaced", "cpu/step.py", "head = LINE - PIECE", "head = PIECE",
         "Whole cache lines are stored at addresses that are not those of cache lines.", (ALIGNED,),
     ),
     Mutation(
-        "parts-at-first-place", "cpu/loop.py", "builder.gep(pointer, [I64(first // 4)])", "builder.gep(pointer, [I64(0)])",
+        "parts-at-first-place", "cpu/step.py", "builder.gep(pointer, [I64(first // 4)])", "builder.gep(pointer, [I64(0)])",
         "All parts of a non-temporal store go to the first place.", (ALIGNED,),
     ),
     Mutation(
-        "prefetch-far-beyond", "cpu/loop.py", "PREFETCH = 2048", "PREFETCH = 1 << 24", "Prefetches go far beyond the arrays.", (ALIGNED,),
+        "prefetch-far-beyond", "cpu/step.py", "PREFETCH = 2048", "PREFETCH = 1 << 24", "Prefetches go far beyond the arrays.", (ALIGNED,),
         survives="a prefetch of an address that does not exist has no effect",
     ),
     Mutation(
-        "added-twice", "cpu/loop.py", "return element.accumulate(old, new, as_factors)",
+        "added-twice", "cpu/step.py", "return element.accumulate(old, new, as_factors)",
         "return element.accumulate(element.accumulate(old, new, as_factors), new, as_factors)", "Each step is added twice.", (SHAPES,),
     ),
     Mutation(
-        "half-of-step-dropped", "cpu/loop.py", "new = element.accumulate(*new.halves(), as_factors)", "new = new.halves()[0]",
+        "half-of-step-dropped", "cpu/step.py", "new = element.accumulate(*new.halves(), as_factors)", "new = new.halves()[0]",
         "Sums take the lower lanes of a step only.", (SHAPES,),
     ),
     Mutation(
-        "blocks-too-long", "cpu/loop.py", "BLOCK = 64 * REGISTER_BYTES", "BLOCK = 65536 * REGISTER_BYTES",
+        "blocks-too-long", "cpu/step.py", "BLOCK = 64 * REGISTER_BYTES", "BLOCK = 65536 * REGISTER_BYTES",
         "Long parts of rows are summed in float32.",
         ("test_options.py::test_a_constant_batch_sums_without_bias", "test_options.py::test_the_largest_logarithms_sum_without_overflow"),
     ),
     Mutation(
-        "fold-forgets-sum", "cpu/loop.py", "new[k] = new[k] + widen(", "new[k] = widen(",
+        "fold-forgets-sum", "cpu/step.py", "new[k] = new[k] + widen(", "new[k] = widen(",
         "The logarithm of a product replaces the sum instead of being added.", (SHAPES,),
     ),
     Mutation(
