@@ -87,28 +87,34 @@ from fastloss.cpu.threads import THREADS
 pool.leave = lambda cpu, least: None
 z, cpus = np.zeros(1_000_000), os.sched_getaffinity(0)
 fl.set_num_threads(3)
-def others():  # the CPUs of the threads of the pool
-    time.sleep(0.01)
-    ours = {os.getpid(), threading.get_native_id()}
-    return [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task") if int(thread) not in ours]
 fl.mse_loss(z[:1000], z[:1000])  # compile
-before = len(others())
-def call():
+before = set(os.listdir("/proc/self/task"))
+def wait_for(wanted):  # wait until the threads of the pool may use these CPUs
+    until = time.monotonic() + 20
+    while True:
+        new = set(os.listdir("/proc/self/task")) - before - {str(threading.get_native_id())}
+        found = [os.sched_getaffinity(int(thread)) for thread in new]
+        if found == wanted:
+            return
+        assert time.monotonic() < until, found
+        time.sleep(0.01)
+def call(wanted):
     os.sched_setaffinity(0, {min(cpus)})
     fl.mse_loss(z, z)
-    return others()[before:]
+    wait_for(wanted)
+    done.append(wanted)
+done = []
 if sys.argv[-1] == "thread":
-    found = []
-    thread = threading.Thread(target=lambda: found.extend(call()))
+    thread = threading.Thread(target=call, args=([cpus] * 2,))
     thread.start()
     thread.join()
-    assert found == [cpus] * 2, found
 else:
-    assert call() == [{min(cpus)}] * 2
+    call([{min(cpus)}] * 2)
     time.sleep(2 * pool.CHECKED_AFTER)
     os.sched_setaffinity(0, cpus)
     fl.mse_loss(z, z)
-    assert others()[before:] == [cpus] * 2, others()
+    wait_for([cpus] * 2)
+assert done
 print(THREADS.pool._workers)"""
     assert run_python(code.replace("sys.argv[-1]", repr(pinned)), FASTLOSS_THREADS="pool") == "2"
 
