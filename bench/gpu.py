@@ -310,6 +310,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all times to this file, with hardware, versions and date")
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="also write pictures to this folder (needs fastloss[bench])")
     parser.add_argument("--loss", action="append", choices=tuple(SUBJECTS), metavar="LOSS", help="time only cases of this loss")
+    parser.add_argument("--static", action="store_true", help="measure nothing: predict speeds from machine code; needs no GPU")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="with --static, write the table between the marks of this page")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of each case (default: %(default)s)")
     chosen = parser.parse_args(arguments)
     for folder in filter(None, (chosen.json and chosen.json.parent, chosen.png)):
@@ -321,6 +323,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Measure all cases, write the results after each of them, and return the exit status: 1 if fastloss failed in a case."""
     chosen = parse(arguments)
+    if chosen.static:
+        from bench import static
+
+        return static.run(chosen.json, chosen.write)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # otherwise JAX takes the memory that other libraries need
     try:
         from fastloss.cuda import cupy, workspace

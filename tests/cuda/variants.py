@@ -6,55 +6,28 @@ Needs neither a GPU nor a driver. Tests run it in a process of its own, because 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.metadata import files
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import cupy  # noqa: F401 (finds NVRTC)
-import numpy as np
 
 import fastloss as fl
-from fastloss.core.call import Arguments
-from fastloss.core.plan import Request
-from fastloss.cpu.call import HostCall
+from bench import sass
+from bench.static import array, launch, second_launch
 from fastloss.cuda.compile import compiled
 from fastloss.cuda.launch import Launch, Outcome
 from fastloss.cuda.rescale import text_of
 from fastloss.cuda.source import source
 from tests.table import LOSSES
 
-SHAPE = (8, 3, 32, 32)
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 BOTH, OTHERS = ("slope", "target_slope"), ("value", "curvature", "cross_curvature", "target_curvature")
 LOGISTIC = fl.binary_cross_entropy_with_logits
-
-
-def array(dtype: str, shape: tuple[int, ...] = SHAPE) -> Any:
-    """Return an uninitialised array, for kernels that are compiled and not launched."""
-    if dtype == "bfloat16":
-        from ml_dtypes import bfloat16
-
-        return np.empty(shape, bfloat16)
-    return np.empty(shape, dtype)
-
-
-def launch(
-    definition: Any, input: Any, target: Any, summed: tuple[str, ...] = (), wanted: tuple[str, ...] = (), reduction: str = "mean",
-    validate: bool = False, outcome: Outcome | None = None, **options: Any
-) -> Launch:  # fmt: skip
-    """Return the launch of a call."""
-    weight = options.pop("weight", None)
-    call = HostCall(definition, Arguments(summed, wanted, input, target, weight, reduction, options))
-    outputs = [np.empty_like(target if name.startswith("target_") else input) for name in wanted]
-    return Launch(Request(*call.request(summed, wanted, [*call.arrays, *outputs], validate)), outcome or Outcome())
 
 
 def launches() -> Iterator[tuple[str, Launch]]:
@@ -70,9 +43,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
     for loss in (fl.dice_with_logits_loss, fl.dice_bce_with_logits_loss):
         for z in (single, double):
             yield f"{loss.__name__} {z.dtype}: sums", launch(loss.first, z, z, ("overlap", "missed", "entropy", "count"), mask=z > 0)
-            groups = dict.fromkeys(loss.second.formula.defaults, array("float64", (8, 3, 1, 1)))
-            call = HostCall(loss.first, Arguments((), BOTH, z, z, None, "sum", {})).derive(loss.second, groups)
-            yield f"{loss.__name__} {z.dtype}: slopes", Launch(Request(*call.request((), BOTH, [*call.arrays, z, z])), Outcome())
+            yield f"{loss.__name__} {z.dtype}: slopes", second_launch(loss, z, BOTH)
     one = LOGISTIC.definition
     for dtype, target in product(FLOATS, (*FLOATS, *INTEGERS)):
         yield f"{dtype} and {target}", launch(one, array(dtype), array(target), ("value",), ("slope",))
@@ -120,25 +91,13 @@ def texts() -> Iterator[tuple[str, str, str]]:
         yield f"rescale {codes}", text_of(*codes), "fastloss_rescale"
 
 
-def resources(code: bytes) -> dict[str, int]:
-    """Return a kernel's registers, and the bytes of its stack (for spilled registers) and of its local and shared memory."""
-    tool = next(file.locate() for file in files("nvidia-cuda-cuobjdump") or [] if file.name == "cuobjdump")
-    Path(tool).chmod(0o755)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(code)
-        shown = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    fields = dict(field.split(":") for field in shown.split() if field.count(":") == 1 and not field.endswith(":"))
-    return {"registers": int(fields["REG"]), "stack": int(fields["STACK"]), "local": int(fields["LOCAL"]), "shared": int(fields["SHARED"])}
-
-
 def main() -> None:
     """Compile every kernel, and print a line for each."""
     for what, text, name in texts():
         start = time.perf_counter()
         code = compiled(text, f"sm_{sys.argv[1]}")
         seconds = round(time.perf_counter() - start, 2)
-        print(json.dumps({"kernel": what, "name": name, "seconds": seconds, **resources(code)}))
+        print(json.dumps({"kernel": what, "name": name, "seconds": seconds, **sass.resources(code)}))
 
 
 if __name__ == "__main__":
