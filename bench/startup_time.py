@@ -12,6 +12,8 @@ from tempfile import TemporaryDirectory
 ARRAYS = "import numpy as np; z = np.linspace(-3, 3, 1000, dtype=np.float32); t = (z > 0).astype(np.float32); "
 FIRST = ARRAYS + "import fastloss as fl; fl.binary_cross_entropy_with_logits.value_and_grad(z, t); "
 COUNT = FIRST + "from fastloss.cpu.compile import statistics; print(statistics['compiled'], statistics['loaded'])"
+LOSSES = ("binary_cross_entropy_with_logits", "mse_loss", "l1_loss", "huber_loss", "log_cosh_loss", "sigmoid_focal_loss")
+EACH = ARRAYS + f"import fastloss as fl; [getattr(fl, name).value_and_grad(z, t) for name in {LOSSES}]"
 TORCH = ARRAYS + (
     "import torch; F = torch.nn.functional; z, t = torch.from_numpy(z).requires_grad_(), torch.from_numpy(t); "
     "loss = {}; loss(z, t).backward()"
@@ -43,6 +45,7 @@ def measure(peers: Sequence[str], rounds: int) -> tuple[dict[str, list[float]], 
         "import fastloss": "import fastloss",
         CACHED: FIRST,
         "fastloss, first call, nothing cached": FIRST,
+        "fastloss, six losses, nothing cached": EACH,
     }
     for peer in peers:
         programs |= PROGRAMS.get(peer, {})

@@ -25,7 +25,7 @@ import fastloss as fl
 from bench.page import replace_block
 from fastloss.formula import OPTIONS
 from fastloss.losses.table import LOSSES, Row
-from tests.exhaustive import MEASURED
+from tests.exhaustive import MEASURED, PATHS
 from tests.ulp import QUANTITIES, ULP
 
 Array = npt.NDArray[np.float64]
@@ -91,16 +91,25 @@ def largest_error(name: str, quantity: str) -> str:
 
 
 def measured_table() -> str:
-    """Return the table of the largest errors that `python -m tests.exhaustive` has found."""
-    records = json.loads(MEASURED.read_text())
-    return table_of(map(measured_row, records), ["formula", "code path", "pairs", "value", "gradient", "second derivative"])
+    """Return the table of the largest errors that `python -m tests.exhaustive` has found. Code paths with the same errors share a row."""
+    records, rows = json.loads(MEASURED.read_text()), dict[tuple[str, ...], list[str]]()
+    for formula in dict.fromkeys(record["formula"] for record in records):
+        for record in sorted((x for x in records if x["formula"] == formula), key=lambda x: PATHS.index(x["code path"])):
+            rows.setdefault((formula, f"{record['pairs']:,}", *shown_errors(record)), []).append(record["code path"])
+    headings = ["formula", "code paths", "pairs", "value", "gradient", "second derivative"]
+    return table_of(([formula_of(name), ", ".join(paths), *cells] for (name, *cells), paths in rows.items()), headings)
 
 
-def measured_row(record: dict[str, Any]) -> list[str]:
-    """Return the row of one sweep: each error, and the promised bound."""
-    name, *rest = record["formula"].split(", ", 1)
+def shown_errors(record: dict[str, Any]) -> list[str]:
+    """Return each error of a sweep with the promised bound."""
     errors = [f"{error['error']:.2f} of {error['bound']:g}" for error in record["errors"].values()]
-    return [", ".join([f"`{name}`", *rest]), record["code path"], f"{record['pairs']:,}", *errors, *[""] * (len(QUANTITIES) - len(errors))]
+    return [*errors, *[""] * (len(QUANTITIES) - len(errors))]
+
+
+def formula_of(sweep: str) -> str:
+    """Set the loss's name at the begin of a sweep's name as code."""
+    name, *rest = sweep.split(", ", 1)
+    return ", ".join([f"`{name}`", *rest])
 
 
 def code(name: str) -> str:

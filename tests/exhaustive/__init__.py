@@ -3,3 +3,4 @@
 from pathlib import Path
 
 MEASURED = Path(__file__).with_name("measured.json")  # the record that the documentation shows
+PATHS = ("AVX-512", "AVX2", "none")  # code paths of the CPU, the best first

@@ -21,16 +21,17 @@ from rich.table import Table
 
 import fastloss as fl
 from fastloss.cpu import features
+from tests.exhaustive import PATHS
 from tests.exhaustive.sweeps import SWEEPS, Sweep, work_on
 from tests.test_cpu_state import TARGETS
 from tests.ulp import QUANTITIES
 
 BLOCK, LEAST = 1 << 20, 1 << 10  # pairs of a block; smaller blocks if not all are computed, but not smaller than this
-PATHS = {  # code paths of this CPU, the best first: environment variables that leave out the instructions of the better ones
-    **({"AVX-512": {}} if features.has("avx512f") else {}),
-    **({"AVX2": TARGETS["AVX2"]} if features.has("avx2") else {}),
-    "none": TARGETS["no AVX"],
-}
+VARIABLES: dict[str, dict[str, str]] = {  # by code path: environment variables that leave out the instructions of the better ones
+    "AVX-512": {}, "AVX2": TARGETS["AVX2"], "none": TARGETS["no AVX"],
+}  # fmt: skip
+NEEDS = {"AVX-512": "avx512f", "AVX2": "avx2"}
+OWN_PATHS = [path for path in PATHS if path not in NEEDS or features.has(NEEDS[path])]  # those of this CPU
 
 
 @dataclass
@@ -82,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     made = argparse.ArgumentParser("python -m tests.exhaustive", description="Compare formulas with float64 at every argument.")
     made.add_argument("--only", nargs="+", metavar="NAME", help="the sweeps with these names")
-    made.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), help="code paths (default: all that the CPU has)")
+    made.add_argument("--paths", nargs="+", choices=OWN_PATHS, default=OWN_PATHS, help="code paths (default: all that the CPU has)")
     made.add_argument("--every", type=int, default=1, metavar="N", help="take one block of N, and not all (default: 1)")
     made.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes that compute (default: one a CPU)")
     made.add_argument("--json", type=Path, metavar="FILE", help="write each outcome to a file, in place of one of the same sweep")
@@ -95,7 +96,7 @@ def run(sweeps: Sequence[Sweep], paths: Sequence[str], every: int, processes: in
     with Progress(*columns, console=console) as progress:
         for path in paths:
             chosen = [sweep for sweep in sweeps if sweep.every_path or path == paths[0]]
-            with processes_for(PATHS[path], processes) as pool:
+            with processes_for(VARIABLES[path], processes) as pool:
                 for sweep in chosen:
                     yield run_one(sweep, path, every, pool, progress)
 
