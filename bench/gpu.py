@@ -283,6 +283,8 @@ def description() -> dict[str, Any]:
     """Describe the GPU, the system and the versions of packages."""
     import cupy
 
+    from fastloss.cuda.workspace import dotted
+
     device = cupy.cuda.Device()
     properties = cupy.cuda.runtime.getDeviceProperties(device.id)
     versions = {"python": platform.python_version(), "CUDA runtime": dotted(cupy.cuda.runtime.runtimeGetVersion())}
@@ -297,11 +299,6 @@ def description() -> dict[str, Any]:
         "threads": os.cpu_count(),
         "versions": versions | dict(installed(PACKAGES)),
     }
-
-
-def dotted(number: int) -> str:
-    """Format CUDA's version number: 13010 as 13.1."""
-    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -30,8 +30,8 @@ Trace = tuple[tuple[Operation, ...], tuple[Reference, ...]]  # the operations, a
 
 # how many simple operations, such as a product, take as long as one of these; a rough estimate
 COSTS = {
-    "add_log1p": 5, "div": 5, "exp": 15, "expm1": 20, "log": 25, "log1p": 25, "polynomial": 8, "pow": 80, "sigmoid": 15, "sqrt": 5,
-    "tanh": 15,
+    "add_log1p": 5, "div": 5, "exp": 15, "expm1": 20, "log": 25, "log1p": 25, "polynomial": 8, "pow": 80, "quotient": 5, "sigmoid": 15,
+    "sqrt": 5, "tanh": 15,
 }  # fmt: skip
 
 _COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}

@@ -16,7 +16,7 @@ import numpy as np
 
 __all__ = [
     "FormulaError", "Symbol", "abs", "add_log1p", "copysign", "exp", "expm1", "fma", "log", "log1p", "maximum", "minimum",
-    "polynomial", "pow", "sigmoid", "sqrt", "tanh", "where",
+    "polynomial", "pow", "quotient", "sigmoid", "sqrt", "tanh", "where",
 ]  # fmt: skip
 
 
@@ -178,6 +178,22 @@ def estrin(x: Any, terms: Sequence[Any]) -> Any:
         parts = pairs + parts[2 * len(pairs) :]
         x = x * x
     return parts[0]
+
+
+def horner(x: Any, terms: Sequence[Any]) -> Any:
+    """Evaluate a polynomial by Horner's scheme, which has the fewest operations, and one constant in each."""
+    result = terms[-1]
+    for term in reversed(terms[:-1]):
+        result = fma(result, x, term)
+    return result
+
+
+def quotient(x: Any, y: Any) -> Any:
+    """Return x / y for 0 <= y <= 2**60 and |x| <= 2**60, and 0 where both are 0. On a GPU it takes half the time of a division.
+
+    The quotient must be finite. Where y is 0 and x is not, it is not determined.
+    """
+    return _apply("quotient", lambda x, y: np.where(y == 0, 0, x / np.where(y == 0, 1, y)), x, y)
 
 
 def sigmoid(x: Any) -> Any:

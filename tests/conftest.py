@@ -30,7 +30,7 @@ def pytest_configure(config):
 
 def pytest_ignore_collect(collection_path, config):
     """With `-m gpu`, ignore files without tests for a GPU, because packages that they import may not be installed."""
-    if config.getoption("markexpr") != "gpu" or collection_path.suffix != ".py":
+    if not asks_for_gpu(config) or collection_path.suffix != ".py":
         return None
     return None if collection_path.parent.name == "cuda" or ON_DEVICES in collection_path.read_text() else True
 
@@ -46,7 +46,7 @@ def pytest_generate_tests(metafunc):
 @pytest.hookimpl(tryfirst=True)  # runs before pytest selects tests by marks, because it sets marks
 def pytest_collection_modifyitems(config, items):
     """Leave out tests that make no sense on their device, and tests on a GPU unless `-m` names it."""
-    has_gpu, selected, left_out = "gpu" in config.getoption("markexpr"), [], []
+    has_gpu, selected, left_out = asks_for_gpu(config), [], []
     for item in items:
         device = device_of(item)
         has_meaning = all(device in mark.args for mark in item.iter_markers("only_on"))
@@ -59,6 +59,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.timeout(HANGING))
     items[:] = selected
     config.hook.pytest_deselected(items=left_out)
+
+
+def asks_for_gpu(config):
+    """Return whether `-m` selects tests on a GPU: "gpu", or "gpu and first"."""
+    return config.getoption("markexpr").partition(" ")[0] == "gpu"
 
 
 def device_of(item):

@@ -113,6 +113,7 @@ def test_edges_in_60_digits(row, dtype):
                 assert_ulp(got[at], true[at], magnitude[at], limit, dtype, z[at], t[at])
 
 
+@pytest.mark.first
 @pytest.mark.alike("stand-in")
 @pytest.mark.rows("is_elementwise")
 @pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
@@ -259,6 +260,7 @@ FUNCTION_OF_NEGATIVE = {
     "expm1": fl.elementwise_loss(lambda z, t: (ops.expm1(-abs(z)), t)),
     "sigmoid": fl.elementwise_loss(lambda z, t: (ops.sigmoid(-abs(z)), t)),
 }
+quotient_loss = fl.elementwise_loss(lambda z, t: (ops.quotient(z, t), t))
 power_loss = fl.elementwise_loss(lambda z, t: (ops.pow(z, t), t))
 
 
@@ -270,6 +272,7 @@ def numbers_of_every_size(dtype, rng):
     return np.concatenate([sizes, -sizes, *usual, special]).astype(dtype)
 
 
+@pytest.mark.first
 @pytest.mark.alike("stand-in")
 @pytest.mark.parametrize("name", FUNCTION_LOSSES)
 def test_functions_of_the_vocabulary(name, dtype, rng):
@@ -291,3 +294,15 @@ def test_powers(dtype, rng):
     assert_ulp(power_loss(x, y, reduction="none"), want, want, ULP["pow", "value"], dtype, x, y)
     below = power_loss(dtype.type([-1, -np.inf, -1e-30, 0.5, np.nan, 2]), dtype.type([2, 2, 0.5, np.nan, 1, 0]), reduction="none")
     np.testing.assert_array_equal(below, [np.nan, np.nan, np.nan, np.nan, np.nan, 1])
+
+
+@pytest.mark.first
+def test_quotients(dtype, rng):
+    x, y = numbers_of_every_size(dtype, rng), np.abs(numbers_of_every_size(dtype, rng))
+    rng.shuffle(x)
+    with np.errstate(all="ignore"):
+        want = x.astype(np.longdouble) / y
+        chosen = (np.abs(x) <= 2.0**60) & (y > 0) & (y <= 2.0**60) & (np.abs(want) < np.finfo(dtype).max)
+    x, y, want = x[chosen], y[chosen], want[chosen]
+    assert np.sum(y < np.finfo(dtype).tiny) > 1000  # subnormal divisors
+    assert_ulp(quotient_loss(x, y, reduction="none"), want, want, ULP["quotient", "value"], dtype, x, y)

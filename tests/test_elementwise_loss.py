@@ -94,6 +94,7 @@ def everything(z, t, a=2.0):
     x = x + minimum(z, t) + maximum(z, a) + where((z < t) & (z <= a) | ~(z > 0.5) & (z >= -1), 1.0, -1.0) + ops.add_log1p(z, exp(-abs(z)))
     x = x + where((z == t) | (z != 0.0), z, t) + 1 / (2 + abs(z)) + (5 - z)
     x = x + ops.expm1(t) + ops.pow(abs(z), t) + ops.polynomial(z, (1.0, -0.5, 0.25)) + ops.sigmoid(z) + ops.tanh(z)
+    x = x + ops.quotient(z, 1 + abs(t))
     return x, x - z, x + z
 
 

@@ -146,6 +146,7 @@ def test_nan_and_infinity_are_stored(half):
     assert np.isnan(fl.mse_loss.grad(signalling, t[:1], reduction="sum").astype(np.float32))
 
 
+@pytest.mark.first
 def test_both_halves_in_turn():
     """Arrays of both types have the same shapes and strides."""
     t = np.zeros(9, np.float32)

@@ -269,6 +269,7 @@ def autoencoder(rng, dtype):
     return [x.astype(dtype) for x in arrays]
 
 
+@pytest.mark.first
 @pytest.mark.parametrize("beta", [0, 0.5, 4])
 @pytest.mark.parametrize("reconstruction", PARTS)
 def test_the_objective_is_the_textbooks(autoencoder, reconstruction, beta):

@@ -129,6 +129,7 @@ def test_the_slope_is_the_derivative(rng):
 # --- groups and reductions -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.first
 @by_groups
 def test_groups(scene, groups):
     assert_true(losses_and_slopes(*scene, **groups), oracle.dice_with_logits_loss(*scene, **groups), scene[0].dtype)

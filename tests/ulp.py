@@ -33,6 +33,7 @@ ULP = {
     ("sigmoid", "value"): 1.5,
     ("pow", "value"): 1,
     ("tanh", "value"): 2.5,
+    ("quotient", "value"): 0.51,
 }
 # float16 logits of the cross-entropy with any finite target, also beyond 0 and 1, where the losses' table has no bound.
 ANY_TARGET = {"value": 3, "slope": 2, "curvature": 2}

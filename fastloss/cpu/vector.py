@@ -16,7 +16,7 @@ from llvmlite import ir
 from fastloss.core.dtypes import BY_CODE
 from fastloss.cpu import features
 from fastloss.kernel import elementary
-from fastloss.ops import Symbol, where
+from fastloss.ops import Symbol, estrin, where
 
 HAS_AVX512, HAS_HALF_CONVERSION = features.has("avx512f"), features.has_half_conversion()
 FMA = "fmuladd" if features.has_fma() else "fma"  # the intrinsic; without the CPU's instruction, LLVM computes "fmuladd" in two steps
@@ -53,6 +53,7 @@ class Vector(Symbol):
     """An LLVM vector value, and the builder to which its operations append instructions."""
 
     scales_by_powers = HAS_AVX512  # whether the CPU has an instruction for x 2**n
+    evaluate = staticmethod(estrin)  # a polynomial: a long chain would wait for each of its operations
 
     def __init__(self, builder: ir.IRBuilder, value: ir.Value, number_type: ir.VectorType | None = None) -> None:
         self.builder = builder
@@ -102,6 +103,10 @@ class Vector(Symbol):
         half = self.type.count // 2
         low, high = (self.like(self.builder.shuffle_vector(self.value, self.value, indices(first, half))) for first in (0, half))
         return low, high
+
+    def at_least(self, low: float) -> Vector:
+        """Return the larger of the lanes and a number; NaN if a lane is NaN."""
+        return where(self < low, low, self)
 
     def match(self, other: Any) -> Vector:
         """Return another operand as a vector; a number is put into every lane."""
@@ -271,6 +276,7 @@ _OPS: dict[str, Callable[..., Vector]] = {
     "sub": _binary("sub"),
     "mul": _binary("mul"),
     "div": _binary("div"),
+    "quotient": lambda x, y: where(y == 0.0, 0.0, x / y),
     "lt": _compare("<"),
     "le": _compare("<="),
     "gt": _compare(">"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import cupy
 
+from fastloss.cuda.workspace import versions
 from fastloss.kernel.cache import kernel_cache
 from fastloss.version import __version__
 
@@ -22,8 +23,14 @@ OPTIONS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true",
 @functools.cache
 def kernel(text: str, name: str, device: int) -> Any:
     """Return the function that launches a kernel on a device, which must be the current device."""
-    module = cupy.cuda.function.Module()
-    module.load(machine_code(text, architecture(cupy.cuda.Device(device).compute_capability)))
+    module, capability = cupy.cuda.function.Module(), cupy.cuda.Device(device).compute_capability
+    code = machine_code(text, architecture(capability))
+    try:
+        module.load(code)
+    except RuntimeError as error:
+        compiler = ".".join(map(str, nvrtc().getVersion()))
+        what = f"the kernel that NVRTC {compiler} has compiled for compute capability {capability}"
+        raise RuntimeError(f"the driver does not load {what}: {error}; {versions()}") from error
     kernel_cache().warn()
     return module.get_function(name)
 

@@ -21,7 +21,7 @@ DEVICE double as_float(const long long x) { return same_bits<double>(x); }
 DEVICE int shift_left(const int x, const int n) { return (int)((unsigned int)x << n); }
 DEVICE long long shift_left(const long long x, const long long n) { return (long long)((unsigned long long)x << n); }
 
-// Return 1 / x for 1 <= x <= 2, to at least 14 bits. A correctly rounded division takes ten instructions more.
+// Return 1 / x for a normal number up to 2^126, to at least 14 bits. A correctly rounded division takes ten instructions more.
 #if defined(__CUDA_ARCH__)
 DEVICE float reciprocal_estimate(const float x) {
     float y;
@@ -29,14 +29,34 @@ DEVICE float reciprocal_estimate(const float x) {
     return y;
 }
 #else
-DEVICE float reciprocal_estimate(const float x) { return 1.0f / x; }
+DEVICE float reciprocal_estimate(const float x) { return (1.0f / x) * 1.0000002f; }  // not better than a device's
 #endif
+
+// Return x / y for 0 <= y <= 2^60 and |x| <= 2^60, and 0 if both are 0. One iteration of Newton's method corrects the estimate, which
+// takes no subnormal number. The number added to the divisor is too small to change any but 0.
+DEVICE float quotient(const float x, const float y) {
+    const float dividend = x * 0x1p64f, divisor = fma(y, 0x1p64f, 0x1p-126f), r = reciprocal_estimate(divisor), q = dividend * r;
+    return fma(fma(-divisor, q, dividend), r, q);
+}
+DEVICE double quotient(const double x, const double y) { return y == 0.0 ? 0.0 : x / y; }
 
 // As in NumPy, the minimum and the maximum are NaN if x or y is NaN.
 template <class T>
 DEVICE T minimum(const T x, const T y) { return x != x || y != y ? x + y : x < y ? x : y; }
 template <class T>
 DEVICE T maximum(const T x, const T y) { return x != x || y != y ? x + y : x > y ? x : y; }
+#if __CUDA_ARCH__ >= 800
+DEVICE float minimum(const float x, const float y) {
+    float least;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(x), "f"(y));
+    return least;
+}
+DEVICE float maximum(const float x, const float y) {
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(x), "f"(y));
+    return most;
+}
+#endif
 
 // Convert float64 to float32; a number between two float32 numbers becomes the one whose last bit is 1. Rounding the result to 16
 // bits then gives the same number as rounding the float64 number once.
@@ -66,10 +86,18 @@ DEVICE unsigned short to_half(const float x) { return same_bits<unsigned short>(
 DEVICE unsigned short to_half(const double x) { return to_half(round_to_odd(x)); }
 
 DEVICE float from_bfloat16(const unsigned short x) { return as_float((int)((unsigned int)x << 16)); }
+#if __CUDA_ARCH__ >= 800
+DEVICE unsigned short to_bfloat16(const float x) {
+    unsigned short y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+#else
 DEVICE unsigned short to_bfloat16(const float x) {
     const unsigned int bits = (unsigned int)as_int(x);
     return (unsigned short)((x != x ? bits | 1u << 22 : bits + (bits >> 16 & 1u) + 0x7FFFu) >> 16);
 }
+#endif
 DEVICE unsigned short to_bfloat16(const double x) { return to_bfloat16(round_to_odd(x)); }
 
 // --- arguments and sums ----------------------------------------------------------------------------------------------
@@ -94,7 +122,7 @@ struct Arguments {
     long long launch;  // the launch's number, for the record
     long long groups, group_packs, group_segments;  // A group is cut into segments, each of which is a row or a part of one.
     long long segment_size, segment_packs, row_segments;  // A segment is cut into packs.
-    long long group_ranges, range_packs;  // A range is a number of packs of one group.
+    long long group_ranges, segment_ranges, range_packs;  // A range is a number of packs of one group, or of one segment.
     long long inner_size;  // length of a row's inner axis
     long long inner_strides[ARRAYS], outer_strides[ARRAYS];  // of each array along the inner and the outer axis of a row
     Axis axes[AT_LEAST_1(AXES)];  // axes outside the rows, innermost first
@@ -121,7 +149,8 @@ DEVICE void record_bad(const Arguments& a, const double key, const double found)
 // --- packs: neighbouring elements of a row, which one thread loads together -----------------------------------------------
 
 struct Position {
-    index_t column, linear;  // index of the pack's first element in its row, and in the order of visits
+    index_t column, linear;  // index of an element in its row, and in the order of visits
+    int ahead;  // elements from there to the pack; a constant, so that the packs of a turn share an address
     int count;  // number of elements: PACK, or fewer at the end of a row
     long long offsets[AXES ? ARRAYS : 1];  // bytes from each array's first visited element to the first element of the row
 };
@@ -139,7 +168,7 @@ struct alignas(WIDTH) Word {
 // Load words as wide as the array's alignment allows. At the end of a row, load single elements, and set the others to 0.
 template <int WIDTH, class T>
 DEVICE void load_contiguous(T (&x)[PACK], const Arguments& a, const Position& pos, const int k) {
-    const T* from = (const T*)(row_address(a, pos, k) + (long long)pos.column * (int)sizeof(T));
+    const T* from = (const T*)(row_address(a, pos, k) + (long long)pos.column * (int)sizeof(T)) + pos.ahead;
     typedef Word<WIDTH, T> Word;
     if (!IS_RAGGED || pos.count == PACK) {
 #pragma unroll
@@ -156,7 +185,7 @@ DEVICE void load_contiguous(T (&x)[PACK], const Arguments& a, const Position& po
 
 template <int WIDTH, class T>
 DEVICE void store_contiguous(const T (&x)[PACK], const Arguments& a, const Position& pos, const int k) {
-    T* to = (T*)(row_address(a, pos, k) + (long long)pos.column * (int)sizeof(T));
+    T* to = (T*)(row_address(a, pos, k) + (long long)pos.column * (int)sizeof(T)) + pos.ahead;
     typedef Word<WIDTH, T> Word;
     if (!IS_RAGGED || pos.count == PACK) {
 #pragma unroll
@@ -174,28 +203,29 @@ DEVICE void store_contiguous(const T (&x)[PACK], const Arguments& a, const Posit
 }
 
 template <class T>
-DEVICE void load_constant(T (&x)[1], const Arguments& a, const Position& pos, const int k) {
-    x[0] = *(const T*)row_address(a, pos, k);
+DEVICE void load_constant(T& x, const Arguments& a, const Position& pos, const int k) {
+    x = *(const T*)row_address(a, pos, k);
 }
 
 template <class T>
 DEVICE void load_strided(T (&x)[PACK], const Arguments& a, const Position& pos, const int k) {
 #pragma unroll
     for (int j = 0; j < PACK; ++j)
-        x[j] = !IS_RAGGED || j < pos.count ? *(const T*)(row_address(a, pos, k) + (long long)(pos.column + j) * a.inner_strides[k]) : T(0);
+        x[j] = !IS_RAGGED || j < pos.count ? *(const T*)(row_address(a, pos, k) + (long long)(pos.column + pos.ahead + j) * a.inner_strides[k]) : T(0);
 }
 
 template <class T>
 DEVICE void store_strided(const T (&x)[PACK], const Arguments& a, const Position& pos, const int k) {
 #pragma unroll
     for (int j = 0; j < PACK; ++j)
-        if (!IS_RAGGED || j < pos.count) *(T*)(row_address(a, pos, k) + (long long)(pos.column + j) * a.inner_strides[k]) = x[j];
+        if (!IS_RAGGED || j < pos.count) *(T*)(row_address(a, pos, k) + (long long)(pos.column + pos.ahead + j) * a.inner_strides[k]) = x[j];
 }
 
 // Call `visit` with the address of each element of a pack, in a row with two axes. A pack takes a single division.
 template <class Visit>
 DEVICE void visit_nested(const Arguments& a, const Position& pos, const int k, const Visit& visit) {
-    index_t outer = pos.column / (index_t)a.inner_size, index = pos.column - outer * (index_t)a.inner_size;
+    const index_t column = pos.column + pos.ahead;
+    index_t outer = column / (index_t)a.inner_size, index = column - outer * (index_t)a.inner_size;
 #pragma unroll
     for (int j = 0; j < PACK; ++j) {
         if (!IS_RAGGED || j < pos.count)

@@ -16,7 +16,7 @@ from fastloss.cuda import workspace
 from fastloss.cuda.compile import kernel
 from fastloss.cuda.source import THREADS, WORD, Variant, pack_of, source
 
-MAX_RANGES = workspace.GROUPS  # a group with several ranges has more than 1/MAX_RANGES of all packs, so fewer groups have several
+MAX_RANGES = workspace.GROUPS  # there are at most twice as many ranges; either groups have one, or there are at most so many groups
 BLOCKS = 8  # launched for each multiprocessor, at most; no device has room for more blocks of 256 threads
 INT32 = 2**31 - 2**20  # elements that are indexed in 32 bits; the loop's indices go a little beyond the last element
 LAUNCHES: weakref.WeakValueDictionary[int, Launch] = weakref.WeakValueDictionary()  # by number, which a record of a bad element holds
@@ -42,16 +42,29 @@ class Cut(NamedTuple):
     segment_packs: int
     row_segments: int
     group_ranges: int
+    segment_ranges: int
     range_packs: int
+
+    @property
+    def is_local(self) -> bool:
+        """Whether each range lies in one segment."""
+        return self.group_ranges == self.group_segments * self.segment_ranges
 
 
 def cut(plan: Plan) -> Cut:
-    """Cut a plan into ranges, by its sizes alone, so that sums depend neither on the device nor on addresses."""
+    """Cut a plan into ranges, by its sizes alone, so that sums depend neither on the device nor on addresses.
+
+    Ranges are cut from segments if these are few and long, so that the position of a range is found once, and otherwise from groups.
+    They are as equal as whole turns of a block allow.
+    """
     pack, size = pack_of(plan.spec), max(1, min(plan.row_size, plan.group_size))
     group_segments, segment_packs = plan.group_size // size, -(-size // pack)
     group_packs = group_segments * segment_packs
-    even = max(THREADS, -(-plan.groups * group_packs // MAX_RANGES))
-    range_packs = -(-even // THREADS) * THREADS
+    is_local = group_segments == 1 or (segment_packs >= THREADS and plan.groups * group_segments <= MAX_RANGES)
+    walked = segment_packs if is_local else group_packs
+    parts = max(1, -(-walked // turns(-(-plan.groups * group_packs // MAX_RANGES))))
+    range_packs = turns(-(-walked // parts))
+    parts = max(1, -(-walked // range_packs))
     return Cut(
         groups=plan.groups,
         group_packs=group_packs,
@@ -59,9 +72,15 @@ def cut(plan: Plan) -> Cut:
         segment_size=size,
         segment_packs=segment_packs,
         row_segments=max(1, plan.row_size // size),
-        group_ranges=max(1, -(-group_packs // range_packs)),
+        group_ranges=parts * group_segments if is_local else parts,
+        segment_ranges=parts if is_local else 0,
         range_packs=range_packs,
     )
+
+
+def turns(packs: int) -> int:
+    """Return the smallest number of packs, at least `packs`, that gives each thread of a block as many."""
+    return max(1, -(-packs // THREADS)) * THREADS
 
 
 class Launch:
@@ -121,7 +140,7 @@ class Launch:
         """Return the variant of the kernel whose loads and stores have these widths in bytes."""
         whole = self.cut.groups * self.cut.group_packs * pack_of(self.plan.spec)
         ragged = self.cut.segment_size % pack_of(self.plan.spec) != 0
-        return Variant(self.plan.spec, len(self.plan.axes), whole > INT32, ragged, widths, *self.outcome)
+        return Variant(self.plan.spec, len(self.plan.axes), whole > INT32, ragged, self.cut.is_local, widths, *self.outcome)
 
     def run(
         self, addresses: Sequence[int], numbers: Iterable[float], results: int = 0, numerator: float = 1.0, divisor: float = 1.0,
@@ -142,8 +161,12 @@ class Launch:
         shared = space.partials.ptr, space.finished.ptr, space.is_recorded.ptr, space.slot.address
         varying = self.varying.pack(*firsts, *upstream, counts, results, *shared, numerator, divisor, *numbers, *self.no_numbers)
         frame = np.frombuffer(varying + self.fixed, self.frame)
-        blocks = min(self.ranges, BLOCKS * workspace.count_multiprocessors(device))
-        self.kernel(device, firsts)((blocks,), (THREADS,), (frame,))
+        self.kernel(device, firsts)((self.blocks(workspace.count_multiprocessors(device)),), (THREADS,), (frame,))
+
+    def blocks(self, multiprocessors: int) -> int:
+        """Return the number of blocks: as many as get the same number of ranges each."""
+        in_turn = -(-self.ranges // (BLOCKS * multiprocessors))
+        return -(-self.ranges // in_turn)
 
     def bad_element(self, key: int) -> tuple[str, tuple[int, ...]]:
         """Return the operand and the index of a recorded bad element. If several indices share its memory, return the first."""

@@ -8,61 +8,109 @@
 // on floating-point numbers, and its results have the same bits every time and on every device. d) The loop assumes no width of a
 // warp, and does not wait for the host.
 
-// Return the position of a pack of a group.
-DEVICE Position locate(const Arguments& a, const index_t group, index_t pack) {
-    Position pos;
-    index_t segment = group * (index_t)a.group_segments, first = 0;
+struct Segment {
+    index_t first, linear;  // index of its first element in its row, and in the order of visits
+    long long offsets[AXES ? ARRAYS : 1];  // bytes from each array's first visited element to the first element of the row
+};
+
+// Find a segment: without axes outside the rows, there is one row, and each segment is a part of it.
+DEVICE Segment find_segment(const Arguments& a, const index_t segment) {
+    Segment found;
+    found.first = found.linear = segment * (index_t)a.segment_size;
 #if AXES
-    const index_t inner = pack / (index_t)a.segment_packs;
-    segment += inner;
-    pack -= inner * (index_t)a.segment_packs;
     index_t row = segment / (index_t)a.row_segments;
-    first = (segment - row * (index_t)a.row_segments) * (index_t)a.segment_size;
+    found.first = (segment - row * (index_t)a.row_segments) * (index_t)a.segment_size;
 #pragma unroll
-    for (int k = 0; k < ARRAYS; ++k) pos.offsets[k] = 0;
+    for (int k = 0; k < ARRAYS; ++k) found.offsets[k] = 0;
 #pragma unroll
     for (int axis = 0; axis < AXES; ++axis) {
         const index_t length = (index_t)a.axes[axis].length, outer = axis + 1 < AXES ? row / length : 0;
         const index_t index = row - outer * length;
         row = outer;
 #pragma unroll
-        for (int k = 0; k < ARRAYS; ++k) pos.offsets[k] += (long long)index * a.axes[axis].strides[k];
+        for (int k = 0; k < ARRAYS; ++k) found.offsets[k] += (long long)index * a.axes[axis].strides[k];
     }
-#else
-    first = segment * (index_t)a.segment_size;  // there is one row, and each group is a part of it
 #endif
-    pos.column = first + pack * PACK;
-    pos.linear = segment * (index_t)a.segment_size + pack * PACK;
-    const index_t left = (index_t)a.segment_size - pack * PACK;
+    return found;
+}
+
+// Return the position of the pack of a segment that is `further` packs after another.
+DEVICE Position locate_in(const Arguments& a, const Segment& segment, const index_t pack, const int further) {
+    Position pos;
+    pos.column = segment.first + pack * PACK;
+    pos.linear = segment.linear + pack * PACK;
+    pos.ahead = further * PACK;
+#pragma unroll
+    for (int k = 0; k < (AXES ? ARRAYS : 0); ++k) pos.offsets[k] = segment.offsets[k];
+    const index_t left = (index_t)a.segment_size - (pack + further) * PACK;
     pos.count = IS_RAGGED && left < PACK ? (int)left : PACK;
     return pos;
 }
 
+// Where a range lies: in one segment, which is found once and whose constants are loaded once, or in a group, where this is done for
+// each pack.
+#if IS_LOCAL
+struct Place {
+    Segment segment;
+    Constants constants;
+};
+
+DEVICE Place find_place(const Arguments& a, const index_t segment) {
+    Place place;
+    place.segment = find_segment(a, segment);
+    load_constants(place.constants, a, locate_in(a, place.segment, 0, 0));
+    return place;
+}
+DEVICE Position locate(const Arguments& a, const Place& place, const index_t first, const int further) {
+    return locate_in(a, place.segment, first, further);
+}
+#else
+typedef index_t Place;  // the group
+DEVICE Position locate(const Arguments& a, const Place group, const index_t first, const int further) {
+    const index_t pack = first + further, inner = pack / (index_t)a.segment_packs;
+    return locate_in(a, find_segment(a, group * (index_t)a.group_segments + inner), pack - inner * (index_t)a.segment_packs, 0);
+}
+#endif
+
 // Load, compute and store PACKS packs of a thread. All loads come first, so that they are in flight together.
-DEVICE void process(const Arguments& a, const Numbers& number, const index_t group, const index_t first, const index_t stop, Sums& sums) {
+DEVICE void process(const Arguments& a, const Numbers& number, const Place& place, const index_t first, const index_t stop, Sums& sums) {
     Pack packs[PACKS];
     Position pos[PACKS];
+#if !IS_LOCAL
+    Constants constants[PACKS];
+#endif
 #pragma unroll
     for (int p = 0; p < PACKS; ++p)
         if (first + p * THREADS < stop) {
-            pos[p] = locate(a, group, first + p * THREADS);
+            pos[p] = locate(a, place, first, p * THREADS);
             load(packs[p], a, pos[p]);
+#if !IS_LOCAL
+            load_constants(constants[p], a, pos[p]);
+#endif
         }
 #pragma unroll
     for (int p = 0; p < PACKS; ++p)
         if (first + p * THREADS < stop) {
+#if IS_LOCAL
+            const Constants& constant = place.constants;
+#else
+            const Constants& constant = constants[p];
+#endif
 #pragma unroll
-            for (int j = 0; j < PACK; ++j) compute(packs[p], j, !IS_RAGGED || j < pos[p].count, pos[p].linear + j, a, number, sums);
+            for (int j = 0; j < PACK; ++j) {
+                const bool is_inside = !IS_RAGGED || j < pos[p].count;
+                compute(packs[p], constant, j, is_inside, pos[p].linear + pos[p].ahead + j, a, number, sums);
+            }
             store(packs[p], a, pos[p]);
         }
 }
 
 // Return the totals of a thread's part of a range.
-DEVICE Totals sum_thread(const Arguments& a, const Numbers& number, const index_t group, const index_t first, const index_t stop) {
+DEVICE Totals sum_thread(const Arguments& a, const Numbers& number, const Place& place, const index_t first, const index_t stop) {
     Totals totals = {};
     for (index_t at = first + threadIdx.x; at < stop; at += THREADS * PACKS * ROUNDS) {
         Sums sums = {};
-        for (int turn = 0; turn < ROUNDS; ++turn) process(a, number, group, at + turn * THREADS * PACKS, stop, sums);
+        for (int turn = 0; turn < ROUNDS; ++turn) process(a, number, place, at + turn * THREADS * PACKS, stop, sums);
         fold(totals, sums);
     }
     return totals;
@@ -154,9 +202,18 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) KERNEL(const Arguments a) {
     const index_t group_ranges = (index_t)a.group_ranges;
     for (index_t range = blockIdx.x; range < (index_t)a.groups * group_ranges; range += gridDim.x) {
         const index_t group = range / group_ranges;
-        const index_t first = (range - group * group_ranges) * (index_t)a.range_packs, end = first + (index_t)a.range_packs;
+        index_t part = range - group * group_ranges;
+#if IS_LOCAL
+        const index_t inner = part / (index_t)a.segment_ranges, packs = (index_t)a.segment_packs;
+        part -= inner * (index_t)a.segment_ranges;
+        const Place place = find_place(a, group * (index_t)a.group_segments + inner);
+#else
+        const index_t packs = (index_t)a.group_packs;
+        const Place place = group;
+#endif
+        const index_t first = part * (index_t)a.range_packs, end = first + (index_t)a.range_packs;
         const Numbers number = read_numbers(a, numerator(a, group) / divisor(a, group));
-        const Totals totals = sum_thread(a, number, group, first, end < (index_t)a.group_packs ? end : (index_t)a.group_packs);
+        const Totals totals = sum_thread(a, number, place, first, end < packs ? end : packs);
 #if SUMS
         reduce(a, range, group, totals);
 #endif

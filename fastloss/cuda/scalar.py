@@ -1,8 +1,8 @@
 """`Scalar`: a variable in CUDA code. Calling a formula with `Scalar` arguments appends the formula's lines of code.
 
 Rounding does not depend on the compiler: `fma` is called explicitly, contraction is off, and division and square root round as
-IEEE 754 prescribes. Results of different devices may differ only in the last bit, and only where a formula takes a sigmoid or a
-tanh, which start from the device's estimate of a reciprocal.
+IEEE 754 prescribes. Results of different devices may differ only in the last bit, and only where a formula takes a sigmoid, a tanh or
+a quotient, which start from the device's estimate of a reciprocal.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from fastloss.core.dtypes import BY_CODE
 from fastloss.kernel import elementary
-from fastloss.ops import Symbol
+from fastloss.ops import Symbol, horner
 
 TYPES = {code: t.cuda for code, t in BY_CODE.items()}  # elements.cuh has functions that convert the 16-bit types
 FLOATS, INTS = {"float": 32, "double": 64}, {"int": 32, "long long": 64}
@@ -27,6 +27,7 @@ class Scalar(Symbol):
     """A variable in CUDA code, and the list of lines to which its operations append code."""
 
     scales_by_powers = False  # no instruction multiplies by a power of two and rounds a subnormal result once
+    evaluate = staticmethod(horner)  # a polynomial: other threads compute while one waits, and an instruction holds one constant
 
     def __init__(self, lines: list[str], name: str, type: str, number_type: str | None = None) -> None:
         self.lines, self.name, self.type = lines, name, type
@@ -53,6 +54,10 @@ class Scalar(Symbol):
     def splat(self, number: float) -> Scalar:
         """Return a literal of a number, in the type of plain numbers in operations with this variable."""
         return Scalar(self.lines, literal(number, self.number_type), self.number_type)
+
+    def at_least(self, low: float) -> Scalar:
+        """Return the larger of the variable and a number; NaN if it is NaN."""
+        return self.apply("maximum", self, low)
 
     def match(self, other: Any) -> Scalar:
         """Return another operand as a `Scalar`; a number becomes a literal."""
@@ -132,7 +137,7 @@ def add_log1p(x: Scalar, e: Scalar) -> Scalar:
 COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}
 EXPRESSIONS = {
     "neg": "-{0}", "abs": "fabs({0})", "sqrt": "sqrt({0})", "fma": "fma({0}, {1}, {2})", "copysign": "copysign({0}, {1})",
-    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}",
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}", "quotient": "quotient({0}, {1})",
     "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}", "eq": "{0} == {1}", "ne": "{0} != {1}",
     "and": "{0} & {1}", "or": "{0} | {1}", "not": "!{0}", "shl": "shift_left({0}, {1})", "shr": "{0} >> {1}",
     "minimum": "minimum({0}, {1})", "maximum": "maximum({0}, {1})",

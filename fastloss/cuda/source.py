@@ -32,6 +32,7 @@ class Variant:
     axes: int  # number of axes outside the rows
     is_wide: bool  # whether indices of elements need 64 bits
     is_ragged: bool  # whether some packs have fewer elements than the others
+    is_local: bool  # whether each range lies in one segment
     widths: tuple[int, ...]  # bytes of each array that are loaded or stored at once along a row
     result: str = "f8"  # type code of the reduced value
     is_mean: bool = False  # whether the result is the first sum divided by the second, which is the count
@@ -80,8 +81,7 @@ def constants(variant: Variant) -> str:
         "compute_t": TYPES[spec.compute],
         "index_t": "unsigned long long" if variant.is_wide else "unsigned int",
         "THREADS": THREADS,
-        # blocks that fit on a multiprocessor; without a number, the compiler spills registers of some of these kernels to fit more
-        "BOUNDS": f"{THREADS}, 1" if spec.checked else f"{THREADS}, 2" if any(op.size == 8 for op in spec.arrays) else THREADS,
+        "BOUNDS": bounds(variant),
         "PACK": variant.pack,
         "PACKS": variant.packs,
         "ROUNDS": max(1, SUMMED // (variant.pack * variant.packs)),
@@ -91,10 +91,25 @@ def constants(variant: Variant) -> str:
         "SUMS": len(spec.summed),
         "FACTORS": len(spec.multiplied),
         "IS_RAGGED": int(variant.is_ragged),
+        "IS_LOCAL": int(variant.is_local),
         "IS_MEAN": int(variant.is_mean),
     }
     widths = "".join(f"#define WIDTH_{k} {width}\n" for k, width in enumerate(variant.widths))
     return "".join(f"#define {name} {value}\n" for name, value in named.items()) + widths
+
+
+def bounds(variant: Variant) -> str:
+    """Return the threads of a block, and for some kernels how many blocks have to fit on a multiprocessor.
+
+    Without that number, the compiler spills registers of kernels with many results or 8-byte numbers, so that more blocks fit.
+    """
+    spec = variant.spec
+    wide, many = any(op.size == 8 for op in spec.arrays), len(spec.outputs) > 2
+    if spec.checked:
+        return f"{THREADS}, 1"
+    if wide or many:
+        return f"{THREADS}, {3 if spec.compute == 'f4' and variant.is_local and not many else 2}"
+    return f"{THREADS}"
 
 
 def function(head: str, lines: Iterable[str]) -> str:
@@ -103,25 +118,31 @@ def function(head: str, lines: Iterable[str]) -> str:
 
 
 def storage(spec: Spec) -> str:
-    """Write the type of a pack, and the functions that load and store a pack."""
-    arrays = list(enumerate(spec.arrays))
-    members = [f"    {TYPES[op.code]} x{k}[{1 if op.access == 'constant' else 'PACK'}];\n" for k, op in arrays]
-    reads = len(spec.operands)
+    """Write the types of a pack and of what is the same in all packs of a row, and the functions that load and store them."""
+    arrays, reads = list(enumerate(spec.arrays)), len(spec.operands)
+    packed = [(k, op) for k, op in arrays if op.access != "constant"]
+    constants = [(k, op) for k, op in arrays if op.access == "constant"]
+    place = "const Arguments& a, const Position& pos"
     return "\n".join(
         [
-            f"struct Pack {{\n{''.join(members)}}};\n",
-            function("void load(Pack& pack, const Arguments& a, const Position& pos)", (move("load", k, op) for k, op in arrays[:reads])),
-            function(
-                "void store(const Pack& pack, const Arguments& a, const Position& pos)", (move("store", k, op) for k, op in arrays[reads:])
-            ),
+            structure("Pack", (f"{TYPES[op.code]} x{k}[PACK]" for k, op in packed)),
+            structure("Constants", (f"{TYPES[op.code]} x{k}" for k, op in constants)),
+            function(f"void load(Pack& pack, {place})", (move("load", "pack", k, op) for k, op in packed if k < reads)),
+            function(f"void load_constants(Constants& constant, {place})", (move("load", "constant", k, op) for k, op in constants)),
+            function(f"void store(const Pack& pack, {place})", (move("store", "pack", k, op) for k, op in packed if k >= reads)),
         ]
     )
 
 
-def move(verb: str, k: int, operand: Operand) -> str:
-    """Write the line that loads or stores a pack of array k."""
+def structure(name: str, members: Iterable[str]) -> str:
+    """Write a type from its members."""
+    return f"struct {name} {{\n" + "".join(f"    {member};\n" for member in members) + "};\n"
+
+
+def move(verb: str, whole: str, k: int, operand: Operand) -> str:
+    """Write the line that loads or stores array k of a pack or of the constants."""
     width = f"<WIDTH_{k}>" if operand.access == "contiguous" else ""
-    return f"{verb}_{operand.access}{width}(pack.x{k}, a, pos, {k});"
+    return f"{verb}_{operand.access}{width}({whole}.x{k}, a, pos, {k});"
 
 
 def element_function(spec: Spec) -> str:
@@ -152,14 +173,14 @@ def element_function(spec: Spec) -> str:
         key, value = f"{len(spec.checked)}.0 * (double)linear + {k}.0", raw[name].convert(codes[name], "f8").name
         lines.append(f"if ({bad.name}) record_bad(a, {key}, {value});")
     position = "const int j, const bool is_inside, const index_t linear"
-    head = f"void compute(Pack& pack, {position}, const Arguments& a, const Numbers& number, Sums& sums)"
+    head = f"void compute(Pack& pack, const Constants& constant, {position}, const Arguments& a, const Numbers& number, Sums& sums)"
     return "\n".join([numbers(spec, codes), function(head, lines)])
 
 
 def declare(lines: list[str], operand: Operand, k: int) -> Scalar:
     """Write the line that declares an element of operand k. It is named by number, because parameters may have any name."""
-    type, index = TYPES[operand.code], "0" if operand.access == "constant" else "j"
-    lines.append(f"const {type} v{k} = pack.x{k}[{index}];  // {operand.name.encode('ascii', 'replace').decode()}")
+    type, place = TYPES[operand.code], f"constant.x{k}" if operand.access == "constant" else f"pack.x{k}[j]"
+    lines.append(f"const {type} v{k} = {place};  // {operand.name.encode('ascii', 'replace').decode()}")
     return Scalar(lines, f"v{k}", type)
 
 
@@ -169,9 +190,9 @@ def numbers(spec: Spec, codes: dict[str, str]) -> str:
     members = {"scale": (compute, "scale"), **{f"n{k}": (compute, f"a.numbers[{k}]") for k in range(len(spec.numbers))}}
     if "ignore_index" in spec.numbers:
         members["ignored"] = (TYPES[codes["target"]], f"a.numbers[{spec.numbers.index('ignore_index')}]")
-    text = "".join(f"    {type} {name};\n" for name, (type, _) in members.items())
+    text = structure("Numbers", (f"{type} {name}" for name, (type, _) in members.items()))
     lines = ["Numbers number;", *(f"number.{name} = ({type}){value};" for name, (type, value) in members.items()), "return number;"]
-    return f"struct Numbers {{\n{text}}};\n\n" + function("Numbers read_numbers(const Arguments& a, const double scale)", lines)
+    return f"{text}\n" + function("Numbers read_numbers(const Arguments& a, const double scale)", lines)
 
 
 def folding(spec: Spec) -> str:

@@ -123,4 +123,18 @@ def current_device() -> int:
     try:
         return int(cupy.cuda.runtime.getDevice())
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise RuntimeError(f"no GPU can be used: {error}") from error
+        raise RuntimeError(f"no GPU can be used: {error}; {versions()}") from error
+
+
+def versions() -> str:
+    """Say which versions of CUDA were found, and what to install if they do not fit."""
+    driver, runtime = cupy.cuda.runtime.driverGetVersion(), cupy.cuda.runtime.runtimeGetVersion()
+    found = f"the driver is of CUDA {dotted(driver)}" if driver else "there is no driver"
+    fits = not driver or driver // 1000 >= runtime // 1000
+    remedy = "" if fits else f"; accepted: a newer driver, or pip install 'fastloss[cuda{driver // 1000}]'"
+    return f"{found}, and CuPy is for CUDA {dotted(runtime)}{remedy}"
+
+
+def dotted(number: int) -> str:
+    """Format CUDA's version number: 13010 as 13.1."""
+    return f"{number // 1000}.{number % 1000 // 10}"

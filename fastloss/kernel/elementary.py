@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from fastloss.ops import copysign, estrin, fma, where
+from fastloss.ops import copysign, fma, where
 
 Number = Any  # a symbol: a `cpu.vector.Vector` or a `cuda.scalar.Scalar`
 
@@ -72,7 +72,7 @@ def polynomial(x: Number, reach: float, *terms: float) -> Number:
     """Evaluate a polynomial for |x| <= reach, without the terms that are too small to change the result."""
     least = 2.0 ** -(FORMATS[x.bits].mantissa + 3) * abs(terms[0])
     last = max((k for k, term in enumerate(terms) if abs(term) * reach**k >= least), default=0)
-    return x.match(estrin(x, terms[: last + 1]))
+    return x.match(x.evaluate(x, terms[: last + 1]))
 
 
 def power_of_two(k: Number, fmt: Format) -> Number:
@@ -98,7 +98,7 @@ def exp_reduced(r: Number, r_low: Number, fmt: Format) -> tuple[Number, Number, 
     """Return e**(r + r_low) as the sum of two parts, and e**(r + r_low) - 1, for |r| <= log(2) / 2."""
     r_sum = r + r_low
     start = r + 1.0
-    rest = fma(r_sum * r_sum, estrin(r_sum, fmt.exp_terms), r_low)
+    rest = fma(r_sum * r_sum, r_sum.evaluate(r_sum, fmt.exp_terms), r_low)
     return *two_sum(start, (r - (start - 1.0)) + rest), r + rest
 
 
@@ -127,7 +127,7 @@ def exp_of_negative(x: Number, low: Any = 0.0) -> tuple[Number, Number, Number]:
     """
     fmt = FORMATS[x.bits]
     half = (fmt.bias + 1) // 2
-    n, whole, r, r_low = reduce_argument(where(x < fmt.exp_range[0], fmt.exp_range[0], x), low, half, fmt)
+    n, whole, r, r_low = reduce_argument(x.at_least(fmt.exp_range[0]), low, half, fmt)
     e_r, rest, minus_1 = exp_reduced(r, r_low, fmt)
     e = e_r.times_power_of_two(n) if x.scales_by_powers else e_r * power_of_two(whole, fmt) * 2.0**-half
     return e.within(0.0, 1.0), rest, minus_1
@@ -163,9 +163,9 @@ def expm1(x: Number) -> Number:
         return where(x > -0.34, minus_1, fma(rest, e, e - 1.0))
     fmt = FORMATS[x.bits]
     least = -float(fmt.mantissa + 4)  # below this, the result rounds to -1
-    _, whole, r, r_low = reduce_argument(where(x < least, least, x), 0.0, 0, fmt)
+    _, whole, r, r_low = reduce_argument(x.at_least(least), 0.0, 0, fmt)
     r_sum = r + r_low
-    beyond_r = fma(r_sum * r_sum, estrin(r_sum, fmt.exp_terms), r_low)
+    beyond_r = fma(r_sum * r_sum, r_sum.evaluate(r_sum, fmt.exp_terms), r_low)
     scale = power_of_two(whole, fmt)
     result = fma(scale, beyond_r, fma(scale, r, scale - 1.0))
     return where(x > 10.0, exp(x) - 1.0, result)  # for large x, 2**n may overflow where e**x does not
@@ -249,7 +249,7 @@ def log_near_one(f: Number, k: Number) -> Number:
 def log_with(f: Number, add_low: Callable[[Number], Number], add_high: Callable[[Number], Number]) -> Number:
     """Return log(1 + f) plus a multiple of log 2, whose low part is added to the small terms and whose high part is added last."""
     if f.bits == 32:
-        return add_high(add_low(f * f * fma(f, estrin(f, FORMATS[32].log_terms), -0.5)) + f)
+        return add_high(add_low(f * f * fma(f, f.evaluate(f, FORMATS[32].log_terms), -0.5)) + f)
     half_square, rest = f * f * 0.5, log_rest(f)
     return add_high(f - (half_square - add_low(rest)))
 
@@ -258,11 +258,11 @@ def log_rest(f: Number) -> Number:
     """Return log(1 + f) - f + f**2 / 2."""
     fmt = FORMATS[f.bits]
     if f.bits == 32:
-        return f * f * f * estrin(f, fmt.log_terms)
+        return f * f * f * f.evaluate(f, fmt.log_terms)
     # a polynomial in f would need twice the terms of one in s**2, with s = f / (2 + f) and log(1 + f) = 2 atanh(s)
     s = f / (f + 2.0)
     z = s * s
-    return s * fma(z, estrin(z, fmt.log_terms), f * f * 0.5)
+    return s * fma(z, z.evaluate(z, fmt.log_terms), f * f * 0.5)
 
 
 def log_in_two_parts(f: Number, k: Number) -> tuple[Number, Number]:

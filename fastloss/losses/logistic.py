@@ -18,7 +18,7 @@ from typing import Any
 
 from fastloss.loss import TargetLoss, elementwise_loss
 from fastloss.losses.table import row
-from fastloss.ops import abs, add_log1p, exp, fma, log, log1p, maximum, minimum, pow, sigmoid, where
+from fastloss.ops import abs, add_log1p, exp, fma, log, log1p, maximum, minimum, pow, quotient, sigmoid, where
 
 __all__ = [
     "binary_cross_entropy", "binary_cross_entropy_with_logits", "binary_entropy", "mse_with_logits_loss", "sigmoid_focal_loss",
@@ -128,7 +128,7 @@ def binary_cross_entropy(z: Any, t: Any) -> Any:
     curvature = t / (least * least) + (1.0 - t) / (least_rest * least_rest)
     spread = z * rest
     spread = where(spread < 0.0, nan, maximum(spread, 1e-12))
-    return value, (z - t) / spread, curvature, minimum(-log(z), 100.0) - minimum(-log1p(-z), 100.0), -1.0 / spread, 0.0
+    return value, quotient(z - t, spread), curvature, minimum(-log(z), 100.0) - minimum(-log1p(-z), 100.0), -1.0 / spread, 0.0
 
 
 @row(
@@ -161,19 +161,19 @@ def sigmoid_focal_loss(z: Any, t: Any, alpha: Any = 0.25, gamma: Any = 2.0) -> A
     e, s = tail(z)
     positive = z > 0.0
     wrong = where(positive, 1.0 - t, t)
-    error, opposite = where(positive, wrong - s, s - wrong), where(positive, s + s - 1.0, 1.0 - (s + s))  # p - t, 1 - 2 p
+    error, opposite = where(positive, wrong - s, -(wrong - s)), where(positive, s + s - 1.0, 1.0 - (s + s))  # p - t, 1 - 2 p
     cross_entropy, spread = times(abs(z), wrong) + log1p(e), variance(s)
     missed = probability_missed(s, wrong)
-    rate = where(spread == 0.0, 0.0, spread / missed) * (1.0 - 2.0 * t)
+    rate = quotient(spread, missed) * fma(-2.0, t, 1.0)
     pull = where(rate == 0.0, 0.0, rate * cross_entropy)  # at infinite logits the cross-entropy is inf, and the rate 0
-    share, power = where(alpha >= 0.0, alpha * t + (1.0 - alpha) * (1.0 - t), 1.0), pow(missed, gamma)
+    share, power = where(alpha >= 0.0, fma(alpha, t, (1.0 - alpha) * (1.0 - t)), 1.0), pow(missed, gamma)
     discount = share * power
     bend = 2.0 * rate * error + opposite * pull + (gamma - 1.0) * rate * pull
     # by the target: m changes by 1 - 2 p, the cross-entropy by -z, the share of the class by 2 alpha - 1
     turn, tilt = where(missed == 0.0, 0.0, opposite / missed), where(alpha >= 0.0, 2.0 * alpha - 1.0, 0.0)
     lift = gamma * turn * cross_entropy - z
     target_slope = power * (tilt * cross_entropy + where(share == 0.0, 0.0, share * lift))
-    turned = turn * error - (2.0 * where(spread == 0.0, 0.0, spread / missed) + turn * rate) * cross_entropy
+    turned = turn * error - (2.0 * quotient(spread, missed) + turn * rate) * cross_entropy
     cross = gamma * rate * target_slope + power * (tilt * error + share * (gamma * turned - 1.0))
     target_bend = tilt * (lift - z) - share * gamma * turn * (turn * cross_entropy + z)
     return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -36,6 +37,33 @@ def fresh(monkeypatch):
     call.find_launch.cache_clear()
 
 
+@asks_the_stand_in
+@pytest.mark.parametrize(
+    ("driver", "told"),
+    [
+        (13020, "the driver is of CUDA 13.2, and CuPy is for CUDA 13.1"),
+        (12040, "the driver is of CUDA 12.4, and CuPy is for CUDA 13.1; accepted: a newer driver, or pip install 'fastloss[cuda12]'"),
+        (0, "there is no driver, and CuPy is for CUDA 13.1"),
+    ],
+)
+def test_errors_of_the_driver_say_which_versions_were_found(cp, rng, monkeypatch, driver, told):
+    from fastloss.cuda.compile import kernel
+    from fastloss.cuda.workspace import current_device
+
+    def fail(*args):
+        raise cp.cuda.runtime.CUDARuntimeError("it failed")
+
+    monkeypatch.setattr(cp.cuda.runtime, "driverGetVersion", lambda: driver)
+    monkeypatch.setattr(cp.cuda.function.Module, "load", fail)
+    with pytest.raises(RuntimeError, match=re.escape(told) + "$") as caught:
+        kernel(f"not compiled before {driver}", "name", 0)
+    assert "the driver does not load the kernel that NVRTC 0.0 has compiled for compute capability 0: it failed" in str(caught.value)
+    monkeypatch.setattr(cp.cuda.runtime, "getDevice", fail)
+    with pytest.raises(RuntimeError, match=f"no GPU can be used: it failed; {re.escape(told)}$"):
+        current_device()
+
+
+@pytest.mark.first
 def test_results_are_arrays_of_the_device(cp, rng):
     _, _, z, t = batch(cp, rng, (4, 3, 5))
     value, grad = LOGISTIC.value_and_grad(z, t)
@@ -117,6 +145,7 @@ def test_ranges_of_many_packs(cp, fresh, rng, most):
     np.testing.assert_array_equal(grad.get(), want_grad)
 
 
+@pytest.mark.first
 def test_sums_do_not_depend_on_the_address(cp, rng):
     _, _, z, t = batch(cp, rng, 100_000)
     other = cp.zeros(100_001, np.float32)
@@ -124,6 +153,7 @@ def test_sums_do_not_depend_on_the_address(cp, rng):
     assert float(LOGISTIC(z, t).get()) == float(LOGISTIC(other[1:], t).get())
 
 
+@pytest.mark.first
 def test_elements_counted_in_64_bits(cp, fresh, rng):
     __, _, z, t = batch(cp, rng, (5, 3, 41, 33))
     w = rng.random((3, 1, 1)).astype(np.float32)
@@ -149,6 +179,7 @@ def test_large_batches_are_counted_in_64_bits(size, is_wide):
     assert ("#define index_t unsigned long long\n" in source(variant)) is is_wide
 
 
+@pytest.mark.first
 def test_many_samples_and_few_of_many_ranges(cp, rng):
     for shape in ((3000, 5), (2, 700_001), (1500, 700)):
         a, b, z, t = batch(cp, rng, shape)
@@ -158,6 +189,58 @@ def test_many_samples_and_few_of_many_ranges(cp, rng):
         np.testing.assert_array_equal(grad.get(), want_grad)
 
 
+@pytest.mark.first
+@pytest.mark.parametrize("length", [2048, 5001])
+def test_ranges_of_one_segment(cp, rng, length):
+    """Segments that are long and few are cut into ranges each."""
+    from bench.static import launch
+
+    a, b, z, t = batch(cp, rng, (2, 3, length))
+    weight = rng.random((3, 1)).astype(np.float32)
+    sizes = launch(LOGISTIC.definition, a, b, ("value",), ("slope",), weight=weight).cut
+    assert (sizes.is_local, sizes.group_segments, sizes.segment_ranges > 1) == (True, 6, True)
+    for reduction in ("mean", "sample_sum"):
+        value, grad = LOGISTIC.value_and_grad(z, t, cp.asarray(weight), reduction)
+        want, want_grad = LOGISTIC.value_and_grad(a, b, weight, reduction)
+        assert_close(value.get(), want, SUM[z.dtype])
+        assert_close(grad.get(), want_grad, SUM[z.dtype])
+    t[1, 2, length - 2] = 7.0
+    LOGISTIC(z, t, cp.asarray(weight), validate="defer")
+    with pytest.raises(ValueError, match=rf"target\[1, 2, {length - 2}\] is 7.0"):
+        fl.raise_deferred()
+
+
+def launches(shape):
+    """Return launches of every kind of walk over a batch, none of whose elements is touched."""
+    from bench.static import array, launch, second_launch
+
+    z = array("float32", shape)
+    one, both = LOGISTIC.definition, {"summed": ("value",), "wanted": ("slope",)}
+    yield launch(one, z, z, **both)
+    yield launch(one, z, z, **both, weight=array("float32", (shape[1], 1, 1)))
+    yield launch(one, z, z, **both, reduction="sample_mean")
+    regions = array("float32", (shape[0] * shape[1], *shape[2:]))
+    yield launch(fl.dice_with_logits_loss.first, regions, regions, ("overlap", "missed", "count"), reduction="sample_sum")
+    yield second_launch(fl.dice_with_logits_loss, z, ("slope",))
+
+
+THREADS = 256  # of a block
+
+
+@pytest.mark.parametrize("processors", [108, 132, 148])
+@pytest.mark.parametrize("shape", [(256, 3, 256, 256), (16, 20, 512, 512), (1, 1, 4096, 4096), (64, 1, 28, 28)], ids=str)
+def test_blocks_do_the_same_work(shape, processors):
+    for one in launches(shape):
+        sizes, blocks = one.cut, one.blocks(processors)
+        parts, packs = (sizes.segment_ranges, sizes.segment_packs) if sizes.is_local else (sizes.group_ranges, sizes.group_packs)
+        ranges = np.minimum(sizes.range_packs, packs - np.arange(one.ranges) % parts * sizes.range_packs)
+        assert ranges.sum() == sizes.groups * sizes.group_packs
+        work = np.bincount(np.arange(one.ranges) % blocks, ranges)
+        assert work.max() <= 1.05 * work.mean()
+        assert blocks >= min(processors, sum(work) // THREADS)  # no processor is idle that could have work
+
+
+@pytest.mark.first
 def test_errors_of_targets_are_deferred(cp, rng):
     _, b, z, t = batch(cp, rng, (3, 40, 50))
     t[1, 2, 3] = 7.0
@@ -371,6 +454,7 @@ def test_grad_output_may_be_a_number_on_the_device(cp, rng, reduction):
         assert_close(loss.grad(z, t, reduction=reduction, grad_output=upstream).get(), want, PEER[a.dtype])
 
 
+@pytest.mark.first
 def test_arrays_that_are_not_aligned_are_refused(cp):
     bytes_of = cp.zeros(64, np.uint8)
     odd = cp.ndarray((6,), np.float32, bytes_of.data + 1)
@@ -429,6 +513,7 @@ def test_no_memory_behind_an_array_is_accessed(cp, rng, dtype):
     np.testing.assert_array_equal(grad.get(), fl.mse_loss.grad(a, b, reduction="sum"))
 
 
+@pytest.mark.first
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_ties_are_rounded_to_even(cp, dtype):
     place = np.float32(ml_dtypes.finfo(dtype).eps)

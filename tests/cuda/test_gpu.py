@@ -24,6 +24,7 @@ def batch(cp, rng):
     return z, t, cp.asarray(z), cp.asarray(t)
 
 
+@pytest.mark.first
 @pytest.mark.parametrize("options", [{}, {"mask": True}, {"reduction": "sample_mean"}], ids=str)
 def test_captured_and_replayed(cp, batch, rng, options):
     _, t, x, u = batch
@@ -45,6 +46,7 @@ def test_captured_and_replayed(cp, batch, rng, options):
         assert all(float(s.sum()) == 350_000.0 for s in scratch)
 
 
+@pytest.mark.first
 def test_two_streams_at_once(cp, batch):
     _, _, x, u = batch
     want = [LOGISTIC(x, u).get(), LOGISTIC(u, x, reduction="sum").get()]
@@ -60,6 +62,7 @@ def test_two_streams_at_once(cp, batch):
         assert {float(value) for value in got[k]} == {float(want[k])}
 
 
+@pytest.mark.first
 def test_a_call_does_not_wait(cp, batch):
     _, _, x, u = batch
     mask, upstream = x > 0, cp.asarray(np.float32(2.0))
@@ -127,6 +130,7 @@ def test_a_second_device(cp, batch):
             LOGISTIC(x, u)
 
 
+@pytest.mark.first
 def test_captured_by_a_graph_of_pytorch(cp, batch):
     torch = pytest.importorskip("torch")
     z, t = (torch.from_numpy(x).cuda() for x in batch[:2])
@@ -150,6 +154,7 @@ def test_captured_by_a_graph_of_pytorch(cp, batch):
         assert torch.equal(grad, want_grad)
 
 
+@pytest.mark.first
 def test_streams_of_pytorch(cp, batch):
     torch = pytest.importorskip("torch")
     z, t = (torch.from_numpy(x).cuda() for x in batch[:2])
@@ -162,6 +167,7 @@ def test_streams_of_pytorch(cp, batch):
     assert {float(v) for v in values} == {want}
 
 
+@pytest.mark.first
 def test_compiled_by_pytorch(cp, batch):
     torch = pytest.importorskip("torch")
     z, t = (torch.from_numpy(x).cuda() for x in batch[:2])

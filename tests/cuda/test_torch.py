@@ -94,6 +94,7 @@ def test_value_and_gradients(device, monkeypatch, name, reduction):
         close(x, y)
 
 
+@pytest.mark.first
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_other_dtypes(device, monkeypatch, dtype):
     def differentiate(place):
@@ -132,6 +133,7 @@ def test_stream_and_memory(cp, device):
     assert cp.current.allocator is None
 
 
+@pytest.mark.first
 def test_options(device, monkeypatch):
     mask = torch.rand(4, 1, 7, 9, generator=torch.Generator().manual_seed(1)) < 0.5
     weight = torch.linspace(0.1, 2, 3)[:, None, None]
@@ -147,6 +149,7 @@ def test_options(device, monkeypatch):
         close(x, y)
 
 
+@pytest.mark.first
 def test_in_place_and_out(device):
     (z,), (_, t) = on(device, operands("")[0]), operands("")
     t = t.to(device)
@@ -161,12 +164,14 @@ def test_in_place_and_out(device):
     close(grad, want)
 
 
+@pytest.mark.first
 def test_second_derivatives(device):
     z, t = on(device, *operands("", torch.float64, (2, 3)))
     assert torch.autograd.gradcheck(lambda z, t: BCE(z, t), (z, t))
     assert torch.autograd.gradgradcheck(lambda z, t: BCE(z, t), (z, t))
 
 
+@pytest.mark.first
 def test_a_variational_autoencoder(device, monkeypatch):
     def compute(place):
         z, t = (x.to(place) for x in operands(""))
@@ -181,6 +186,7 @@ def test_a_variational_autoencoder(device, monkeypatch):
         close(x, y)
 
 
+@pytest.mark.first
 def test_modules_and_patch(device, monkeypatch):
     z, t = (x.to(device) for x in operands(""))
     module = fl.torch.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0)).to(device)
@@ -190,6 +196,7 @@ def test_modules_and_patch(device, monkeypatch):
         close(torch.nn.functional.binary_cross_entropy_with_logits(z, t), BCE(z, t))
 
 
+@pytest.mark.first
 def test_layouts(device):
     z, t = (x.to(device) for x in operands("", shape=(4, 3, 8, 10)))
     want = fl.mse_loss.grad(z, t)

@@ -28,8 +28,9 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         "A pack at the end of a row is stored past the row.", (NO_MEMORY_BEHIND, ANY_ALIGNMENT),
     ),
     Mutation(
-        "strided-outer-stride", "cuda/elements.cuh", "(long long)(pos.column + j) * a.inner_strides[k]) : T(0)",
-        "(long long)(pos.column + j) * a.outer_strides[k]) : T(0)", "Strided loads take the stride of the outer axis.", (VIEWS,),
+        "strided-outer-stride", "cuda/elements.cuh", "(long long)(pos.column + pos.ahead + j) * a.inner_strides[k]) : T(0)",
+        "(long long)(pos.column + pos.ahead + j) * a.outer_strides[k]) : T(0)",
+        "Strided loads take the stride of the outer axis.", (VIEWS,),
     ),
     Mutation(
         "nested-index-too-large", "cuda/elements.cuh", "if (++index == (index_t)a.inner_size) {", "if (++index > (index_t)a.inner_size) {",
@@ -53,17 +54,31 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
     ),
     # --- the loop
     Mutation(
-        "tail-too-long", "cuda/loop.cuh", "(index_t)a.segment_size - pack * PACK;", "(index_t)a.segment_size - pack * PACK + 1;",
+        "tail-too-long", "cuda/loop.cuh", "(index_t)a.segment_size - (pack + further) * PACK;",
+        "(index_t)a.segment_size - (pack + further) * PACK + 1;",
         "The last pack of a row counts one element too many.", (ANY_SIZE, NO_MEMORY_BEHIND),
     ),
     Mutation(
-        "segments-at-row-start", "cuda/loop.cuh", "first = (segment - row * (index_t)a.row_segments) * (index_t)a.segment_size;",
-        "first = 0;",
+        "segments-at-row-start", "cuda/loop.cuh", "found.first = (segment - row * (index_t)a.row_segments) * (index_t)a.segment_size;",
+        "found.first = 0;",
         "Groups that share a row all begin where the row does.", ("test_segmentation.py::test_views",),
     ),
     Mutation(
-        "position-in-row", "cuda/loop.cuh", "pos.linear = segment * (index_t)a.segment_size + pack * PACK;", "pos.linear = pos.column;",
+        "position-in-row", "cuda/loop.cuh", "pos.linear = segment.linear + pack * PACK;", "pos.linear = pos.column;",
         "A bad element is recorded by its position in its row.", (ANY_VIEW,),
+    ),
+    Mutation(
+        "packs-of-a-turn-at-one-place", "cuda/loop.cuh", "pos.ahead = further * PACK;", "pos.ahead = 0;",
+        "All packs of a turn are the first one.", (f"{DEVICE}test_ranges_of_many_packs",),
+    ),
+    Mutation(
+        "constants-of-first-segment", "cuda/loop.cuh", "load_constants(place.constants, a, locate_in(a, place.segment, 0, 0));",
+        "load_constants(place.constants, a, locate_in(a, find_segment(a, 0), 0, 0));",
+        "Every range takes the constants of the first segment.", (f"{DEVICE}test_ranges_of_one_segment",),
+    ),
+    Mutation(
+        "ranges-of-first-segment", "cuda/loop.cuh", "part -= inner * (index_t)a.segment_ranges;", "",
+        "A range of a later segment begins past its end.", (f"{DEVICE}test_ranges_of_one_segment",),
     ),
     Mutation(
         "threads-overlap", "cuda/loop.cuh", "at += THREADS * PACKS * ROUNDS)", "at += THREADS * PACKS)",
@@ -104,7 +119,7 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         "All groups share a counter of finished ranges.", (MANY_RANGES,),
     ),
     Mutation(
-        "range-past-end", "cuda/loop.cuh", "end < (index_t)a.group_packs ? end : (index_t)a.group_packs", "end",
+        "range-past-end", "cuda/loop.cuh", "end < packs ? end : packs", "end",
         "The last range goes on past the end of its group.", (ANY_SIZE,),
     ),
     Mutation(
@@ -129,6 +144,19 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         "count-of-first-group", "cuda/source.py", "((const double*)a.counts)[group]", "((const double*)a.counts)[0]",
         "Every group is divided by the count of the first.", ("test_options.py::test_mask_takes_elements_out",),
         select="cross_entropy_with_logits and sample_mean",
+    ),
+    Mutation(
+        "uneven-ranges", "cuda/launch.py", "range_packs = turns(-(-walked // parts))",
+        "range_packs = turns(-(-plan.groups * group_packs // MAX_RANGES))",
+        "The last range of a group may be much shorter than the others.", (f"{DEVICE}test_blocks_do_the_same_work",),
+    ),
+    Mutation(
+        "uneven-blocks", "cuda/launch.py", "return -(-self.ranges // in_turn)", "return BLOCKS * multiprocessors",
+        "Some blocks get one range more than others.", (f"{DEVICE}test_blocks_do_the_same_work",),
+    ),
+    Mutation(
+        "quotient-without-correction", "cuda/elements.cuh", "return fma(fma(-divisor, q, dividend), r, q);", "return q;",
+        "A quotient is as inaccurate as the estimate of the reciprocal.", ("test_accuracy.py::test_quotients",),
     ),
     Mutation(
         "indices-of-32-bits", "cuda/launch.py", "INT32 = 2**31 - 2**20", "INT32 = 2**32", "Large batches are indexed in 32 bits.",

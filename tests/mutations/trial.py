@@ -17,7 +17,7 @@ from time import perf_counter
 from tests.mutations.mutation import Mutation
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("fastloss", "tests", "pyproject.toml")
+COPIED = ("fastloss", "bench", "tests", "pyproject.toml")
 NONE_SELECTED = 5  # pytest's exit status if no test was selected
 PYTEST = ("-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider")
 
