@@ -15,7 +15,7 @@ from bench.results import Results, load
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-SOURCE = "bench/results/epyc-zen4-2-cores.json"
+SOURCE = "bench/results/epyc-zen5-2-cores.json"
 LONGEST = 36  # characters of the longest bar
 ROWS = {  # the rows of the headline case: their names in the results, and in the README
     "limit: triad": "memory limit",

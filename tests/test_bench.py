@@ -27,7 +27,7 @@ from tests.labels import misplaced
 from tests.ulp import ROW, SUM, assert_close
 
 SMALL = Case(size="1Ki")
-RECORD = Path(__file__).parents[1] / "bench" / "results" / "epyc-zen4-2-cores.json"
+RECORD = Path(__file__).parents[1] / "bench" / "results" / "epyc-zen5-2-cores.json"
 MACHINE = {
     "cpu": "a CPU", "architecture": "x", "cache_mib": 32, "simd": "avx2", "cores": 2, "memory_gib": 8, "system": "Linux", "threads": 2,
     "versions": {"python": "3", "fastloss": "0"},
