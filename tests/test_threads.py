@@ -439,6 +439,23 @@ print(THREADS.pool._workers)"""
     assert run_python(f"{POOL}{semaphores}{code}") == "3"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_workers_that_call_python_end_before_python_does():
+    """A worker that goes to sleep by a function of Python while Python ends has crashed the process."""
+    code = """
+import atexit
+def count():
+    time.sleep(0.1)
+    print(len(os.listdir("/proc/self/task")) - before)
+atexit.register(count)  # runs last
+time.sleep(0.1)  # the thread that compiled ends
+before = len(os.listdir("/proc/self/task"))
+pool.has_semaphores = lambda library: False
+assert fl.log_cosh_loss(z, z * 0.3) == want
+print(len(os.listdir("/proc/self/task")) - before)"""
+    assert run_python(POOL + code).split() == ["3", "0"]
+
+
 def test_workers_where_the_system_tells_no_cpus():
     code = """
 del os.sched_setaffinity, os.sched_getaffinity

@@ -8,12 +8,13 @@ sleeps. A caller that has finished cancels the jobs that no worker has begun, so
 from __future__ import annotations
 
 import _thread
+import atexit
 import contextlib
 import ctypes
 import functools
 import os
 import threading
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, NamedTuple
 
 from fastloss.cpu.compile import load_assembly
@@ -23,6 +24,7 @@ from fastloss.cpu.features import processor
 # Looks at the state, some 20 ns each, before a worker sleeps: about a millisecond, as long as OpenMP's threads stay awake. Between them
 # it lets other threads have its CPU.
 SPINS = 40_000
+ENDING = 1.0  # seconds that the end of the process waits for workers whose machine code calls functions of Python
 CHECKED_AFTER = 0.1  # seconds after which a call looks whether the process may use other CPUs
 LINE = 16  # fields of a worker, of 8 bytes: two cache lines, so that workers do not share one
 UNKNOWN = -1  # for a CPU
@@ -170,6 +172,7 @@ class System(NamedTuple):
     post: Any  # increment a semaphore
     yield_cpu: Any
     get_cpu: Any  # returns the CPU of the calling thread, or UNKNOWN
+    calls_python: bool  # whether one of them is written in Python
 
 
 class Code(NamedTuple):
@@ -192,15 +195,15 @@ def system() -> System:
     """Return the functions of the C library, or others in their place where it lacks them."""
     integer = ctypes.CFUNCTYPE(ctypes.c_int)
     library = ctypes.CDLL(None) if os.name == "posix" else None
-    yield_cpu = getattr(library, "sched_yield", None) or integer(lambda: 0)
+    yield_cpu = getattr(library, "sched_yield", None)
     # In a virtual machine, Linux often wakes a worker on the caller's CPU although another CPU is idle (a halted virtual CPU looks as
     # if the host had preempted it), and the two threads then take turns. So a worker that wakes on the caller's CPU moves to another
     # for good: 1,000,000 elements of BCE every 5 ms took 1.57 ms instead of 1.88 (12 processes each), every 20 ms 1.75 instead of 2.37.
     get_cpu = getattr(library, "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
-    get_cpu = get_cpu or integer(lambda: UNKNOWN)
-    if library is not None and has_semaphores(library):
-        return System(library.sem_wait, library.sem_post, yield_cpu, get_cpu)
-    return System(*python_semaphores(), yield_cpu, get_cpu)
+    semaphores = (library.sem_wait, library.sem_post) if library is not None and has_semaphores(library) else None
+    wait, post = semaphores or python_semaphores()
+    calls_python = None in (semaphores, yield_cpu, get_cpu)
+    return System(wait, post, yield_cpu or integer(lambda: 0), get_cpu or integer(lambda: UNKNOWN), calls_python)
 
 
 def has_semaphores(library: Any) -> bool:
@@ -233,6 +236,7 @@ class Worker:
         address = -(-ctypes.addressof(self.fields) // 128) * 128  # of the first whole pair of cache lines
         self.state = ctypes.c_void_p(address)
         self.cpu = ctypes.c_int64.from_address(address + 8 * CPU)
+        self.has_ended = False
         # The `start` of threading.Thread holds a lock in which a signal handler that calls a loss would wait for ever.
         _thread.start_new_thread(self.work, (cpus, affinity(0)))
 
@@ -244,6 +248,7 @@ class Worker:
         while code().work(self.state, functions.wait, functions.yield_cpu, functions.get_cpu, ctypes.c_int64(SPINS)) == LEAVES:
             leave(self.cpu.value, least)
             self.cpu.value = UNKNOWN  # it has been tried, and the job is taken now wherever the thread runs
+        self.has_ended = True
 
 
 class Pool:
@@ -254,6 +259,8 @@ class Pool:
         self._checked = monotonic()
         self._idle: list[Worker] = []
         self._workers = 0
+        self._started: list[Worker] = []  # those that have to end before Python does
+        self._is_closed = False
         self._changing = threading.Lock()  # is never waited for: a signal handler may have interrupted the thread that holds it
 
     def run(self, kernel: Any, frame: Any, threads: int) -> None:
@@ -278,13 +285,30 @@ class Pool:
         """Start workers until there are `count`. If another call is doing so, fewer workers help this one."""
         if self._changing.acquire(blocking=False):
             try:
-                while self._workers < count:
-                    self._idle.append(Worker(self._cpus))
+                while self._workers < count and not self._is_closed:
+                    self._idle.append(worker := Worker(self._cpus))
                     self._workers += 1
+                    if system().calls_python:
+                        self._end_before_python(worker)
             except RuntimeError:  # the system allows no more threads
                 pass
             finally:
                 self._changing.release()
+
+    def _end_before_python(self, worker: Worker) -> None:
+        """Let a worker end when the process does, because its machine code calls functions of Python, which then no longer run."""
+        if not self._started:
+            atexit.register(self._close, os.getpid())
+        self._started.append(worker)
+
+    def _close(self, process: int) -> None:
+        """End the workers, and start no others. Workers that compute for other threads are not waited for beyond `ENDING`."""
+        if process != os.getpid():  # the workers are the parent's
+            return
+        self._is_closed, until = True, monotonic() + ENDING
+        end(self._idle)
+        while not all(worker.has_ended for worker in self._started) and monotonic() < until:
+            sleep(0.001)
 
     def _follow_cpus(self) -> None:
         """Replace the workers if the process may use other CPUs than when they started. Those at work end when they have finished."""
