@@ -452,8 +452,8 @@ time.sleep(0.1)  # the thread that compiled ends
 before = len(os.listdir("/proc/self/task"))
 pool.has_semaphores = lambda library: False
 assert fl.log_cosh_loss(z, z * 0.3) == want
-print(len(os.listdir("/proc/self/task")) - before)"""
-    assert run_python(POOL + code).split() == ["3", "0"]
+print(len(os.listdir("/proc/self/task")) - before >= 3)"""
+    assert run_python(POOL + code).split() == ["True", "0"]
 
 
 def test_workers_where_the_system_tells_no_cpus():
