@@ -69,6 +69,7 @@ class Budget:
     spilled: int  # bytes
     shared: int  # bytes of shared memory
     slots: int  # instructions of the hot loop
+    moved: int  # bytes that the hot loop loads and stores
     loads_ahead: int  # loads before the first instruction that uses one of them
     widths: tuple[int, ...]  # bytes of the loads and stores of the loop, without repetition
 
@@ -77,7 +78,8 @@ def read(code: bytes) -> Budget:
     """Return the budget of a kernel's machine code."""
     loop = hot_loop(*parse(run("nvdisasm", "-c", code)))
     widths = tuple(sorted({x.moved for x in loop} - {0}))
-    return Budget(**resources(code), slots=len(loop), loads_ahead=loads_ahead(loop), widths=widths)
+    moved = sum(x.moved for x in loop)
+    return Budget(**resources(code), slots=len(loop), moved=moved, loads_ahead=loads_ahead(loop), widths=widths)
 
 
 def resources(code: bytes) -> dict[str, int]:

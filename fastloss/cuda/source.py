@@ -99,17 +99,15 @@ def constants(variant: Variant) -> str:
 
 
 def bounds(variant: Variant) -> str:
-    """Return the threads of a block, and for some kernels how many blocks have to fit on a multiprocessor.
+    """Return the threads of a block, and how many blocks have to fit on a multiprocessor: as many as without spilling registers.
 
-    Without that number, the compiler spills registers of kernels with many results or 8-byte numbers, so that more blocks fit.
+    Without that number, the compiler spills registers of some kernels on some devices, so that more blocks fit.
     """
     spec = variant.spec
-    wide, many = any(op.size == 8 for op in spec.arrays), len(spec.outputs) > 2
-    if spec.checked:
-        return f"{THREADS}, 1"
-    if wide or many:
-        return f"{THREADS}, {3 if spec.compute == 'f4' and variant.is_local and not many else 2}"
-    return f"{THREADS}"
+    has_many = spec.compute == "f8" or len(spec.outputs) > 2 or len(spec.summed) > 2
+    is_scattered = not variant.is_local or any(op.access in ("strided", "nested") for op in spec.arrays)
+    is_heavy = has_many or is_scattered or (variant.axes > 0 and len(spec.summed) > 0)
+    return f"{THREADS}, {1 if spec.checked else 2 if is_heavy else 3}"
 
 
 def function(head: str, lines: Iterable[str]) -> str:
