@@ -23,7 +23,7 @@ from bench.report import Table
 from fastloss.core.call import Arguments
 from fastloss.core.plan import Request
 from fastloss.cpu.call import HostCall
-from fastloss.cuda.compile import compiled, nvrtc
+from fastloss.cuda.compile import compiled, compiler_version
 from fastloss.cuda.launch import Launch, Outcome
 from fastloss.cuda.source import THREADS, source
 
@@ -128,12 +128,11 @@ def bytes_moved(one: Launch) -> int:
 
 def results() -> dict[str, Any]:
     """Measure every kernel on every architecture."""
-    version = ".".join(map(str, nvrtc().getVersion()))
     costs = {
         name: {"bytes": bytes_moved(one), "costs": {str(sm): measure(one, sm) for sm in ARCHITECTURES}}
         for name, one in kernels()
     }  # fmt: skip
-    return {"nvrtc": version, "kernels": costs}
+    return {"nvrtc": compiler_version(), "kernels": costs}
 
 
 def table(content: dict[str, Any]) -> Table:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="CuPy and NVRTC are installed only on Linux")
+
 
 def run(*args):
     result = subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False)
@@ -17,7 +19,7 @@ def run(*args):
     return result.stdout
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="CuPy and NVRTC are installed only on Linux")
+@on_linux
 @pytest.mark.parametrize("architecture", [75, *(pytest.param(newer, marks=pytest.mark.slow) for newer in (80, 86, 89, 90, 100, 120))])
 def test_every_kernel_compiles_and_none_spills(architecture):
     kernels = [json.loads(line) for line in run("-m", "tests.cuda.variants", str(architecture)).splitlines()]
@@ -31,7 +33,7 @@ KEPT = Path(__file__).parent.parent / "bench" / "results" / "gpu-static.json"
 IS_WORSE = {"registers": operator.gt, "spilled": operator.gt, "slots": operator.gt, "loads_ahead": operator.lt, "widths": operator.lt}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="CuPy and NVRTC are installed only on Linux")
+@on_linux
 def test_no_kernel_costs_more_than_the_table_says(tmp_path):
     file = tmp_path / "static.json"
     run("-m", "bench", "--device", "cuda", "--static", "--json", file)
@@ -60,7 +62,7 @@ cuda.runtime.CUDARuntimeError get_default_memory_pool
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="CuPy and NVRTC are installed only on Linux")
+@on_linux
 def test_cupy_has_every_name_of_the_stand_in():
     code = f"""
 import functools, cupy, ml_dtypes, numpy as np

@@ -30,7 +30,7 @@ from fastloss.kernel import element
 
 
 class Shape(NamedTuple):
-    """What a loop depends on."""
+    """Everything about a spec that its loop depends on."""
 
     compute: str  # code of the type of the arithmetic
     arrays: int
@@ -122,7 +122,7 @@ def fold(typingctx: Any, totals: Any, sums: Any) -> Any:
 
 
 def calling(name: str) -> Any:
-    """Return what emits a call of a function of `step.py`. Each item of a tuple is an argument of its own."""
+    """Return the `codegen` of a call of a function of `step.py`. Each item of a tuple is an argument of its own."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         result, flat = signature.return_type, [x for arg in args for x in items(builder, arg)]

@@ -32,6 +32,7 @@ PREFETCH = 2048  # bytes from a load to the cache lines that it prefetches
 BLOCK = 64 * REGISTER_BYTES // VECTOR_BYTES
 
 I1, I64, DOUBLE = ir.IntType(1), ir.IntType(64), ir.DoubleType()
+Values = list[ir.Value]
 
 
 def lanes_of(compute: str) -> int:
@@ -251,7 +252,7 @@ def spread(builder: ir.IRBuilder, scalar: ir.Value, count: int) -> ir.Value:
 
 
 def emit_step(step: StepEmitter, numbers: dict[str, ir.Value], scale: ir.Value, mode: ir.Value, sums: list[Vector]) -> list[Vector]:
-    """Emit one step: loads, formula, stores and sums. Return the new sums of the block; see `sum_types`."""
+    """Emit one step: loads, formula, stores and sums. Return the new sums of the block; see `count_sums`."""
     spec, builder = step.spec, step.builder
     raw = step.load_all()
     number = {name: spread_number(builder, value, spec) for name, value in numbers.items()}
@@ -340,9 +341,6 @@ def emit_functions(spec: Spec) -> str:
     define(module, STEP, [arrays, arrays, arrays, one, one, one, numbers, [DOUBLE], one, one, sums], sums, step)
     define(module, FOLD, [totals, sums], totals, fold)
     return str(module)
-
-
-Values = list[ir.Value]
 
 
 def define(

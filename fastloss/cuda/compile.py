@@ -28,8 +28,7 @@ def kernel(text: str, name: str, device: int) -> Any:
     try:
         module.load(code)
     except RuntimeError as error:
-        compiler = ".".join(map(str, nvrtc().getVersion()))
-        what = f"the kernel that NVRTC {compiler} has compiled for compute capability {capability}"
+        what = f"the kernel that NVRTC {compiler_version()} has compiled for compute capability {capability}"
         raise RuntimeError(f"the driver does not load {what}: {error}; {versions()}") from error
     kernel_cache().warn()
     return module.get_function(name)
@@ -62,6 +61,11 @@ def compiled(text: str, architecture: str) -> bytes:
         raise RuntimeError(f"NVRTC cannot compile this kernel:\n{compiler.getProgramLog(program)}") from None
     finally:
         compiler.destroyProgram(program)
+
+
+def compiler_version() -> str:
+    """Return NVRTC's version."""
+    return ".".join(map(str, nvrtc().getVersion()))
 
 
 @functools.cache

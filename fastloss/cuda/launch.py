@@ -42,13 +42,13 @@ class Cut(NamedTuple):
     segment_packs: int
     row_segments: int
     group_ranges: int
-    segment_ranges: int
+    segment_ranges: int  # 0 if ranges are cut from groups
     range_packs: int
 
     @property
     def is_local(self) -> bool:
         """Whether each range lies in one segment."""
-        return self.group_ranges == self.group_segments * self.segment_ranges
+        return self.segment_ranges > 0
 
 
 def cut(plan: Plan) -> Cut:

@@ -73,6 +73,7 @@ DEVICE Position locate(const Arguments& a, const Place group, const index_t firs
 #endif
 
 // Load, compute and store PACKS packs of a thread. All loads come first, so that they are in flight together.
+// Constants that are the same for all packs are not copied: for compute capability 10.0, the compiler spills registers then.
 DEVICE void process(const Arguments& a, const Numbers& number, const Place& place, const index_t first, const index_t stop, Sums& sums) {
     Pack packs[PACKS];
     Position pos[PACKS];

@@ -169,8 +169,8 @@ def test_elements_counted_in_64_bits(cp, fresh, rng):
 
 @pytest.mark.parametrize(("size", "is_wide"), [(2**30, False), (3 * 2**30, True)])
 def test_large_batches_are_counted_in_64_bits(size, is_wide):
+    from bench.static import launch
     from fastloss.cuda.source import source
-    from tests.cuda.variants import launch
 
     z = np.broadcast_to(np.float32(0), size)
     made = launch(LOGISTIC.definition, z, z, ("value",))
@@ -224,12 +224,11 @@ def launches(shape):
     yield second_launch(fl.dice_with_logits_loss, z, ("slope",))
 
 
-THREADS = 256  # of a block
-
-
 @pytest.mark.parametrize("processors", [108, 132, 148])
 @pytest.mark.parametrize("shape", [(256, 3, 256, 256), (16, 20, 512, 512), (1, 1, 4096, 4096), (64, 1, 28, 28)], ids=str)
 def test_blocks_do_the_same_work(shape, processors):
+    from fastloss.cuda.source import THREADS
+
     for one in launches(shape):
         sizes, blocks = one.cut, one.blocks(processors)
         parts, packs = (sizes.segment_ranges, sizes.segment_packs) if sizes.is_local else (sizes.group_ranges, sizes.group_packs)
