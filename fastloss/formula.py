@@ -11,7 +11,7 @@ import inspect
 import itertools
 import linecache
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -88,8 +88,8 @@ class Formula:
             raise FormulaError(f"{function.__name__}: a formula must return the same number of quantities with and without its parameters")
         self.names = names[: found.pop()]
 
-    def quantities(self, z: Any, t: Any, parameters: dict[str, Any]) -> dict[str, Any]:
-        """Apply the recorded operations to the symbols of one element, and return the quantities by name.
+    def quantities(self, z: Any, t: Any, parameters: dict[str, Any], substitutes: Mapping[str, str]) -> dict[str, Any]:
+        """Apply the recorded operations, or their substitutes, to the symbols of one element, and return the quantities by name.
 
         The function is not called again: global names that it uses may have changed since it was traced, and the kernel cache
         identifies a kernel by the recorded operations.
@@ -98,7 +98,7 @@ class Formula:
         known: dict[Reference, Any] = {"%input": z, "%target": t, **{f"%{name}": x for name, x in parameters.items()}}
         for k, (op, references) in enumerate(operations, 1):
             args = [known.get(reference, reference) for reference in references]
-            known[f"%{k}"] = next(arg for arg in args if isinstance(arg, Symbol)).apply(op, *args)
+            known[f"%{k}"] = next(arg for arg in args if isinstance(arg, Symbol)).apply(substitutes.get(op, op), *args)
         return dict(zip(self.names, (known.get(reference, reference) for reference in quantities), strict=True))
 
     def logarithms(self, parameters: tuple[str, ...]) -> set[str]:

@@ -79,7 +79,7 @@ def test_the_largest_error_of_the_cross_entropy_is_found():
     assert halves[0, 0] == halves[2, 0] == 0
     results[0, 0, 1] += 2**-8  # two float16 ulp of the value
     compare_cross_entropy(z, t, results.astype(np.float16).astype(np.float64), halves, True)
-    assert halves[0, 0] > 100
+    assert 1 < halves[0, 0] < 3
 
 
 def test_the_record_is_of_all_arguments_and_within_the_promised_bounds():

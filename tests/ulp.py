@@ -35,8 +35,10 @@ ULP = {
     ("tanh", "value"): 2.5,
     ("quotient", "value"): 0.51,
 }
-# float16 logits of the cross-entropy with any finite target, also beyond 0 and 1, where the losses' table has no bound.
-ANY_TARGET = {"value": 3, "slope": 2, "curvature": 2}
+# Where input and results have 16 bits: the error of a result beyond half a unit in its last place, in units of the magnitude, and that
+# of a sum, relative to the sum of the magnitudes.
+HALF, HALF_SUM = 0.01, 1e-6
+POWER_SUM = 4e-6  # of the focal loss, whose exponent multiplies the error of a probability
 # What label smoothing may round off a target from 0 to 1.
 SMOOTHED = {np.dtype(x): np.finfo(x).eps for x in (np.float32, np.float64)}
 # A product of factors, each rounded: half an ulp for the last rounding, up to one for those before it.
@@ -68,17 +70,22 @@ def ulp_error(got, want, magnitude, dtype):
     return np.where(same, 0, np.where(np.isfinite(got) & np.isfinite(stored), error, np.inf))
 
 
+def half_unit(x, dtype):
+    """Return a unit in the last place of numbers in a 16-bit type, also beyond its largest number."""
+    info = finfo(dtype)
+    magnitude = np.minimum(np.abs(np.asarray(x, np.longdouble)), np.finfo(np.float32).max)
+    _, exponent = np.frexp(np.maximum(magnitude, np.longdouble(float(info.smallest_normal))))
+    return np.ldexp(np.longdouble(1), exponent - 1 - info.nmant)
+
+
 def half_error(got, want, magnitude):
-    """Return the error of a 16-bit number beyond half its own ulp, in float32 ulp of the magnitude."""
-    info = finfo(got.dtype)
-    want, magnitude = np.asarray(want, np.longdouble), np.abs(np.asarray(magnitude, np.longdouble))
-    _, exponent = np.frexp(np.maximum(np.abs(want), np.longdouble(float(info.smallest_normal))))
-    half_unit = np.ldexp(np.longdouble(0.5), exponent - 1 - info.nmant)
-    overflowed = np.abs(want) + half_unit >= np.ldexp(np.longdouble(1), info.maxexp)
+    """Return the error of a 16-bit number beyond half its own ulp, in ulp of the magnitude."""
+    want = np.asarray(want, np.longdouble)
+    half_ulp = half_unit(want, got.dtype) / 2
+    overflowed = np.abs(want) + half_ulp >= np.ldexp(np.longdouble(1), finfo(got.dtype).maxexp)
     with np.errstate(all="ignore"):
-        error = np.abs(got.astype(np.longdouble) - want)
-        unit = np.spacing(np.minimum(magnitude, np.finfo(np.float32).max).astype(np.float32)).astype(np.longdouble)
-        return np.where(overflowed, np.where(np.isinf(got.astype(np.float64)), 0, np.inf), np.maximum(error - half_unit, 0) / unit)
+        error = np.maximum(np.abs(got.astype(np.longdouble) - want) - half_ulp, 0) / half_unit(magnitude, got.dtype)
+    return np.where(overflowed, np.where(np.isinf(got.astype(np.float64)), 0, np.inf), error)
 
 
 def assert_ulp(got, want, magnitude, limit, dtype, *at):
@@ -97,6 +104,14 @@ def assert_close(got, want, tolerance):
     assert got.shape == want.shape
     scale = np.max(np.abs(want), initial=0) or 1.0
     assert np.max(np.abs(got - want), initial=0) <= tolerance * scale
+
+
+def assert_rounded(got, want):
+    """Assert that numbers of 16 bits are other numbers rounded, except for an error of a millionth of the largest."""
+    with np.errstate(over="ignore"):
+        low, high = (np.asarray(want + sign * HALF_SUM * np.max(np.abs(want), initial=0)).astype(got.dtype) for sign in (-1, 1))
+    assert got.shape == want.shape
+    assert np.all(((low <= got) & (got <= high)) | (np.isnan(got) & np.isnan(want)))
 
 
 def assert_tensor(got, want):

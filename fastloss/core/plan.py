@@ -72,6 +72,12 @@ class Spec:
         return "ignore_index" in self.numbers or any(op.name == "mask" for op in self.operands)
 
     @property
+    def stores_halves(self) -> bool:
+        """Whether the input and every output have 16 bits, so that a result shows three or four digits."""
+        sizes = {op.size for op in self.arrays if op.name == "input" or op in self.outputs}
+        return self.compute == "f4" and sizes == {2}
+
+    @property
     def multiplied(self) -> tuple[str, ...]:
         """Sums whose logarithms a kernel accumulates as products. With a weight on each logarithm there are none."""
         if any(op.name == "weight" for op in self.operands):

@@ -16,7 +16,7 @@ from llvmlite import ir
 from fastloss.core.dtypes import BY_CODE
 from fastloss.cpu import features
 from fastloss.kernel import elementary
-from fastloss.ops import Symbol, estrin, where
+from fastloss.ops import Symbol, estrin, fma, where
 
 HAS_AVX512, HAS_HALF_CONVERSION = features.has("avx512f"), features.has_half_conversion()
 FMA = "fmuladd" if features.has_fma() else "fma"  # the intrinsic; without the CPU's instruction, LLVM computes "fmuladd" in two steps
@@ -53,6 +53,7 @@ class Vector(Symbol):
     """An LLVM vector value, and the builder to which its operations append instructions."""
 
     scales_by_powers = HAS_AVX512  # whether the CPU has an instruction for x 2**n
+    has_exp2 = False  # whether the machine has an instruction for 2**x
     evaluate = staticmethod(estrin)  # a polynomial: a long chain would wait for each of its operations
 
     def __init__(self, builder: ir.IRBuilder, value: ir.Value, number_type: ir.VectorType | None = None) -> None:
@@ -136,7 +137,8 @@ class Vector(Symbol):
         if code == to:
             return self
         if code == "f2":  # CPUs only have the conversion to float32
-            single = self.cast("fpext", "f4") if HAS_HALF_CONVERSION else self.widen_float16()
+            # the fence keeps LLVM from comparing the half itself, which takes another conversion
+            single = self.cast("fpext", "f4").intrinsic("arithmetic.fence") if HAS_HALF_CONVERSION else self.widen_float16()
             return single.convert("f4", to)
         if to in ("f2", "B2"):
             single = self.round_to_odd() if code == "f8" else self
@@ -168,10 +170,10 @@ class Vector(Symbol):
         return (rounded | sign.apply("shr", sign, 16) & 0x8000).cast("trunc", "u2").bitcast(ir.HalfType())
 
     def round_to_bfloat16(self) -> Vector:
-        """Round float32 lanes to nearest even bfloat16, returned as bits. A NaN gets a bit set that keeps it NaN."""
+        """Round float32 lanes to nearest even bfloat16, returned as bits. Every NaN becomes the same one."""
         bits = self.as_int()
         odd = bits.apply("shr", bits, 16) & 1
-        rounded = where(self != self, bits | (1 << 22), bits + odd + 0x7FFF)
+        rounded = where(self != self, bits.splat(0x7FC00000), bits + odd + 0x7FFF)
         return rounded.apply("shr", rounded, 16).cast("trunc", "u2")
 
     def round_to_odd(self) -> Vector:
@@ -191,6 +193,14 @@ class Vector(Symbol):
         if self.bits == 64 or not HAS_AVX512:
             return self.splat(1.0) / self
         return self.by_register("llvm.x86.avx512.rcp14.ps.512", (self, self), ir.IntType(16)(0xFFFF))
+
+    def short_quotient(self, y: Vector) -> Vector:
+        """Return x / y for 1 <= y <= 2, to at least 22 bits."""
+        if not HAS_AVX512:
+            return self / y
+        r = y.reciprocal_estimate()
+        q = self * r
+        return fma(fma(-y, q, self), r, q)
 
     def times_power_of_two(self, n: Vector) -> Vector:
         """Return x 2**n, rounded once also if the result is subnormal, by an instruction of AVX-512."""
@@ -259,9 +269,9 @@ def _extremum(sign: str) -> Callable[[Vector, Vector], Vector]:
     return emit
 
 
-def _add_log1p(x: Vector, e: Vector) -> Vector:
+def _add_log1p(x: Vector, e: Vector, log1p: Callable[[Vector], Vector] = elementary.log1p) -> Vector:
     """Return x + log1p(e) and store x and e as its `log_term`."""
-    result = x + elementary.log1p(e.like(e.value).within(0.0, 1.0))  # a copy, because the bounds hold only here
+    result = x + log1p(e.like(e.value).within(0.0, 1.0))  # a copy, because the bounds hold only here
     result.log_term = (x, e)  # if a sum uses this term, LLVM eliminates the logarithm as dead code
     return result
 
@@ -299,4 +309,9 @@ _OPS: dict[str, Callable[..., Vector]] = {
     "sigmoid": elementary.sigmoid,
     "tanh": elementary.tanh,
     "add_log1p": _add_log1p,
+    "half_exp": elementary.half_exp,
+    "half_sigmoid": elementary.half_sigmoid,
+    "half_tanh": elementary.half_tanh,
+    "half_log1p": elementary.half_log1p,
+    "half_add_log1p": lambda x, e: _add_log1p(x, e, elementary.half_log1p),
 }

@@ -28,8 +28,14 @@ DEVICE float reciprocal_estimate(const float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+DEVICE float exp2_estimate(const float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 #else
 DEVICE float reciprocal_estimate(const float x) { return (1.0f / x) * 1.0000002f; }  // not better than a device's
+DEVICE float exp2_estimate(const float x) { return __builtin_exp2f(x) * 1.0000002f; }
 #endif
 
 // Return x / y for 0 <= y <= 2^60 and |x| <= 2^60, and 0 if both are 0. One iteration of Newton's method corrects the estimate, which

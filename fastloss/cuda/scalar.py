@@ -27,6 +27,7 @@ class Scalar(Symbol):
     """A variable in CUDA code, and the list of lines to which its operations append code."""
 
     scales_by_powers = False  # no instruction multiplies by a power of two and rounds a subnormal result once
+    has_exp2 = True
     evaluate = staticmethod(horner)  # a polynomial: other threads compute while one waits, and an instruction holds one constant
 
     def __init__(self, lines: list[str], name: str, type: str, number_type: str | None = None) -> None:
@@ -88,6 +89,14 @@ class Scalar(Symbol):
         """Return 1 / x for 1 <= x <= 2, to at least 14 bits; in float32 by an instruction of the device."""
         return self.write("float", f"reciprocal_estimate({self.name})") if self.bits == 32 else self.splat(1.0) / self
 
+    def short_quotient(self, y: Scalar) -> Scalar:
+        """Return x / y for 1 <= y <= 2, to at least 22 bits."""
+        return self * y.reciprocal_estimate()
+
+    def exp2_estimate(self) -> Scalar:
+        """Return 2**x for x <= 0 in float32, to at least 22 bits, by an instruction of the device."""
+        return self.write("float", f"exp2_estimate({self.name})")
+
     def apply(self, op: str, *args: Any) -> Scalar:
         """Append the lines of `op` and return the result."""
         if op == "polynomial":
@@ -127,9 +136,9 @@ def literal(number: float, type: str) -> str:
     return f"({type}){float(number).hex()}"
 
 
-def add_log1p(x: Scalar, e: Scalar) -> Scalar:
+def add_log1p(x: Scalar, e: Scalar, log1p: Callable[[Scalar], Scalar] = elementary.log1p) -> Scalar:
     """Return x + log1p(e) and store x and e as its `log_term`."""
-    result = x + elementary.log1p(Scalar(e.lines, e.name, e.type).within(0.0, 1.0))  # a copy, because the bounds hold only here
+    result = x + log1p(Scalar(e.lines, e.name, e.type).within(0.0, 1.0))  # a copy, because the bounds hold only here
     result.log_term = (x, e)  # if a sum uses this term, the compiler eliminates the logarithm as dead code
     return result
 
@@ -144,5 +153,7 @@ EXPRESSIONS = {
 }  # fmt: skip
 FUNCTIONS: dict[str, Callable[..., Scalar]] = {
     "exp": elementary.exp, "expm1": elementary.expm1, "log": elementary.log, "log1p": elementary.log1p, "pow": elementary.pow,
-    "sigmoid": elementary.sigmoid, "tanh": elementary.tanh, "add_log1p": add_log1p,
+    "sigmoid": elementary.sigmoid, "tanh": elementary.tanh, "add_log1p": add_log1p, "half_exp": elementary.half_exp,
+    "half_sigmoid": elementary.half_sigmoid, "half_tanh": elementary.half_tanh, "half_log1p": elementary.half_log1p,
+    "half_add_log1p": lambda x, e: add_log1p(x, e, elementary.half_log1p),
 }  # fmt: skip

@@ -12,6 +12,9 @@ from typing import Any
 from fastloss.core.plan import Operand, Spec
 from fastloss.ops import fma, where
 
+# functions that suffice where results are rounded to 16 bits, by the operations of formulas that they take the place of
+FOR_HALVES = {name: f"half_{name}" for name in ("exp", "sigmoid", "tanh", "log1p", "add_log1p")}
+
 
 def load(
     spec: Spec, raw: Mapping[str, Any], number: Mapping[str, Any], in_row: Any, convert: Callable[[Any, str], Any],
@@ -39,7 +42,8 @@ def quantities(spec: Spec, loaded: Mapping[str, Any], number: Mapping[str, Any])
     if not spec.trace:
         return {"count": 1.0}
     parameters = {name: loaded[name] if name in loaded else number[name] for name in spec.parameters}
-    return {"count": 1.0, **spec.formula.quantities(loaded["input"], loaded["target"], parameters)}
+    substitutes = FOR_HALVES if spec.stores_halves else {}
+    return {"count": 1.0, **spec.formula.quantities(loaded["input"], loaded["target"], parameters, substitutes)}
 
 
 def results_to_store(

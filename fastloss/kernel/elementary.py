@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from fastloss.ops import copysign, fma, where
+from fastloss.ops import copysign, fma, horner, where
 
 Number = Any  # a symbol: a `cpu.vector.Vector` or a `cuda.scalar.Scalar`
 
@@ -66,6 +66,14 @@ FORMATS = {
         tiny=2.0**-1022, large=2.0**1000,
     ),
 }  # fmt: skip
+
+# for float32 arithmetic whose results are rounded to 16 bits: polynomials for (exp(r) - 1 - r) / r**2, for (tanh(x) - x) / x**3 in powers
+# of x**2 up to x = 1 / 4, and for log1p(x) / x on [0, 1]
+HALF_EXP_TERMS = (0.499992017587, 0.166671332138, 0.04189449931, 0.00831204983433)
+HALF_TANH_TERMS = (-0.33324607318, 0.128771130831)
+HALF_LOG1P_TERMS = (
+    0.999999805673, -0.49997405335, 0.332754787687, -0.244954572919, 0.177452270573, -0.107681519646, 0.0440895017377, -0.00853917389192,
+)  # fmt: skip
 
 
 def polynomial(x: Number, reach: float, *terms: float) -> Number:
@@ -145,6 +153,44 @@ def sigmoid(x: Number) -> Number:
     s = e * r
     s = fma(fma(rest, e, fma(-s, e, e - s)), r, s)
     return s if never_positive else where(x > 0.0, 1.0 - s, s)
+
+
+def half_exp(x: Number) -> Number:
+    """Return e**x with a relative error of 3e-7, which does not show in a result that is rounded to 16 bits."""
+    if x.bounds[1] > 0.0:
+        return exp(x)
+    fmt = FORMATS[32]
+    x = x.at_least(fmt.exp_range[0])
+    if x.has_exp2:
+        exponent = x * (LOG2_E / 2.0)
+        root = exponent.exp2_estimate()  # of e**x; a normal number where e**x is not
+        return (root * fma(root, fma(exponent, -2.0 / LOG2_E, x), root)).within(0.0, 1.0)  # corrects the rounding of the exponent
+    half = (fmt.bias + 1) // 2
+    n, whole, _, _ = reduce_argument(x, 0.0, half, fmt)
+    r = fma(n, -1.0 / LOG2_E, x)
+    e_r = fma(r * r, horner(r, HALF_EXP_TERMS), r + 1.0)
+    e = e_r.times_power_of_two(n) if x.scales_by_powers else e_r * (power_of_two(whole, fmt) * 2.0**-half)
+    return e.within(0.0, 1.0)
+
+
+def half_sigmoid(x: Number) -> Number:
+    """Return the logistic function as `half_exp` returns e**x."""
+    never_positive = x.bounds[1] <= 0.0
+    e = half_exp(x if never_positive else -abs(x))
+    s = e.short_quotient(1.0 + e)
+    return s if never_positive else where(x > 0.0, 1.0 - s, s)
+
+
+def half_log1p(x: Number) -> Number:
+    """Return log(1 + x) as `half_exp` returns e**x."""
+    return x * x.evaluate(x, HALF_LOG1P_TERMS) if x.bounds == (0.0, 1.0) else log1p(x)
+
+
+def half_tanh(x: Number) -> Number:
+    """Return the hyperbolic tangent as `half_exp` returns e**x. Near 0, where 1 - e**-2|x| cancels, it is a polynomial."""
+    square, e = x * x, half_exp(-abs(x + x))
+    near = fma(x * square, square.evaluate(square, HALF_TANH_TERMS), x)
+    return where(abs(x) < 0.25, near, copysign((1.0 - e).short_quotient(1.0 + e), x))
 
 
 def tanh(x: Number) -> Number:

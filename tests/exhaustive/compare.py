@@ -20,17 +20,17 @@ def unit_of(magnitude):
 
 
 @njit(error_model="numpy")
-def half_unit_of_half(x):
-    """Return half a float16 unit in the last place."""
+def unit_of_half(x):
+    """Return a float16 unit in the last place."""
     _, exponent = math.frexp(x)
-    return math.ldexp(1.0, max(exponent - 12, -25))
+    return math.ldexp(1.0, max(exponent - 11, -24))
 
 
 @njit(error_model="numpy")
 def note(worst, k, got, want, magnitude, z, t, stored_as_half):
     """Enter the error of a result into row k of the table of the largest errors, if it is larger than that there.
 
-    It is measured in float32 ulp of the magnitude. For results stored as float16, it is the error beyond half an ulp of their own.
+    It is measured in ulp of the magnitude. For results stored as float16, it is the error beyond half an ulp of their own.
     """
     if got == want or (math.isnan(got) and math.isnan(want)):
         return
@@ -41,8 +41,9 @@ def note(worst, k, got, want, magnitude, z, t, stored_as_half):
     if math.isinf(got) and got * want > 0 and abs(want) > overflow / 2:
         error = max(overflow - abs(want), 0.0)
     elif stored_as_half:
-        error = max(error - half_unit_of_half(min(abs(want), 65504.0)), 0.0)
-    error = error / unit_of(magnitude) if error < math.inf else math.inf
+        error = max(error - unit_of_half(min(abs(want), 65504.0)) / 2, 0.0)
+    unit = unit_of_half(magnitude) if stored_as_half else unit_of(magnitude)
+    error = error / unit if error < math.inf else math.inf
     if error > worst[k, 0]:
         worst[k, 0], worst[k, 1], worst[k, 2] = error, z, t
 

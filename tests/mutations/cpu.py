@@ -13,6 +13,7 @@ MASK = "test_options.py::test_mask_takes_elements_out"
 EDGES, BULK = "test_accuracy.py::test_edges_in_60_digits", "test_accuracy.py::test_bulk_in_extended_precision"
 FUNCTIONS = "test_accuracy.py::test_functions_of_the_vocabulary"
 LIMITS = "test_accuracy.py::test_infinite_logits_have_the_limit"
+SUMS_OF_ONE = "test_half.py::test_every_sum_of_one_element_in_extended_precision"
 ONCE = "test_half.py::test_float64_is_rounded_once"
 
 MUTATIONS = (
@@ -268,6 +269,28 @@ MUTATIONS = (
     Mutation(
         "tanh-sign", "kernel/elementary.py", "return copysign(fma(fma(q, h, h - 2.0 * q), r, q), x)",
         "return fma(fma(q, h, h - 2.0 * q), r, q)", "The hyperbolic tangent loses its sign.", (FUNCTIONS,), select="tanh",
+    ),
+    Mutation(
+        "half-functions-for-singles", "core/plan.py", 'self.compute == "f4" and sizes == {2}', 'self.compute == "f4"',
+        "Results of 32 bits come from the functions for 16 bits.", (BULK,),
+    ),
+    Mutation(
+        "half-exp-coefficient", "kernel/elementary.py", "0.166671332138", "0.166691332138",
+        "A coefficient of the exponential for 16 bits is off in its fifth digit.", (SUMS_OF_ONE,), select="cross_entropy_with_logits",
+    ),
+    Mutation(
+        "half-exp-scale", "kernel/elementary.py", "r = fma(n, -1.0 / LOG2_E, x)", "r = fma(n, -0.6931, x)",
+        "The exponential for 16 bits is wrong by a hundred-thousandth for each power of two.", (SUMS_OF_ONE,),
+        select="cross_entropy_with_logits",
+    ),
+    Mutation(
+        "half-log1p-coefficient", "kernel/elementary.py", "-0.244954572919", "-0.244994572919",
+        "A coefficient of log1p for 16 bits is off in its fourth digit.", (SUMS_OF_ONE,), select="weighted",
+    ),
+    Mutation(
+        "half-tanh-near-zero", "kernel/elementary.py", "where(abs(x) < 0.25, near,", "where(abs(x) < 0.0, near,",
+        "The hyperbolic tangent for 16 bits cancels near 0.", ("test_half.py::test_every_input_in_extended_precision",),
+        select="log_cosh",
     ),
     Mutation(
         "maximum-swallows-nan", "cpu/vector.py", "return _where(unordered, x + y, chosen)", "return chosen",

@@ -20,6 +20,15 @@ Mutation = partial(mutation.Mutation, side="cuda")
 MUTATIONS: tuple[mutation.Mutation, ...] = (
     # --- loads, stores and conversions
     Mutation(
+        "half-exp-uncorrected", "kernel/elementary.py", "fma(root, fma(exponent, -2.0 / LOG2_E, x), root)", "root",
+        "The rounding of the exponent is not corrected in the exponential for 16 bits.",
+        ("test_half.py::test_every_sum_of_one_element_in_extended_precision",), select="cross_entropy_with_logits and stand",
+    ),
+    Mutation(
+        "half-exp-of-infinity", "kernel/elementary.py", "x = x.at_least(fmt.exp_range[0])", "x = x",
+        "The exponential for 16 bits is NaN at infinite logits.", ("test_half.py::test_infinite_logits_have_the_limit",), select="stand",
+    ),
+    Mutation(
         "load-past-row", "cuda/elements.cuh", "x[j] = j < pos.count ? from[j] : T(0);", "x[j] = from[j];",
         "A pack at the end of a row is loaded past the row.", (NO_MEMORY_BEHIND,),
     ),
