@@ -14,9 +14,12 @@ import numpy as np
 from fastloss.core.plan import Plan, Request, make_plan
 from fastloss.cuda import workspace
 from fastloss.cuda.compile import kernel
-from fastloss.cuda.source import THREADS, WORD, Variant, pack_of, source
+from fastloss.cuda.source import THREADS, WORD, Variant, pack_of, packs_of, source
 
 MAX_RANGES = workspace.GROUPS  # there are at most twice as many ranges; either groups have one, or there are at most so many groups
+# A device computes about so many ranges at the same time. More of them pay their tails (sums across a block, a count, the last block's
+# sum) one after another, so there are only more if a thread has a whole turn of the loop.
+AT_ONCE = 256
 BLOCKS = 8  # launched for each multiprocessor, at most; no device has room for more blocks of 256 threads
 INT32 = 2**31 - 2**20  # elements that are indexed in 32 bits; the loop's indices go a little beyond the last element
 LAUNCHES: weakref.WeakValueDictionary[int, Launch] = weakref.WeakValueDictionary()  # by number, which a record of a bad element holds
@@ -62,7 +65,9 @@ def cut(plan: Plan) -> Cut:
     group_packs = group_segments * segment_packs
     is_local = group_segments == 1 or (segment_packs >= THREADS and plan.groups * group_segments <= MAX_RANGES)
     walked = segment_packs if is_local else group_packs
-    parts = max(1, -(-walked // turns(-(-plan.groups * group_packs // MAX_RANGES))))
+    total = plan.groups * group_packs
+    share = max(-(-total // MAX_RANGES), min(-(-total // AT_ONCE), THREADS * packs_of(pack)))
+    parts = max(1, -(-walked // turns(share)))
     range_packs = turns(-(-walked // parts))
     parts = max(1, -(-walked // range_packs))
     return Cut(
@@ -94,7 +99,7 @@ class Launch:
         spec, arrays = plan.spec, len(plan.spec.arrays)
         self.ranges = self.cut.groups * self.cut.group_ranges
         self.alignments = [self.alignment(k) for k in range(arrays)]
-        self.kernels: dict[tuple[int, tuple[int, ...]], Any] = {}
+        self.kernels: dict[tuple[int, ...], Any] = {}  # by device and the addresses' distances from whole words
         axes = [x for length, by in plan.axes for x in (length, *by)] or [0] * (1 + arrays)
         fields = [self.number, *self.cut, plan.inner_size, *plan.inner_strides, *plan.outer_strides, *axes]
         self.fixed = struct.pack(f"{len(fields)}q", *fields)
@@ -115,12 +120,13 @@ class Launch:
 
     def kernel(self, device: int, addresses: Sequence[int]) -> Any:
         """Return the kernel for the current device and for the alignment of the addresses of the arrays' first visited elements."""
-        widths = tuple([gcd(width, address) for width, address in zip(self.alignments, addresses, strict=True)])
-        found = self.kernels.get((device, widths))
+        places = device, *[address % WORD for address in addresses]
+        found = self.kernels.get(places)
         if found is None:
+            widths = tuple([gcd(width, address) for width, address in zip(self.alignments, addresses, strict=True)])
             self.check_alignment(widths)
             variant = self.variant(widths)
-            found = self.kernels[device, widths] = kernel(source(variant), variant.name, device)
+            found = self.kernels[places] = kernel(source(variant), variant.name, device)
         return found
 
     def check_alignment(self, widths: tuple[int, ...]) -> None:
@@ -143,18 +149,17 @@ class Launch:
         return Variant(self.plan.spec, len(self.plan.axes), whole > INT32, ragged, self.cut.is_local, widths, *self.outcome)
 
     def run(
-        self, addresses: Sequence[int], numbers: Iterable[float], results: int = 0, numerator: float = 1.0, divisor: float = 1.0,
-        upstream: tuple[int, int] = (0, 0), counts: int = 0, references: Any = None
+        self, device: int, addresses: Sequence[int], numbers: Iterable[float], results: int = 0, numerator: float = 1.0,
+        divisor: float = 1.0, upstream: tuple[int, int] = (0, 0), counts: int = 0, references: Any = None
     ) -> None:  # fmt: skip
-        """Launch on the current stream of the current device.
+        """Launch on the current stream of the current device, which the caller knows.
 
         Arrays, results, counts and the upstream gradient (with its stride) are given by address. `references` keeps memory alive for
         a launch that is captured into a graph, which may run again after the caller has freed it.
         """
         if not self.ranges:
             return
-        device, starts = workspace.current_device(), self.plan.starts
-        firsts = [address + start for address, start in zip(addresses, starts, strict=True)]
+        firsts = [address + start for address, start in zip(addresses, self.plan.starts, strict=True)]
         space = workspace.find_workspace(device)
         if space.is_captured:
             space.references = references

@@ -47,7 +47,7 @@ class Variant:
     @property
     def packs(self) -> int:
         """Number of packs that a thread loads before it computes."""
-        return 4 if self.pack <= 4 else 2
+        return packs_of(self.pack)
 
     @property
     def name(self) -> str:
@@ -59,6 +59,11 @@ def pack_of(spec: Spec) -> int:
     """Return how many elements of a row a thread loads together: one word of the widest array among the input and the outputs."""
     sizes = [op.size for op in spec.arrays if op.name == "input" or op in spec.outputs]
     return WORD // max(sizes, default=2)
+
+
+def packs_of(pack: int) -> int:
+    """Return how many packs of so many elements a thread loads before it computes."""
+    return 4 if pack <= 4 else 2
 
 
 @cache

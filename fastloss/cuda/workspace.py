@@ -15,6 +15,8 @@ STREAMS = 64  # number of workspaces stored; freed memory is reused on its own s
 GROUPS = 1024  # largest number of groups with several ranges; each has a counter of finished ranges
 SUMS = 4  # largest number of partial sums of a range: those of Dice
 PARTIALS = 8 * SUMS * 2 * GROUPS  # bytes; see launch.py for the number of ranges
+COUNTERS, FLAG = 4 * GROUPS, 16  # bytes that are 0 before and after each launch: of the counters, and of the flag behind them
+CAPTURED = 64  # launches that can be captured without a node of the graph that sets their counters to 0
 SLOTS = 4096  # records on a page; while a graph is captured, allocating another page may fail
 PER_THREAD = 2  # the handle of the default stream if each thread has a default stream of its own
 
@@ -59,14 +61,12 @@ class Slot:
 class Workspace:
     """Device memory for the partial sums of a stream's launches, and for counters, which are 0 before and after each launch."""
 
-    def __init__(self, device: int, stream: Any, is_captured: bool = False) -> None:
+    def __init__(self, device: int, stream: Any, counters: Any, is_captured: bool = False) -> None:
         self.device, self.stream, self.is_captured = device, stream, is_captured
         self.references: Any = None  # keeps memory alive that a captured launch reads when its graph runs again
         self.slot = Slot()
-        self.finished, self.is_recorded = cupy.cuda.alloc(4 * GROUPS), cupy.cuda.alloc(4)
+        self.finished, self.is_recorded = counters, counters + COUNTERS
         self.partials = cupy.cuda.alloc(PARTIALS)
-        self.finished.memset_async(0, 4 * GROUPS)
-        self.is_recorded.memset_async(0, 4)
 
     def take_record(self) -> Record | None:
         """Return and clear the record of a bad element; None if there is none."""
@@ -76,7 +76,16 @@ class Workspace:
         return record
 
 
+def make_counters(count: int) -> list[Any]:
+    """Allocate counters for several workspaces, and set them to 0 on the current stream."""
+    size = COUNTERS + FLAG
+    memory = cupy.cuda.alloc(count * size)
+    memory.memset_async(0, count * size)
+    return [memory + k * size for k in range(count)]
+
+
 _lock = threading.Lock()
+_spare: dict[int, list[Any]] = {}  # by device: counters for launches that are captured
 _workspaces: OrderedDict[tuple[int, int, int], Workspace] = OrderedDict()
 _captured: list[Workspace] = []  # of graphs, which may run at any time until the process ends, on any stream
 _dropped: list[Slot] = []  # of workspaces that are no longer stored
@@ -91,12 +100,17 @@ def find_workspace(device: int) -> Workspace:
     """Return the workspace of the current stream. A launch that is captured into a graph gets a new workspace."""
     stream = cupy.cuda.get_current_stream()
     if is_capturing(stream):
-        _captured.append(Workspace(device, cupy.cuda.Stream.null, is_captured=True))
+        spare = _spare.get(device) or make_counters(1)
+        _captured.append(Workspace(device, cupy.cuda.Stream.null, spare.pop(), is_captured=True))
         return _captured[-1]
     key = device, stream.ptr, threading.get_ident() if stream.ptr == PER_THREAD else 0
     if (found := _workspaces.get(key)) is None:
         with _lock:
-            found = _workspaces.setdefault(key, Workspace(device, stream))
+            spare = _spare.setdefault(device, [])
+            if len(spare) < CAPTURED:
+                spare += make_counters(CAPTURED)
+                stream.synchronize()  # once for many launches: graphs may run on any stream
+            found = _workspaces.setdefault(key, Workspace(device, stream, make_counters(1)[0]))
             while len(_workspaces) > STREAMS:
                 _dropped.append(_workspaces.popitem(last=False)[1].slot)
     return found

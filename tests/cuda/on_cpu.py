@@ -40,6 +40,11 @@ def wait() -> None:
     waits += 1
 
 
+def submit(work: Any) -> None:
+    """Do work on the current stream, or record it if the stream is captured."""
+    current.stream.recorded.append(work) if current.stream.captures else work()
+
+
 class CUDARuntimeError(RuntimeError):
     """Stand in for the exception of the same name in CuPy."""
 
@@ -59,7 +64,7 @@ class MemoryPointer:
 
     def memset_async(self, value: int, size: int, stream: Any = None) -> None:
         """Fill memory with a byte."""
-        ctypes.memset(self.ptr, value, size)
+        submit(lambda: ctypes.memset(self.ptr, value, size))
 
 
 class Memory:
@@ -110,6 +115,11 @@ class ndarray:  # noqa: N801 (CuPy's name)
     size = property(lambda self: self._host.size)
     nbytes = property(lambda self: self._host.nbytes)
     T = property(lambda self: wrap(self._host.T, self.data))
+
+    @property
+    def flags(self) -> Any:
+        """The flags of the memory's order."""
+        return self._host.flags
 
     def get(self) -> Any:
         """Return a copy on the host."""
@@ -300,7 +310,7 @@ class Module:
             def work() -> None:
                 library.launch(ctypes.c_void_p(frame.ctypes.data), grid[0], block[0], next(SEEDS))
 
-            current.stream.recorded.append(work) if current.stream.captures else work()
+            submit(work)
 
         return launch
 
@@ -377,18 +387,22 @@ class Stream:
         self.captures = True
 
     def end_capture(self) -> Any:
-        """Return a graph of the captured launches."""
+        """Return a graph of the captured work."""
         self.captures, recorded, self.recorded = False, self.recorded, []
 
         def launch(stream: Any = None) -> None:
             for work in recorded:
                 work()
 
-        return types.SimpleNamespace(launch=launch)
+        return types.SimpleNamespace(launch=launch, nodes=len(recorded))
 
     def is_capturing(self) -> bool:
         """Whether launches are captured."""
         return self.captures
+
+    def synchronize(self) -> None:
+        """Count that the host waits."""
+        wait()
 
     def __enter__(self) -> Stream:
         self.before, current.stream = current.stream, self

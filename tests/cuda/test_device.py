@@ -242,6 +242,20 @@ def test_blocks_do_the_same_work(shape, processors):
         assert blocks >= min(processors, sum(work) // THREADS)  # no processor is idle that could have work
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_more_ranges_than_are_computed_at_once_have_a_turn_for_each_thread(dtype):
+    from bench.static import array, launch
+    from fastloss.cuda.launch import AT_ONCE
+    from fastloss.cuda.source import THREADS, pack_of, packs_of
+
+    for size in (1 << 16, 3 << 16, 1 << 18, 1 << 19, 1 << 20, 3 << 20, 1 << 22):
+        z = array(dtype, (size,))
+        one = launch(LOGISTIC.definition, z, z, summed=("value",), wanted=("slope",))
+        turn = THREADS * packs_of(pack_of(one.plan.spec))
+        assert one.ranges <= AT_ONCE or one.cut.range_packs >= turn
+        assert one.ranges >= min(AT_ONCE, size // pack_of(one.plan.spec) // THREADS) * 0.9
+
+
 @pytest.mark.first
 def test_errors_of_targets_are_deferred(cp, rng):
     _, b, z, t = batch(cp, rng, (3, 40, 50))
@@ -381,13 +395,31 @@ def test_each_stream_has_a_workspace_and_each_captured_launch(cp, rng):
     assert found[1] is found[3]
     with cp.cuda.Stream(111) as stream:
         stream.begin_capture()
+        values = [LOGISTIC(z, t) for _ in range(2)]
+        graph = stream.end_capture()
+        graph.launch()
+    assert graph.nodes == 2
+    for value in values:
+        assert_close(value.get(), LOGISTIC(a, b), SUM[z.dtype])
+    found += device._captured[-2:]
+    assert len({memory.ptr for x in found for memory in (x.partials, x.finished, x.is_recorded)}) == 15
+    assert len({x.slot.address for x in found}) == 5
+
+
+@asks_the_stand_in
+def test_a_graph_without_spare_counters_sets_its_own_to_0(cp, monkeypatch, rng):
+    from fastloss.cuda import workspace
+
+    monkeypatch.setattr(workspace, "_spare", {})
+    a, b, z, t = batch(cp, rng, (2, 300, 211))
+    with cp.cuda.Stream(111) as stream:
+        stream.begin_capture()
         value = LOGISTIC(z, t)
-        stream.end_capture().launch()
-    assert_close(value.get(), LOGISTIC(a, b), SUM[z.dtype])
-    captured = device._captured[-1]
-    assert captured not in found
-    assert captured.partials.ptr not in [x.partials.ptr for x in found]
-    assert captured.slot.address not in [x.slot.address for x in found]
+        graph = stream.end_capture()
+    assert graph.nodes == 2
+    for _ in range(2):
+        graph.launch()
+        assert_close(value.get(), LOGISTIC(a, b), SUM[z.dtype])
 
 
 @asks_the_stand_in

@@ -216,8 +216,20 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         (f"{DEVICE}test_threads_with_default_streams_of_their_own_share_no_workspace",),
     ),
     Mutation(
-        "captured-in-workspace", "cuda/workspace.py", "    if is_capturing(stream):\n        _captured", "    if False:\n        _captured",
+        "captured-in-workspace", "cuda/workspace.py", "    if is_capturing(stream):\n        spare", "    if False:\n        spare",
         "A captured launch shares the workspace of its stream.", (STREAMS,),
+    ),
+    Mutation(
+        "spare-counters-shared", "cuda/workspace.py", "spare.pop()", "spare[-1]", "Captured launches share their counters.", (STREAMS,),
+    ),
+    Mutation(
+        "spare-counters-overlap", "cuda/workspace.py", "memory + k * size", "memory + k * COUNTERS",
+        "The flag of a bad element lies in the counters of the next workspace.", (STREAMS,),
+    ),
+    Mutation(
+        "ranges-without-turns", "cuda/launch.py", "min(-(-total // AT_ONCE), THREADS * packs_of(pack))", "0",
+        "A thread has one pack, however many ranges there are.",
+        (f"{DEVICE}test_more_ranges_than_are_computed_at_once_have_a_turn_for_each_thread",),
     ),
     Mutation(
         "flag-not-cleared", "cuda/workspace.py", "                self.is_recorded.memset_async(0, 4)", "                pass",
