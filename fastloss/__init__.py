@@ -2,6 +2,7 @@
 
 # the families in the order of the table of losses
 from fastloss.losses import logistic, regression, latent, vae, segmentation  # isort: skip
+from fastloss.accumulator import Accumulator
 from fastloss.backends.find import raise_deferred
 from fastloss.cpu.memory import empty_cache
 from fastloss.cpu.threads import get_num_threads, set_num_threads
@@ -14,7 +15,9 @@ from fastloss.losses.vae import *
 from fastloss.ops import FormulaError
 from fastloss.version import __version__ as __version__
 
-__all__ = ["FormulaError", "Loss", "elementwise_loss", "empty_cache", "get_num_threads", "raise_deferred", "set_num_threads"]
+__all__ = [
+    "Accumulator", "FormulaError", "Loss", "elementwise_loss", "empty_cache", "get_num_threads", "raise_deferred", "set_num_threads",
+]  # fmt: skip
 __all__ += logistic.__all__
 __all__ += regression.__all__
 __all__ += latent.__all__

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 from fastloss.backends.find import find_backend
 from fastloss.core.abstract_loss import AbstractLoss, signature
+from fastloss.core.accumulated import Accumulated
 from fastloss.core.call import Arguments
 from fastloss.core.checks import is_none, refuse_grad_output
 from fastloss.core.definition import Bounds, Definition
@@ -115,12 +116,15 @@ class Loss(AbstractLoss):
         return outcome
 
 
-class TargetLoss:
+class TargetLoss(Accumulated):
     """A quantity of the target alone, with the options of a loss. Its formula does not read the input."""
+
+    operands = ("target",)
 
     def __init__(self, loss: Loss) -> None:
         self._loss = loss
         functools.update_wrapper(self, loss, updated=())
+        self.options = loss.options
         options = [name for name in _OPTIONS if name != "grad_output"]
         self.__doc__ = loss.complete_doc(options, "value = {}(target)", operands=_TARGET, own=_TARGET_OPTIONS, returns=_TARGET_RETURNS)
         parameters = list(loss.__signature__.parameters.values())[1:]
@@ -137,6 +141,10 @@ class TargetLoss:
         if "grad_output" in options:
             raise TypeError(f"{self._loss.__name__} has no gradient, and so no grad_output")
         return self._loss(find_backend(target).placeholder_input(target), target, weight, reduction, **options)
+
+    def sample_sums(self, operands: Sequence[Any], options: Mapping[str, Any], call: Any) -> dict[str, Any]:
+        """Return the sums of the samples; see `Accumulated`."""
+        return self._loss.sample_sums([find_backend(operands[0]).placeholder_input(operands[0]), *operands], options, call)
 
 
 @overload

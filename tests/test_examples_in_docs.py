@@ -16,7 +16,8 @@ from docs import bars
 ROOT = Path(__file__).parent.parent
 SYBIL = Sybil([PythonCodeBlockParser(doctest_optionflags=doctest.ELLIPSIS)])
 PAGES = [
-    "README.md", "docs/accuracy.md", "docs/index.md", "docs/losses.md", "docs/options.md", "docs/pytorch.md", "docs/your-own-loss.md",
+    "README.md", "docs/accuracy.md", "docs/data-sets.md", "docs/index.md", "docs/losses.md", "docs/options.md", "docs/pytorch.md",
+    "docs/your-own-loss.md",
 ]  # fmt: skip
 WITH_TORCH = {"README.md", "docs/pytorch.md", "docs/your-own-loss.md"}
 

@@ -10,20 +10,19 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from fastloss.core.call import Arguments
+from fastloss.core.accumulated import Accumulated
 from fastloss.core.checks import count_group_axes
 from fastloss.core.definition import INPUT_AND_TARGET, Definition
 
 REGISTER: dict[str, AbstractLoss] = {}  # by key
 
 
-class AbstractLoss:
+class AbstractLoss(Accumulated):
     """A named loss of two operands that computes its value and derivatives on any kind of call."""
 
     __name__: str
     __qualname__: str
     operands: tuple[str, str] = INPUT_AND_TARGET
-    options: tuple[str, ...]  # names of the arguments accepted besides the operands
     settings: Mapping[str, Any] = {}  # defaults of the options that are not parameters of a formula
     definition: Definition | None = None  # None if the loss is not computed in one pass over input and target
     gradients = 1  # number of operands that have a gradient; a single gradient may overwrite the input
@@ -46,13 +45,9 @@ class AbstractLoss:
         """Whether the slopes are constant wherever they have a derivative, as those of the absolute error are."""
         return self.definition is not None and self.definition.formula.is_zero("curvature")
 
-    def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
-        """Compute the requested quantities with a subclass of `Call`: return the reduced value or None, and the written arrays."""
-        raise NotImplementedError
-
     def register(self, *definitions: Definition) -> None:
         """Add the loss to the register. Losses with the same name but different formulas get different keys."""
-        self.options = definitions[0].options
+        self.definitions, self.options = definitions, definitions[0].options
         text = repr([(d.formula.text, d.bounds, d.probabilities) for d in definitions])
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.key = self.__qualname__ if self.is_own else f"{self.__module__ or ''}.{self.__qualname__} {digest}"

@@ -52,6 +52,7 @@ class Call:
     )  # fmt: skip
 
     kind: Any = None  # arrays of exactly this type need no conversion and no check
+    value_dtype: Any = np.float64  # dtype of reduced values
 
     def __init__(self, loss: Definition, arguments: Arguments) -> None:
         self.loss, self.arguments = loss, arguments
@@ -94,6 +95,11 @@ class Call:
     def address_of(array: Any) -> int:
         """Return the address of an array's first element."""
         raise NotImplementedError
+
+    @staticmethod
+    def to_host(array: Any) -> Any:
+        """Return an array of results as a NumPy array."""
+        return array
 
     @staticmethod
     def empty_like(array: Any) -> Any:

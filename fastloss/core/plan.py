@@ -24,6 +24,8 @@ Array = npt.NDArray[Any]
 Axis = tuple[int, tuple[int, ...]]  # length, and each array's stride in bytes
 
 MAX_RANGES = 256
+# Ranges of a group, at most. They follow from the group's size alone, so that its sums do not depend on how many groups there are.
+GROUP_RANGES = 32
 SHORT_AXIS = 32  # elements; a shorter innermost axis is joined with the next axis to one row
 RANGE_STEP = 1024  # elements; a range is a multiple of this, except at the end of a group
 # Estimated nanoseconds of one thread on the smallest range. A thread takes one range at a time, so a range must cost more than the
@@ -173,7 +175,7 @@ def make_plan(request: Request) -> Plan:
         group_axes=group_axes,
         groups=groups,
         group_size=group_size,
-        range_size=choose_range_size(groups, group_size, estimate_work(spec)),
+        range_size=choose_range_size(group_size, GROUP_RANGES if group_axes else MAX_RANGES, estimate_work(spec)),
         row_size=inner[0] * outer[0],
         inner_size=inner[0],
         inner_strides=inner[1],
@@ -265,7 +267,7 @@ def estimate_work(spec: Spec) -> float:
     return (WORK_PER_ELEMENT + WORK_PER_OPERATION * operations) * BY_CODE[spec.compute].size / 4
 
 
-def choose_range_size(groups: int, group_size: int, work_per_element: float) -> int:
+def choose_range_size(group_size: int, most: int, work_per_element: float) -> int:
     """Choose the number of elements in a range, by sizes and formula alone, so that sums do not depend on the number of threads."""
-    even, least = groups * group_size / MAX_RANGES, RANGE_WORK / work_per_element
+    even, least = group_size / most, RANGE_WORK / work_per_element
     return max(1, min(RANGE_STEP * math.ceil(max(even, least) / RANGE_STEP), group_size))

@@ -25,7 +25,6 @@ class DeviceCall(Call):
 
     __slots__ = ()
     kind = cupy.ndarray
-    value_dtype: Any = np.float64  # dtype of reduced values
 
     @staticmethod
     def as_array(name: str, value: Any) -> Any:
@@ -55,6 +54,11 @@ class DeviceCall(Call):
     def address_of(array: Any) -> int:
         """Return the address of an array's first element."""
         return int(array.data.ptr)
+
+    @staticmethod
+    def to_host(array: Any) -> Any:
+        """Wait for an array of results, and return it as a NumPy array."""
+        return array.get() if isinstance(array, cupy.ndarray) else array
 
     @staticmethod
     def empty_like(array: Any) -> Any:

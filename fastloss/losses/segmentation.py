@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -89,6 +89,21 @@ class _Dice(NamedTuple):
     size: Array  # sum(p) + sum(t) + smooth
 
 
+def _dice(overlap: Array, missed: Array, count: Array, smooth: float) -> tuple[_Dice, Array]:
+    """Return the Dice losses of regions, given their sums, and whether each region has any element; one without does not count."""
+    right, present = 2 * overlap + smooth, count > 0
+    with np.errstate(all="ignore"):
+        loss = np.where(present, missed / (missed + right), 0.0)
+        return _Dice(loss, right / (missed + right), missed + right), present
+
+
+def _add_parts(settings: Mapping[str, Any], dice: Any, entropy: Any) -> Any:
+    """Return the weighted sum of the Dice loss and the cross-entropy. A part of weight 0 does not count, even where it is infinite."""
+    weights = settings.get("dice_weight", 1.0), settings.get("bce_weight", 0.0)
+    terms = [weight * part for weight, part in zip(weights, (dice, entropy), strict=True) if weight]
+    return functools.reduce(operator.add, terms or [np.zeros_like(dice)])
+
+
 class DiceLoss(AbstractLoss):
     """A Dice loss, alone or with cross-entropy. `grad` and `value_and_grad` take the arguments of a call."""
 
@@ -137,6 +152,36 @@ class DiceLoss(AbstractLoss):
             return shape[:1] if reduction.startswith("sample") else ()
         regions = shape[: leading_axes(own)]
         return regions if own["per_sample"] else regions[1:]
+
+    def accumulated_reductions(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the reductions that have a value over a data set: "none" too where the whole data set is one image."""
+        has_regions = not self.take_settings(dict(options))["per_sample"] and not self.with_entropy
+        return (*super().accumulated_reductions(options), *(("none",) if has_regions else ()))
+
+    def sample_sums(self, operands: Sequence[Any], options: Mapping[str, Any], call: Any) -> dict[str, Any]:
+        """Return the sums of the samples; see `Accumulated`. If the data set is one image, they are those that its Dice losses need."""
+        options, is_one_image = dict(options), not self.take_settings(dict(options))["per_sample"]
+        weight, options["per_sample"] = options.pop("weight", None), True
+        passes = _Passes(self, Arguments(VALUE, (), operands[0], operands[1], weight, "mean", options), call)
+        if is_one_image:
+            return passes.sums
+        found = {"dice": passes.dice.loss, "present": passes.present, "entropy": passes.entropy, "count": passes.counted}
+        return {name: x.reshape(-1) for name, x in found.items()}
+
+    def value_of_sums(self, sums: Mapping[str, Any], samples: int, reduction: str, options: Mapping[str, Any]) -> Any:
+        """Return the loss, given the sums."""
+        settings = self.take_settings(dict(options))
+        sums = sums or dict.fromkeys(("dice", "present", "overlap", "missed", "entropy", "count"), np.zeros(1))
+        count = sums["count"]
+        if settings["per_sample"]:
+            dice, present = sums["dice"], sums["present"]
+        else:
+            found, present = _dice(sums["overlap"], sums["missed"], count, settings["smooth"])
+            dice = found.loss
+        if reduction == "none":
+            return dice if settings["per_channel"] else dice[0]
+        divisors = {"mean": (present.sum(), count.sum()), "sum": (1, 1), "batchmean": (samples, samples)}[reduction]
+        return _add_parts(settings, dice.sum() / divisors[0], sums.get("entropy", count).sum() / divisors[1])
 
     def take_settings(self, options: dict[str, Any]) -> dict[str, Any]:
         """Remove the settings from the options, check them, and return them with the defaults of those that are missing."""
@@ -203,12 +248,9 @@ class _Passes:
             named["count"] = np.full_like(named["missed"], float(prod(self.shape[self.call.group_axes :])))
         self.counted = named["count"]
         self.entropy = named.get("entropy", self.counted)
-        overlap, missed, counted = (self.over_batch(x) for x in (named["overlap"], named["missed"], self.counted))
-        right = 2 * overlap + self.settings["smooth"]
-        self.present = counted > 0
-        with np.errstate(all="ignore"):
-            loss = np.where(self.present, missed / (missed + right), 0.0)  # a region without elements does not count
-            self.dice = _Dice(loss, right / (missed + right), missed + right)
+        self.sums = named
+        overlap, missed, counted = (self.over_batch(named[name]) for name in ("overlap", "missed", "count"))
+        self.dice, self.present = _dice(overlap, missed, counted, self.settings["smooth"])
 
     def over_batch(self, x: Array) -> Array:
         """Add up the samples if a region is a channel of the whole batch."""
@@ -219,11 +261,9 @@ class _Passes:
         if self.reduction == "none":
             return self.dice.loss[()]
         self.call.warn_of_empty_mean(self.divisor(self.counted))
-        parts = [("dice_weight", self.dice.loss, self.present), ("bce_weight", self.entropy, self.counted)]
-        weights = {"dice_weight": 1.0, "bce_weight": 0.0} | self.settings
-        with np.errstate(all="ignore"):  # a part of weight 0 does not count, even where it is infinite
-            terms = [weights[name] * self.reduced(*part) for name, *part in parts if weights[name]]
-            return functools.reduce(operator.add, terms or [0.0 * self.over_groups(self.present)])[()]
+        with np.errstate(all="ignore"):
+            dice, entropy = self.reduced(self.dice.loss, self.present), self.reduced(self.entropy, self.counted)
+            return _add_parts(self.settings, dice, entropy)[()]
 
     def reduced(self, sums: Array, counts: Array) -> Any:
         """Return the sum of the regions' sums, divided by the number that the reduction counts."""

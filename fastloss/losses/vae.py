@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastloss.backends.find import find_backend
+from fastloss.core.accumulated import Accumulated
 from fastloss.core.checks import LARGEST, check_output, refuse_grad_output, refuse_unknown, to_bounded, to_buffers, to_float
 from fastloss.core.docstrings import OPERANDS, complete
 from fastloss.core.overlap import check_buffers, span_of
@@ -58,7 +59,7 @@ _RETURNS = (
 )
 
 
-class VAELoss:
+class VAELoss(Accumulated):
     """Negative evidence lower bound of a variational autoencoder: reconstruction error plus divergence of the latent code.
 
         total          = reconstruction + beta * divergence
@@ -82,6 +83,8 @@ class VAELoss:
 
     __doc__ = complete(__doc__, (*_IMAGE_OPTIONS, *_OWN), _EXAMPLE, ("images",), _OPERANDS, _OWN, _RETURNS)
     __name__ = __qualname__ = "vae_loss"
+    operands = ("reconstruction_logits", "images", "mu", "logvar")
+    options = _OPTIONS
 
     def __repr__(self) -> str:
         return "<loss vae_loss(reconstruction_logits, images, mu, logvar, *, reconstruction='bce', beta=1.0)>"
@@ -157,6 +160,28 @@ class VAELoss:
                 np.copyto(buffer, computed)
         latent = [computed if buffer is None else buffer for buffer, computed in zip(buffers[1:], slopes, strict=True)]
         return _add_parts(value, beta, divergence), VAEGradient(slope, *latent)
+
+    def accumulated_reductions(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the loss's only reduction."""
+        return ("batchmean",)
+
+    def default_reduction(self) -> str:
+        """Return the loss's only reduction."""
+        return "batchmean"
+
+    def sample_sums(self, operands: Sequence[Any], options: Mapping[str, Any], call: Any) -> dict[str, Any]:
+        """Return the sums of the samples; see `Accumulated`."""
+        logits, images, mu, logvar = operands
+        mu, logvar = _to_latents(logits, mu, logvar, call.as_array)
+        of_images = {name: x for name, x in options.items() if name in _IMAGE_OPTIONS}
+        loss = _reconstruction_loss(options.get("reconstruction", "bce"))
+        divergence = gaussian_kl_loss.sample_sums((mu, logvar), {}, call)["value"]
+        return {**loss.sample_sums((logits, images), of_images, call), "divergence": divergence}
+
+    def value_of_sums(self, sums: Mapping[str, Any], samples: int, reduction: str, options: Mapping[str, Any]) -> VAEValue:
+        """Return the objective and its parts, given the sums."""
+        image, latent = (sums[name][0] if sums else np.float64(0.0) for name in ("value", "divergence"))
+        return _add_parts(image / samples, to_bounded("beta", options.get("beta", 1.0), (0.0, LARGEST)), latent / samples)
 
 
 def _reconstruction_loss(reconstruction: str) -> Any:

@@ -583,3 +583,20 @@ def test_numbers_beside_arrays(cp, rng):
     np.testing.assert_array_equal(fl.mse_loss.grad(z, t, weight=[1.0, 2.0, 3.0]).get(), fl.mse_loss.grad(a, b, weight=[1.0, 2.0, 3.0]))
     np.testing.assert_array_equal(fl.huber_loss.grad(z, t, delta=cp.asarray(0.5)).get(), fl.huber_loss.grad(a, b, delta=0.5))
     assert "cupy" in sys.modules
+
+
+def test_accumulators(cp, rng):
+    a, b, z, t = batch(cp, rng, (7, 3, 40, 50))
+    counted = rng.random(a.shape) < 0.7
+    mu, logvar = rng.standard_normal((2, 7, 5)).astype(np.float32)
+    for loss, options, more in (
+        (LOGISTIC, {"reduction": "batchmean"}, ()),
+        (fl.dice_bce_with_logits_loss, {"per_sample": False}, ()),
+        (fl.dice_with_logits_loss, {}, ()),
+        (fl.vae_loss, {"beta": 2.0}, (mu, logvar)),
+    ):
+        total = fl.Accumulator(loss, **options)
+        for part in (slice(2), slice(2, 7)):
+            total.update(z[part], t[part], *[cp.asarray(x[part]) for x in more], mask=cp.asarray(counted[part]))
+        assert_close(total.compute(), loss(a, b, *more, mask=counted, **options), SUM[z.dtype])
+        assert total.count == counted.sum()

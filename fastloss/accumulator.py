@@ -1,0 +1,124 @@
+"""`Accumulator`: the value of a loss over a data set that arrives in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from fastloss.backends.find import find_backend
+from fastloss.core.checks import check_reduction, refuse_unknown, warn_of_empty_mean
+from fastloss.core.exact import Exact
+
+
+class Accumulator:
+    """The value of a loss over a data set that arrives in batches, on one machine or on several.
+
+        total = fastloss.Accumulator(fastloss.binary_cross_entropy_with_logits, target_scale=1 / 255)
+        for logits, images in batches:
+            total.update(logits, images)
+        print(total.compute())
+
+    The result is the loss of all batches joined along the first axis: with masks, ignored targets, weights and batches of different
+    lengths, the mean of the batches' means is not. The numbers of each sample (an entry of the first axis) are added without any
+    rounding. So on a CPU the same samples give the same bits, in whatever batches they arrive, in whatever order accumulators are
+    merged, and on any number of threads, if all batches have the same memory order. On a GPU, a sample's own sum depends on the size
+    of its batch in the last bits, and `update` waits for the device.
+
+    An accumulator holds a few hundred bytes and can be pickled. With PyTorch, no gradient flows through it.
+
+    Args:
+        loss: a loss of fastloss, or one that `elementwise_loss` has made.
+        reduction: "mean", "sum" or "batchmean"; None for the loss's own default. "none" gives one number for each channel with the Dice
+            losses where `per_sample` is False. `vae_loss` has no reduction.
+        options: options of the loss for every batch: numbers, or arrays that broadcast against each batch.
+
+    Raises:
+        TypeError: not a loss, or an option that the loss does not have.
+        ValueError: a reduction that has no value over a data set.
+    """
+
+    def __init__(self, loss: Any, *, reduction: str | None = None, **options: Any) -> None:
+        if not hasattr(loss, "sample_sums"):
+            raise TypeError(f"loss is {loss!r}; accepted: a loss of fastloss, or one made by fastloss.elementwise_loss")
+        self.loss, self.options = loss, options
+        self.reduction: str = loss.default_reduction() if reduction is None else reduction
+        refuse_unknown(options, loss.accumulated_options())
+        check_reduction(self.reduction, loss.accumulated_reductions(options))
+        self.reset()
+
+    def __repr__(self) -> str:
+        return f"<Accumulator of {self.loss.__name__}, {self.reduction}: {self.samples} samples, {self.count} elements>"
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self.samples = 0  # length of the first axes of all batches together
+        self._sums: dict[str, Exact] = {}
+
+    @property
+    def count(self) -> int:
+        """Number of elements that count: those that no mask and no `ignore_index` excludes."""
+        return int(self._sums["count"].rounded().sum()) if self._sums else 0
+
+    def update(self, *operands: Any, **options: Any) -> None:
+        """Add a batch: the arrays that the loss takes, with `weight`, `mask` or other options of this batch.
+
+        Raises:
+            TypeError, ValueError: as in a call of the loss. The accumulator is then unchanged.
+        """
+        names = self.loss.operands
+        if len(operands) != len(names):
+            raise TypeError(f"update got {len(operands)} arrays; accepted: {', '.join(names)}, and options by keyword")
+        refuse_unknown(options, self.loss.accumulated_options())
+        given = {name: x for name, x in {**self.options, **options}.items() if x is not None}
+        find_backend(operands[0]).compute_jointly(self._take, dict(zip(names, operands, strict=True)), given)
+
+    def _take(self, *, call: Any, **arguments: Any) -> tuple[()]:
+        """Add a batch whose arrays the class `call` reads."""
+        operands = [arguments.pop(name) for name in self.loss.operands]
+        found = self.loss.sample_sums(operands, arguments, call)
+        sums = {name: Exact.over_first_axis(call.to_host(x)) for name, x in found.items()}
+        self._add(len(operands[0]), sums)
+        return ()
+
+    def _add(self, samples: int, sums: Mapping[str, Exact]) -> None:
+        """Add the sums of samples."""
+        if self._sums:
+            widths = [len(of["count"].units) for of in (sums, self._sums)]
+            if widths[0] != widths[1]:
+                raise ValueError(f"the batch has {widths[0]} channels; those before had {widths[1]}")
+            sums = {name: self._sums[name].plus(x) for name, x in sums.items()}
+        self._sums, self.samples = dict(sums), self.samples + samples
+
+    def merge_state(self, *others: Self) -> None:
+        """Add the batches that other accumulators of the same loss and options have seen.
+
+        Raises:
+            TypeError: not an accumulator.
+            ValueError: one of another loss, reduction or other options.
+        """
+        for other in others:
+            if not isinstance(other, Accumulator):
+                raise TypeError(f"merge_state got a {type(other).__name__}; accepted: accumulators of the same loss and options")
+            if (self.loss, self.reduction) != (other.loss, other.reduction) or not same(self.options, other.options):
+                raise ValueError(f"merge_state got {other!r} with {other.options}; this is {self!r} with {self.options}")
+        for samples, sums in [(other.samples, other._sums) for other in others]:
+            if sums:
+                self._add(samples, sums)
+
+    def compute(self) -> Any:
+        """Return the loss of all batches together, a float64 number; for `vae_loss` a `VAEValue`.
+
+        A mean over no elements is NaN, with a RuntimeWarning.
+        """
+        if self.reduction != "sum" and not (self.count if self.reduction == "mean" else self.samples):
+            warn_of_empty_mean()
+        sums = {name: x.rounded() for name, x in self._sums.items()}
+        with np.errstate(all="ignore"):
+            return self.loss.value_of_sums(sums, self.samples, self.reduction, self.options)
+
+
+def same(these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:
+    """Whether options are equal, arrays included."""
+    return these.keys() == those.keys() and all(np.array_equal(these[name], those[name]) for name in these)

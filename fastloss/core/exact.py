@@ -1,0 +1,71 @@
+"""`Exact`: sums of float64 numbers without any rounding, so that they do not depend on the order of additions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from fastloss.core.plan import Array
+
+UNITS = 1 << 1074  # the smallest float64 is 2**-1074, and every other one a multiple of it
+HUGE = 2.0**900  # larger numbers are added one by one, because the sum of many may be infinite in float64
+
+
+class Exact(NamedTuple):
+    """One or several sums: of the finite numbers, without rounding, and of infinities and NaN as float64 adds them."""
+
+    units: tuple[int, ...]  # the sums of the finite numbers, in multiples of 2**-1074
+    special: tuple[float, ...]  # the sums of the others
+
+    @classmethod
+    def over_first_axis(cls, x: Array) -> Self:
+        """Add up an array along its first axis; the other axes become one."""
+        columns = np.asarray(x, np.float64).reshape(len(x), math.prod(x.shape[1:])).T
+        finite = np.isfinite(columns)
+        if finite.all():
+            return cls(tuple(map(add_up, columns)), (0.0,) * len(columns))
+        with np.errstate(invalid="ignore"):
+            special = np.where(finite, 0.0, columns).sum(axis=1)
+        return cls(tuple(map(add_up, np.where(finite, columns, 0.0))), tuple(map(float, special)))
+
+    def plus(self, other: Exact) -> Exact:
+        """Return the sums of both."""
+        units = tuple(a + b for a, b in zip(self.units, other.units, strict=True))
+        return Exact(units, tuple(a + b for a, b in zip(self.special, other.special, strict=True)))
+
+    def rounded(self) -> Any:
+        """Return the sums, each rounded once to float64."""
+        return np.array([to_float(n) + special for n, special in zip(self.units, self.special, strict=True)])
+
+
+def add_up(x: Array) -> int:
+    """Return the exact sum of finite numbers, in multiples of 2**-1074.
+
+    In each turn, the leading bits of every number are rounded off to the same multiple of a power of two, of which they are so few that
+    float64 adds them without rounding (Rump, Ogita and Oishi, "Accurate Floating-Point Summation", 2008).
+    """
+    total = 0
+    while largest := float(np.abs(x).max(initial=0.0)):
+        if largest > HUGE:
+            return total + sum(map(to_units, x.tolist()))
+        pivot = math.ldexp(1.0, math.frexp(largest)[1] + (x.size + 2).bit_length())
+        leading = (x + pivot) - pivot
+        total += to_units(float(leading.sum()))
+        x = x - leading
+    return total
+
+
+def to_units(x: float) -> int:
+    """Return a finite number in multiples of 2**-1074."""
+    numerator, denominator = x.as_integer_ratio()
+    return numerator * (UNITS // denominator)
+
+
+def to_float(units: int) -> float:
+    """Return the float64 number that is next to a multiple of 2**-1074."""
+    try:
+        return units / UNITS
+    except OverflowError:
+        return math.inf if units > 0 else -math.inf
