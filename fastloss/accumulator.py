@@ -69,7 +69,8 @@ class Accumulator:
         """
         names = self.loss.operands
         if len(operands) != len(names):
-            raise TypeError(f"update got {len(operands)} arrays; accepted: {', '.join(names)}, and options by keyword")
+            found = f"{len(operands)} array{'s' * (len(operands) != 1)}"
+            raise TypeError(f"update got {found}; accepted: {', '.join(names)}, and options by keyword")
         refuse_unknown(options, self.loss.accumulated_options())
         given = {name: x for name, x in {**self.options, **options}.items() if x is not None}
         find_backend(operands[0]).compute_jointly(self._take, dict(zip(names, operands, strict=True)), given)

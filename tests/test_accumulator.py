@@ -208,20 +208,36 @@ def test_an_error_leaves_the_accumulator_as_it_was(rng):
     assert (total.compute(), total.samples, total.count) == before
 
 
+def of(loss=BCE, **options):
+    """Return a new accumulator."""
+    return fl.Accumulator(loss, **options)
+
+
+X = np.zeros(3)
 WRONG = {
-    "no loss": (TypeError, "loss is <function .*; accepted: a loss of fastloss", lambda: fl.Accumulator(np.mean)),
-    "reduction of samples": (ValueError, "'sample_mean' is not supported here; accepted: 'mean', 'sum', 'batchmean'", lambda: fl.Accumulator(BCE, reduction="sample_mean")),
-    "regions of samples": (ValueError, "'none' is not supported here", lambda: fl.Accumulator(DICE, reduction="none")),
-    "reduction of the VAE": (ValueError, "'mean' is not supported here; accepted: 'batchmean'", lambda: fl.Accumulator(fl.vae_loss, reduction="mean")),
-    "unknown option": (TypeError, "unknown option gamma; accepted: pos_weight", lambda: fl.Accumulator(BCE, gamma=2)),
-    "out": (TypeError, "unknown option out", lambda: fl.Accumulator(BCE).update(np.zeros(3), np.zeros(3), out=np.zeros(3))),
-    "reduction of a batch": (TypeError, "unknown option reduction", lambda: fl.Accumulator(BCE).update(np.zeros(3), np.zeros(3), reduction="sum")),
-    "one array": (TypeError, "update got 1 arrays; accepted: input, target, and options by keyword", lambda: fl.Accumulator(BCE).update(np.zeros(3))),
-    "no first axis": (ValueError, "needs a first axis", lambda: fl.Accumulator(BCE).update(np.float32(1), np.float32(1))),
-    "flag": (TypeError, "per_sample must be True or False, not 1", lambda: fl.Accumulator(DICE, per_sample=1)),
-    "no accumulator": (TypeError, "merge_state got a float; accepted: accumulators of the same loss and options", lambda: fl.Accumulator(BCE).merge_state(1.0)),
-    "another loss": (ValueError, "merge_state got <Accumulator of mse_loss", lambda: fl.Accumulator(BCE).merge_state(fl.Accumulator(fl.mse_loss))),
-    "other options": (ValueError, "with {'pos_weight': 2}; this is <Accumulator of binary", lambda: fl.Accumulator(BCE).merge_state(fl.Accumulator(BCE, pos_weight=2))),
+    "no loss": (TypeError, "loss is <function .*; accepted: a loss of fastloss", lambda: of(np.mean)),
+    "reduction of samples": (
+        ValueError, "'sample_mean' is not supported here; accepted: 'mean', 'sum', 'batchmean'", lambda: of(reduction="sample_mean"),
+    ),
+    "regions of samples": (ValueError, "'none' is not supported here", lambda: of(DICE, reduction="none")),
+    "reduction of the VAE": (
+        ValueError, "'mean' is not supported here; accepted: 'batchmean'", lambda: of(fl.vae_loss, reduction="mean"),
+    ),
+    "unknown option": (TypeError, "unknown option gamma; accepted: pos_weight", lambda: of(gamma=2)),
+    "out": (TypeError, "unknown option out", lambda: of().update(X, X, out=X)),
+    "reduction of a batch": (TypeError, "unknown option reduction", lambda: of().update(X, X, reduction="sum")),
+    "one array": (TypeError, "update got 1 array; accepted: input, target, and options by keyword", lambda: of().update(X)),
+    "no array": (TypeError, "update got 0 arrays; accepted: input, target, and", lambda: of().update()),
+    "no first axis": (ValueError, "needs a first axis", lambda: of().update(X[0], X[0])),
+    "no shape of a batch": (ValueError, r"input has shape \(3,\) and target \(4,\)", lambda: of().update(X, np.zeros(4))),
+    "flag": (TypeError, "per_sample must be True or False, not 1", lambda: of(DICE, per_sample=1)),
+    "no accumulator": (
+        TypeError, "merge_state got a float; accepted: accumulators of the same loss and options", lambda: of().merge_state(1.0),
+    ),
+    "another loss": (ValueError, "merge_state got <Accumulator of mse_loss", lambda: of().merge_state(of(fl.mse_loss))),
+    "other options": (
+        ValueError, "with {'pos_weight': 2}; this is <Accumulator of binary", lambda: of().merge_state(of(pos_weight=2)),
+    ),
 }  # fmt: skip
 
 
