@@ -102,7 +102,7 @@ def measured_table() -> str:
 
 def shown_errors(record: dict[str, Any]) -> list[str]:
     """Return each error of a sweep with the promised bound."""
-    errors = [f"{error['error']:.2f} of {error['bound']:g}" for error in record["errors"].values()]
+    errors = [f"{error['error']:.{4 if 0 < error['bound'] < 0.5 else 2}f} of {error['bound']:g}" for error in record["errors"].values()]
     return [*errors, *[""] * (len(QUANTITIES) - len(errors))]
 
 

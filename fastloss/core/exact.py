@@ -23,9 +23,9 @@ class Exact(NamedTuple):
     def over_first_axis(cls, x: Array) -> Self:
         """Add up an array along its first axis; the other axes become one."""
         columns = np.asarray(x, np.float64).reshape(len(x), math.prod(x.shape[1:])).T
-        finite = np.isfinite(columns)
-        if finite.all():
+        if math.isfinite(float(np.abs(columns).max(initial=0.0))):
             return cls(tuple(map(add_up, columns)), (0.0,) * len(columns))
+        finite = np.isfinite(columns)
         with np.errstate(invalid="ignore"):
             special = np.where(finite, 0.0, columns).sum(axis=1)
         return cls(tuple(map(add_up, np.where(finite, columns, 0.0))), tuple(map(float, special)))
@@ -46,6 +46,8 @@ def add_up(x: Array) -> int:
     In each turn, the leading bits of every number are rounded off to the same multiple of a power of two, of which they are so few that
     float64 adds them without rounding (Rump, Ogita and Oishi, "Accurate Floating-Point Summation", 2008).
     """
+    if x.size == 1:
+        return to_units(float(x[0]))
     total = 0
     while largest := float(np.abs(x).max(initial=0.0)):
         if largest > HUGE:

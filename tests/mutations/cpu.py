@@ -271,6 +271,15 @@ MUTATIONS = (
         "return fma(fma(q, h, h - 2.0 * q), r, q)", "The hyperbolic tangent loses its sign.", (FUNCTIONS,), select="tanh",
     ),
     Mutation(
+        "exact-pivot-too-small", "core/exact.py", "(x.size + 2).bit_length()", "1", "Sums of many leading bits are rounded.",
+        ("test_accumulator.py::test_sums_are_exact",),
+    ),
+    Mutation(
+        "ranges-by-batch", "core/plan.py", "choose_range_size(group_size, (GROUP", "choose_range_size(group_size, groups * 9000 + (GROUP",
+        "The ranges of a sample depend on the size of the batch.",
+        ("test_accumulator.py::test_any_split_and_any_order_of_merges_gives_the_same_bits",),
+    ),
+    Mutation(
         "half-functions-for-singles", "core/plan.py", 'self.compute == "f4" and sizes == {2}', 'self.compute == "f4"',
         "Results of 32 bits come from the functions for 16 bits.", (BULK,),
     ),
@@ -339,8 +348,7 @@ MUTATIONS = (
         "An infinite log-variance gives NaN.", ("test_latent.py::test_limits",),
     ),
     Mutation(
-        "dice-overlap-once", "losses/segmentation.py", 'right = 2 * overlap + self.settings["smooth"]',
-        'right = overlap + self.settings["smooth"]',
+        "dice-overlap-once", "losses/segmentation.py", "2 * overlap + smooth, count > 0", "overlap + smooth, count > 0",
         "The overlap counts once in the Dice loss.", ("test_segmentation.py::test_groups",),
     ),
     Mutation(
