@@ -7,7 +7,7 @@ after its first terms, which are exact. The weights make the printed errors rela
 from collections.abc import Callable
 from itertools import pairwise
 
-from mpmath import cos, exp, linspace, log, lu_solve, matrix, mp, mpf, nstr, pi, sqrt
+from mpmath import cos, exp, linspace, log, lu_solve, matrix, mp, mpf, nstr, pi, sqrt, tanh
 
 mp.dps = 50
 TINY = mpf(10) ** -14  # below this, a quotient that would cancel is replaced by its limit
@@ -51,6 +51,16 @@ def atanh_rest(z: mpf) -> mpf:
     return mpf(2) / 3 if z < TINY else (log((1 + s) / (1 - s)) / s - 2) / z
 
 
+def log1p_share(x: mpf) -> mpf:
+    """Return log(1 + x) / x."""
+    return mpf(1) if x < TINY else log(1 + x) / x
+
+
+def tanh_rest(z: mpf) -> mpf:
+    """Return (tanh(x) / x - 1) / x**2, given z = x**2."""
+    return -mpf(1) / 3 if z < TINY else (tanh(sqrt(z)) / sqrt(z) - 1) / z
+
+
 def main() -> None:
     """Print the coefficients and the largest error of every polynomial."""
     half = log(mpf(2)) / 2 * mpf("1.01")
@@ -60,6 +70,9 @@ def main() -> None:
         ("EXP f4", exp_rest, lambda x: x**2 / exp(x) + TINY, -half, half, 4),
         ("EXP f8", exp_rest, lambda x: x**2 / exp(x) + TINY, -half, half, 9),
         ("LOG f4", log_rest, lambda x: abs(x**3 / log(1 + x)) + TINY if x else TINY, low, high, 7),
+        ("EXP for 16 bits", exp_rest, lambda x: x**2 / exp(x) + TINY, -half, half, 3),
+        ("LOG1P for 16 bits", log1p_share, lambda x: 1 / log1p_share(x), mpf(0), mpf(1), 7),
+        ("TANH for 16 bits", tanh_rest, lambda z: z + TINY, mpf(0), mpf(1) / 16, 1),
         ("LOG f8", atanh_rest, lambda z: z / 2 + mpf(10) ** -4, mpf(0), steepest, 6),
     ]
     for name, function, weight, start, stop, degree in tables:
