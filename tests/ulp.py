@@ -38,7 +38,7 @@ ULP = {
 # Where input and results have 16 bits: the error of a result beyond half a unit in its last place, in units of the magnitude, and that
 # of a sum, relative to the sum of the magnitudes.
 HALF, HALF_SUM = 0.01, 1e-6
-POWER_SUM = 4e-6  # of the focal loss, whose exponent multiplies the error of a probability
+POWER_SUM = 4e-6  # of the focal loss and the sigmoid's squared error, whose exponents multiply the error of a probability
 # What label smoothing may round off a target from 0 to 1.
 SMOOTHED = {np.dtype(x): np.finfo(x).eps for x in (np.float32, np.float64)}
 # A product of factors, each rounded: half an ulp for the last rounding, up to one for those before it.
