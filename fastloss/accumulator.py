@@ -58,7 +58,7 @@ class Accumulator:
 
     @property
     def count(self) -> int:
-        """Number of elements that count: those that no mask and no `ignore_index` excludes."""
+        """Number of elements that count, which no mask and no `ignore_index` excludes."""
         return int(self._sums["count"].rounded().sum()) if self._sums else 0
 
     def update(self, *operands: Any, **options: Any) -> None:
