@@ -269,14 +269,7 @@ def _extremum(sign: str) -> Callable[[Vector, Vector], Vector]:
     return emit
 
 
-def _add_log1p(x: Vector, e: Vector, log1p: Callable[[Vector], Vector] = elementary.log1p) -> Vector:
-    """Return x + log1p(e) and store x and e as its `log_term`."""
-    result = x + log1p(e.like(e.value).within(0.0, 1.0))  # a copy, because the bounds hold only here
-    result.log_term = (x, e)  # if a sum uses this term, LLVM eliminates the logarithm as dead code
-    return result
-
-
-_OPS: dict[str, Callable[..., Vector]] = {
+_OPS: dict[str, Callable[..., Any]] = {
     "neg": lambda x: x.like(x.builder.fneg(x.value)).within(-x.bounds[1], -x.bounds[0]),
     "abs": lambda x: x.intrinsic("fabs").within(0.0, inf),
     "sqrt": lambda x: x.intrinsic("sqrt"),
@@ -301,17 +294,5 @@ _OPS: dict[str, Callable[..., Vector]] = {
     "where": _where,
     "minimum": _extremum("<"),
     "maximum": _extremum(">"),
-    "exp": elementary.exp,
-    "expm1": elementary.expm1,
-    "log": elementary.log,
-    "log1p": elementary.log1p,
-    "pow": elementary.pow,
-    "sigmoid": elementary.sigmoid,
-    "tanh": elementary.tanh,
-    "add_log1p": _add_log1p,
-    "half_exp": elementary.half_exp,
-    "half_sigmoid": elementary.half_sigmoid,
-    "half_tanh": elementary.half_tanh,
-    "half_log1p": elementary.half_log1p,
-    "half_add_log1p": lambda x, e: _add_log1p(x, e, elementary.half_log1p),
+    **elementary.FUNCTIONS,
 }

@@ -7,7 +7,6 @@ a quotient, which start from the device's estimate of a reciprocal.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import inf, isnan
 from typing import Any
 
@@ -105,8 +104,8 @@ class Scalar(Symbol):
         if op == "where":
             return first.choose(*args[1:])
         operands = [first.match(a) for a in args]
-        if op in FUNCTIONS:
-            return FUNCTIONS[op](*operands)
+        if op in elementary.FUNCTIONS:
+            return elementary.FUNCTIONS[op](*operands)
         expression = EXPRESSIONS[op].format(*(x.name for x in operands))
         if op in COMPARISONS:
             return first.write("bool", expression, first.type)
@@ -136,13 +135,6 @@ def literal(number: float, type: str) -> str:
     return f"({type}){float(number).hex()}"
 
 
-def add_log1p(x: Scalar, e: Scalar, log1p: Callable[[Scalar], Scalar] = elementary.log1p) -> Scalar:
-    """Return x + log1p(e) and store x and e as its `log_term`."""
-    result = x + log1p(Scalar(e.lines, e.name, e.type).within(0.0, 1.0))  # a copy, because the bounds hold only here
-    result.log_term = (x, e)  # if a sum uses this term, the compiler eliminates the logarithm as dead code
-    return result
-
-
 COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}
 EXPRESSIONS = {
     "neg": "-{0}", "abs": "fabs({0})", "sqrt": "sqrt({0})", "fma": "fma({0}, {1}, {2})", "copysign": "copysign({0}, {1})",
@@ -150,10 +142,4 @@ EXPRESSIONS = {
     "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}", "eq": "{0} == {1}", "ne": "{0} != {1}",
     "and": "{0} & {1}", "or": "{0} | {1}", "not": "!{0}", "shl": "shift_left({0}, {1})", "shr": "{0} >> {1}",
     "minimum": "minimum({0}, {1})", "maximum": "maximum({0}, {1})",
-}  # fmt: skip
-FUNCTIONS: dict[str, Callable[..., Scalar]] = {
-    "exp": elementary.exp, "expm1": elementary.expm1, "log": elementary.log, "log1p": elementary.log1p, "pow": elementary.pow,
-    "sigmoid": elementary.sigmoid, "tanh": elementary.tanh, "add_log1p": add_log1p, "half_exp": elementary.half_exp,
-    "half_sigmoid": elementary.half_sigmoid, "half_tanh": elementary.half_tanh, "half_log1p": elementary.half_log1p,
-    "half_add_log1p": lambda x, e: add_log1p(x, e, elementary.half_log1p),
 }  # fmt: skip

@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from fastloss.core.plan import Operand, Spec
+from fastloss.kernel import elementary
 from fastloss.ops import fma, where
-
-# functions that suffice where results are rounded to 16 bits, by the operations of formulas that they take the place of
-FOR_HALVES = {name: f"half_{name}" for name in ("exp", "sigmoid", "tanh", "log1p", "add_log1p")}
 
 
 def load(
@@ -42,7 +40,7 @@ def quantities(spec: Spec, loaded: Mapping[str, Any], number: Mapping[str, Any])
     if not spec.trace:
         return {"count": 1.0}
     parameters = {name: loaded[name] if name in loaded else number[name] for name in spec.parameters}
-    substitutes = FOR_HALVES if spec.stores_halves else {}
+    substitutes = elementary.FOR_HALVES if spec.stores_halves else {}
     return {"count": 1.0, **spec.formula.quantities(loaded["input"], loaded["target"], parameters, substitutes)}
 
 

@@ -7,7 +7,9 @@ NaN gives NaN; at infinities and poles the functions return their limits. `docs/
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -248,6 +250,13 @@ def log1p(x: Number) -> Number:
     return at_poles(x + 1.0, result)
 
 
+def add_log1p(x: Number, e: Number, log1p: Callable[[Number], Number] = log1p) -> Number:
+    """Return x + log1p(e) for 0 <= e <= 1, and store x and e as its `log_term`. A sum that uses this term makes the logarithm dead code."""
+    result = x + log1p(copy(e).within(0.0, 1.0))  # a copy, because the bounds hold only here
+    result.log_term = (x, e)
+    return result
+
+
 def log(x: Number) -> Number:
     """Return the natural logarithm as k log 2 + log m, with x = 2**k m and sqrt(1/2) <= m < sqrt(2)."""
     return at_poles(x, log_near_one(*split(x)))
@@ -326,3 +335,12 @@ def at_poles(x: Number, result: Number) -> Number:
     """Replace the result by the value of log(x) where x is inf, 0, negative or NaN."""
     finite = where(x == float("inf"), float("inf"), result)
     return where(x > 0.0, finite, where(x == 0.0, x.splat(float("-inf")), x.splat(float("nan"))))
+
+
+FUNCTIONS: dict[str, Callable[..., Number]] = {  # by the names of the operations that symbols apply
+    "exp": exp, "expm1": expm1, "log": log, "log1p": log1p, "pow": pow, "sigmoid": sigmoid, "tanh": tanh, "add_log1p": add_log1p,
+    "half_exp": half_exp, "half_sigmoid": half_sigmoid, "half_tanh": half_tanh, "half_log1p": half_log1p,
+    "half_add_log1p": partial(add_log1p, log1p=half_log1p),
+}  # fmt: skip
+# those that suffice where results are rounded to 16 bits, by the operations that they take the place of
+FOR_HALVES = {name.removeprefix("half_"): name for name in FUNCTIONS if name.startswith("half_")}
