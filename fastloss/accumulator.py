@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -64,6 +65,9 @@ class Accumulator:
     def update(self, *operands: Any, **options: Any) -> None:
         """Add a batch: the arrays that the loss takes, with `weight`, `mask` or other options of this batch.
 
+        Settings that belong to the whole data set, such as `smooth` and `per_sample` of a Dice loss or `beta`, are those of the
+        accumulator.
+
         Raises:
             TypeError, ValueError: as in a call of the loss. The accumulator is then unchanged.
         """
@@ -71,7 +75,7 @@ class Accumulator:
         if len(operands) != len(names):
             found = f"{len(operands)} array{'s' * (len(operands) != 1)}"
             raise TypeError(f"update got {found}; accepted: {', '.join(names)}, and options by keyword")
-        refuse_unknown(options, self.loss.accumulated_options())
+        refuse_unknown(options, tuple(name for name in self.loss.accumulated_options() if name not in self.loss.settings))
         given = {name: x for name, x in {**self.options, **options}.items() if x is not None}
         find_backend(operands[0]).compute_jointly(self._take, dict(zip(names, operands, strict=True)), given)
 
@@ -80,17 +84,8 @@ class Accumulator:
         operands = [arguments.pop(name) for name in self.loss.operands]
         found = self.loss.sample_sums(operands, arguments, call)
         sums = {name: Exact.over_first_axis(call.to_host(x)) for name, x in found.items()}
-        self._add(len(operands[0]), sums)
+        self._sums, self.samples = joined(self._sums, sums), self.samples + len(operands[0])
         return ()
-
-    def _add(self, samples: int, sums: Mapping[str, Exact]) -> None:
-        """Add the sums of samples."""
-        if self._sums:
-            widths = [len(of["count"].units) for of in (sums, self._sums)]
-            if widths[0] != widths[1]:
-                raise ValueError(f"the batch has {widths[0]} channels; those before had {widths[1]}")
-            sums = {name: self._sums[name].plus(x) for name, x in sums.items()}
-        self._sums, self.samples = dict(sums), self.samples + samples
 
     def merge_state(self, *others: Self) -> None:
         """Add the batches that other accumulators of the same loss and options have seen.
@@ -104,9 +99,8 @@ class Accumulator:
                 raise TypeError(f"merge_state got a {type(other).__name__}; accepted: accumulators of the same loss and options")
             if (self.loss, self.reduction) != (other.loss, other.reduction) or not same(self.options, other.options):
                 raise ValueError(f"merge_state got {other!r} with {other.options}; this is {self!r} with {self.options}")
-        for samples, sums in [(other.samples, other._sums) for other in others]:
-            if sums:
-                self._add(samples, sums)
+        sums = functools.reduce(joined, [other._sums for other in others], self._sums)
+        self._sums, self.samples = sums, self.samples + sum(other.samples for other in others)
 
     def compute(self) -> Any:
         """Return the loss of all batches together, a float64 number; for `vae_loss` a `VAEValue`.
@@ -118,6 +112,16 @@ class Accumulator:
         sums = {name: x.rounded() for name, x in self._sums.items()}
         with np.errstate(all="ignore"):
             return self.loss.value_of_sums(sums, self.samples, self.reduction, self.options)
+
+
+def joined(these: dict[str, Exact], those: dict[str, Exact]) -> dict[str, Exact]:
+    """Return the sums of two sets of samples, of which one may be empty. Raise ValueError if they have different channels."""
+    if not these or not those:
+        return these or those
+    before, found = len(these["count"].units), len(those["count"].units)
+    if before != found:
+        raise ValueError(f"the batch has {found} channels; those before had {before}")
+    return {name: x.plus(those[name]) for name, x in these.items()}
 
 
 def same(these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:

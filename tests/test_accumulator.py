@@ -205,6 +205,10 @@ def test_an_error_leaves_the_accumulator_as_it_was(rng):
     channels = accumulated(DICE, [[z, t]], per_sample=False)
     with pytest.raises(ValueError, match="the batch has 2 channels; those before had 3"):
         channels.update(z[:, :2], t[:, :2])
+    before_merge = channels.compute(), channels.samples
+    with pytest.raises(ValueError, match="the batch has 2 channels; those before had 3"):
+        channels.merge_state(accumulated(DICE, [[z, t]], per_sample=False), accumulated(DICE, [[z[:, :2], t[:, :2]]], per_sample=False))
+    assert (channels.compute(), channels.samples) == before_merge
     assert (total.compute(), total.samples, total.count) == before
 
 
@@ -226,6 +230,8 @@ WRONG = {
     "unknown option": (TypeError, "unknown option gamma; accepted: pos_weight", lambda: of(gamma=2)),
     "out": (TypeError, "unknown option out", lambda: of().update(X, X, out=X)),
     "reduction of a batch": (TypeError, "unknown option reduction", lambda: of().update(X, X, reduction="sum")),
+    "setting of a batch": (TypeError, "unknown option smooth; accepted: weight, mask", lambda: of(DICE).update(X, X, smooth=2)),
+    "beta of a batch": (TypeError, "unknown option beta; accepted: weight, mask", lambda: of(fl.vae_loss).update(X, X, X, X, beta=2)),
     "one array": (TypeError, "update got 1 array; accepted: input, target, and options by keyword", lambda: of().update(X)),
     "no array": (TypeError, "update got 0 arrays; accepted: input, target, and", lambda: of().update()),
     "no first axis": (ValueError, "needs a first axis", lambda: of().update(X[0], X[0])),

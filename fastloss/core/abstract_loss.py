@@ -23,7 +23,6 @@ class AbstractLoss(Accumulated):
     __name__: str
     __qualname__: str
     operands: tuple[str, str] = INPUT_AND_TARGET
-    settings: Mapping[str, Any] = {}  # defaults of the options that are not parameters of a formula
     definition: Definition | None = None  # None if the loss is not computed in one pass over input and target
     gradients = 1  # number of operands that have a gradient; a single gradient may overwrite the input
     __signature__: inspect.Signature

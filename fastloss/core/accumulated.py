@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ class Accumulated:
 
     operands: tuple[str, ...]  # names of the arrays
     options: tuple[str, ...]  # names of the arguments accepted besides the operands
+    settings: Mapping[str, Any] = {}  # defaults of the options that are not parameters of a formula; the same for a whole data set
     definitions: tuple[Definition, ...]
 
     def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
@@ -42,9 +44,7 @@ class Accumulated:
         """Return arrays whose sums over the first axes of all batches decide the loss, among them "count", the number of elements."""
         options = dict(options)
         arguments = Arguments(("value",), (), operands[0], operands[1], options.pop("weight", None), "sample_sum", options)
-        if call.value_dtype != np.float64:
-            call = type(call.__name__, (call,), {"__slots__": (), "value_dtype": np.float64})
-        value, _ = self.compute(arguments, call)
+        value, _ = self.compute(arguments, in_float64(call))
         counted = call(self.definitions[0], arguments._replace(reduction="mean")).count()
         return {"value": value, "count": np.reshape(counted, 1)}
 
@@ -52,3 +52,9 @@ class Accumulated:
         """Return the loss, given the sums: none of them if there was no batch."""
         value, count = (sums[name][0] if sums else np.float64(0.0) for name in ("value", "count"))
         return value / {"mean": count, "sum": 1, "batchmean": samples}[reduction]
+
+
+@functools.cache
+def in_float64(call: Any) -> Any:
+    """Return a subclass of `Call` like another one, whose reduced values are float64."""
+    return call if call.value_dtype == np.float64 else type(call.__name__, (call,), {"__slots__": (), "value_dtype": np.float64})

@@ -165,23 +165,22 @@ class DiceLoss(AbstractLoss):
         passes = _Passes(self, Arguments(VALUE, (), operands[0], operands[1], weight, "mean", options), call)
         if is_one_image:
             return passes.sums
-        found = {"dice": passes.dice.loss, "present": passes.present, "entropy": passes.entropy, "count": passes.counted}
-        return {name: x.reshape(-1) for name, x in found.items()}
+        regions = {"dice": passes.dice.loss, "present": passes.present, **{name: passes.sums[name] for name in ("entropy", "count")}}
+        return {name: x.reshape(-1) for name, x in regions.items()}
 
     def value_of_sums(self, sums: Mapping[str, Any], samples: int, reduction: str, options: Mapping[str, Any]) -> Any:
         """Return the loss, given the sums."""
         settings = self.take_settings(dict(options))
         sums = sums or dict.fromkeys(("dice", "present", "overlap", "missed", "entropy", "count"), np.zeros(1))
-        count = sums["count"]
         if settings["per_sample"]:
             dice, present = sums["dice"], sums["present"]
         else:
-            found, present = _dice(sums["overlap"], sums["missed"], count, settings["smooth"])
+            found, present = _dice(sums["overlap"], sums["missed"], sums["count"], settings["smooth"])
             dice = found.loss
         if reduction == "none":
             return dice if settings["per_channel"] else dice[0]
-        divisors = {"mean": (present.sum(), count.sum()), "sum": (1, 1), "batchmean": (samples, samples)}[reduction]
-        return _add_parts(settings, dice.sum() / divisors[0], sums.get("entropy", count).sum() / divisors[1])
+        divisors = {"mean": (present.sum(), sums["count"].sum()), "sum": (1, 1), "batchmean": (samples, samples)}[reduction]
+        return _add_parts(settings, dice.sum() / divisors[0], sums["entropy"].sum() / divisors[1])
 
     def take_settings(self, options: dict[str, Any]) -> dict[str, Any]:
         """Remove the settings from the options, check them, and return them with the defaults of those that are missing."""
@@ -246,8 +245,7 @@ class _Passes:
         named = {name: np.reshape(x, self.shape[: self.call.group_axes]) for name, x in zip(names, sums, strict=False)}
         if "count" not in named:
             named["count"] = np.full_like(named["missed"], float(prod(self.shape[self.call.group_axes :])))
-        self.counted = named["count"]
-        self.entropy = named.get("entropy", self.counted)
+        named.setdefault("entropy", named["count"])  # which has no weight then
         self.sums = named
         overlap, missed, counted = (self.over_batch(named[name]) for name in ("overlap", "missed", "count"))
         self.dice, self.present = _dice(overlap, missed, counted, self.settings["smooth"])
@@ -260,9 +258,9 @@ class _Passes:
         """Return the reduced value."""
         if self.reduction == "none":
             return self.dice.loss[()]
-        self.call.warn_of_empty_mean(self.divisor(self.counted))
+        self.call.warn_of_empty_mean(self.divisor(self.sums["count"]))
         with np.errstate(all="ignore"):
-            dice, entropy = self.reduced(self.dice.loss, self.present), self.reduced(self.entropy, self.counted)
+            dice, entropy = self.reduced(self.dice.loss, self.present), self.reduced(self.sums["entropy"], self.sums["count"])
             return _add_parts(self.settings, dice, entropy)[()]
 
     def reduced(self, sums: Array, counts: Array) -> Any:
@@ -296,7 +294,7 @@ class _Passes:
             steepness = np.minimum(1.0 / self.spread_groups(self.dice.size), self.largest_number())
             parameters = {"score": self.spread_groups(self.dice.score), "rate": weight * each * steepness}
         if weight := self.settings.get("bce_weight", 0.0):
-            parameters["entropy_rate"] = self.spread(weight * np.divide(self.upstream, self.divisor(self.counted)))
+            parameters["entropy_rate"] = self.spread(weight * np.divide(self.upstream, self.divisor(self.sums["count"])))
         return parameters
 
     def largest_number(self) -> float:

@@ -41,7 +41,8 @@ _RECONSTRUCTIONS = {"bce": binary_cross_entropy_with_logits, "mse": mse_with_log
 
 
 _IMAGE_OPTIONS = ("weight", "mask", "ignore_index", "target_scale", "validate")
-_OPTIONS = ("reconstruction", "beta", *_IMAGE_OPTIONS)
+_SETTINGS: dict[str, Any] = {"reconstruction": "bce", "beta": 1.0}
+_OPTIONS = (*_SETTINGS, *_IMAGE_OPTIONS)
 _OPERANDS = {
     "reconstruction_logits": "Shape (N, ...); float16, bfloat16 (`ml_dtypes`), float32 or float64.",
     "images": "The shape of the logits; these dtypes, bool, or integers of 8 to 64 bits.",
@@ -84,7 +85,7 @@ class VAELoss(Accumulated):
     __doc__ = complete(__doc__, (*_IMAGE_OPTIONS, *_OWN), _EXAMPLE, ("images",), _OPERANDS, _OWN, _RETURNS)
     __name__ = __qualname__ = "vae_loss"
     operands = ("reconstruction_logits", "images", "mu", "logvar")
-    options = _OPTIONS
+    options, settings = _OPTIONS, _SETTINGS
 
     def __repr__(self) -> str:
         return "<loss vae_loss(reconstruction_logits, images, mu, logvar, *, reconstruction='bce', beta=1.0)>"
@@ -174,14 +175,14 @@ class VAELoss(Accumulated):
         logits, images, mu, logvar = operands
         mu, logvar = _to_latents(logits, mu, logvar, call.as_array)
         of_images = {name: x for name, x in options.items() if name in _IMAGE_OPTIONS}
-        loss = _reconstruction_loss(options.get("reconstruction", "bce"))
+        loss = _reconstruction_loss({**_SETTINGS, **options}["reconstruction"])
         divergence = gaussian_kl_loss.sample_sums((mu, logvar), {}, call)["value"]
         return {**loss.sample_sums((logits, images), of_images, call), "divergence": divergence}
 
     def value_of_sums(self, sums: Mapping[str, Any], samples: int, reduction: str, options: Mapping[str, Any]) -> VAEValue:
         """Return the objective and its parts, given the sums."""
         image, latent = (sums[name][0] if sums else np.float64(0.0) for name in ("value", "divergence"))
-        return _add_parts(image / samples, to_bounded("beta", options.get("beta", 1.0), (0.0, LARGEST)), latent / samples)
+        return _add_parts(image / samples, to_bounded("beta", {**_SETTINGS, **options}["beta"], (0.0, LARGEST)), latent / samples)
 
 
 def _reconstruction_loss(reconstruction: str) -> Any:
