@@ -25,7 +25,7 @@ import fastloss as fl
 from bench.page import replace_block
 from fastloss.formula import OPTIONS
 from fastloss.losses.table import LOSSES, Row
-from tests.exhaustive import MEASURED, PATHS
+from tests.exhaustive import MEASURED, PATHS, beside_bound
 from tests.ulp import QUANTITIES, ULP
 
 Array = npt.NDArray[np.float64]
@@ -102,7 +102,7 @@ def measured_table() -> str:
 
 def shown_errors(record: dict[str, Any]) -> list[str]:
     """Return each error of a sweep with the promised bound."""
-    errors = [f"{error['error']:.{4 if 0 < error['bound'] < 0.5 else 2}f} of {error['bound']:g}" for error in record["errors"].values()]
+    errors = [beside_bound(error["error"], error["bound"]) for error in record["errors"].values()]
     return [*errors, *[""] * (len(QUANTITIES) - len(errors))]
 
 

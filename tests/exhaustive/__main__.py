@@ -21,7 +21,7 @@ from rich.table import Table
 
 import fastloss as fl
 from fastloss.cpu import features
-from tests.exhaustive import PATHS
+from tests.exhaustive import PATHS, beside_bound
 from tests.exhaustive.sweeps import SWEEPS, Sweep, work_on
 from tests.test_cpu_state import TARGETS
 from tests.ulp import QUANTITIES
@@ -52,7 +52,7 @@ class Outcome:
     def cells(self) -> list[str]:
         """Return the cells of a row of a table."""
         shown = [
-            f"{error:.{4 if 0 < bound < 0.5 else 2}f} of {bound:g}" + (f"\nat {z:.9g}, {t:.9g}" if error else "")
+            beside_bound(error, bound) + (f"\nat {z:.9g}, {t:.9g}" if error else "")
             for (error, z, t), bound in zip(self.worst, self.sweep.bounds, strict=False)
         ]
         return [self.sweep.name, self.path, f"{self.pairs:,}", *shown, *[""] * (len(QUANTITIES) - len(shown))]
