@@ -72,6 +72,11 @@ class Spec:
         return self.operands + self.outputs
 
     @property
+    def codes(self) -> dict[str, str]:
+        """Code of each operand's element type, by name."""
+        return {op.name: op.code for op in self.operands}
+
+    @property
     def excludes(self) -> bool:
         """Whether a mask or an ignored target value excludes elements."""
         return "ignore_index" in self.numbers or any(op.name == "mask" for op in self.operands)

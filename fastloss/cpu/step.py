@@ -296,7 +296,7 @@ def spread_number(builder: ir.IRBuilder, value: ir.Value, spec: Spec) -> Vector:
 
 def differs_from(step: StepEmitter, stored: Vector, converted: Vector, value: ir.Value) -> Vector:
     """Return the mask of targets that differ from a number: integers are compared as stored, other targets as converted."""
-    code = next(op.code for op in step.spec.operands if op.name == "target")
+    code = step.spec.codes["target"]
     if code[0] in "iu":
         value = (step.builder.fptosi if code[0] == "i" else step.builder.fptoui)(value, scalar_type(code))
         return stored != Vector(step.builder, spread(step.builder, value, step.lanes))

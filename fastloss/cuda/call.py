@@ -9,7 +9,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from fastloss.core.call import COUNT, Call
+from fastloss.core.call import Call
 from fastloss.core.checks import describe_bad_element, warn_of_empty_mean
 from fastloss.core.dtypes import code_of
 from fastloss.core.overlap import share_memory, span_of
@@ -86,38 +86,34 @@ class DeviceCall(Call):
     def compute(self) -> tuple[Any, list[Any]]:
         """Compute the requested quantities: return the reduced value or None, and the written arrays."""
         summed, wanted = self.arguments.summed, self.arguments.wanted
-        is_mean = self.must_count and not wanted  # a gradient is divided by the count, which must then be known before the pass
-        counted = 1 if is_mean else self.count()
+        divisor = 1 if self.must_count else self.count()
         outputs = self.make_outputs(wanted)
         value = self.empty(self.shape[: self.group_axes], self.value_dtype) if summed else None
-        self.launch((*summed, "count") if is_mean else summed, wanted, outputs, value, counted, is_mean, self.validate)
+        self.launch(summed, wanted, outputs, value, divisor, self.must_count, self.validate)
         if summed:
-            self.warn_of_empty_mean(counted)
+            self.warn_of_empty_mean(divisor)
         return value, outputs
-
-    def count(self) -> Any:
-        """Return the number that the reduction divides by: a number on the host, or an array with one for each group."""
-        if not self.must_count:
-            return super().count()
-        counted = cupy.ndarray(self.shape[: self.group_axes], np.float64)
-        self.narrowed(*self.counted).launch(COUNT, (), [], counted, 1, False, False)
-        return counted
 
     def run(
         self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Any], scale: Any = 1.0, validate: bool = False
     ) -> Any:  # fmt: skip
         """Make one pass over memory and return the sums as an array on the device."""
         sums = cupy.ndarray((len(summed), *self.shape[: self.group_axes]), np.float64) if summed else None
-        self.launch(summed, wanted, outputs, sums, 1, False, validate)
+        self.launch(summed, wanted, outputs, sums, 1, must_count=False, validate=validate)
         return sums
 
     def launch(
-        self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Any], results: Any, counted: Any, is_mean: bool,
+        self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Any], results: Any, divisor: float, must_count: bool,
         validate: bool
     ) -> None:  # fmt: skip
-        """Launch one pass, which writes the outputs, and the sums divided by `counted` to `results`."""
-        upstream: Any
-        upstream, has_counts = self.upstream if wanted else 1.0, isinstance(counted, cupy.ndarray)
+        """Launch one pass, which writes the outputs and the results.
+
+        Sums and gradients are divided by a number, or if `must_count` is true by the number of elements that count.
+        """
+        upstream: Any = self.upstream if wanted else 1.0
+        is_mean, counts = must_count and not wanted, must_count and bool(wanted)  # a gradient needs the count before its first element
+        if is_mean:
+            summed = (*summed, "count")
         if (
             self.out is not None
             and isinstance(upstream, cupy.ndarray)
@@ -125,7 +121,7 @@ class DeviceCall(Call):
         ):
             upstream = upstream.copy()  # the kernel reads it while it writes the outputs
         is_array = isinstance(upstream, cupy.ndarray)
-        outcome = Outcome(code_of(results.dtype) if summed else "f8", is_mean, code_of(upstream.dtype) if is_array else "", has_counts)
+        outcome = Outcome(code_of(results.dtype) if summed else "f8", is_mean, code_of(upstream.dtype) if is_array else "", counts)
         arrays, device = self.arrays + outputs, workspace.current_device()
         for name, array in zip((*self.names, *OUT * len(outputs)), arrays, strict=True):
             check_device(name, array, device)
@@ -134,7 +130,7 @@ class DeviceCall(Call):
         launch = find_launch(outcome, *self.request(summed, wanted, arrays, validate))
         if not launch.plan.size:
             if summed:
-                results.fill(0.0 / counted if not (is_mean or has_counts) and counted else math.nan)
+                results.fill(0.0 / divisor if divisor and not must_count else math.nan)
             return
         addresses = [a.data.ptr for a in arrays]
         if self.out is not None and wanted:
@@ -147,10 +143,8 @@ class DeviceCall(Call):
             self.numbers.values(),
             results.data.ptr if summed else 0,
             1.0 if is_array else upstream,
-            1.0 if has_counts else counted,
+            divisor,
             (upstream.data.ptr, upstream.strides[0] if upstream.ndim else 0) if is_array else (0, 0),
-            counted.data.ptr if has_counts else 0,
-            counted,
         )
 
 

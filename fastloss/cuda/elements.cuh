@@ -110,6 +110,17 @@ DEVICE unsigned short to_bfloat16(const double x) { return to_bfloat16(round_to_
 
 #define AT_LEAST_1(n) ((n) > 0 ? (n) : 1)  // C++ has no empty arrays
 
+typedef unsigned long long Count;  // a number of elements, and in the highest bits the number of ranges in which they have been counted
+#define COUNT_BITS 52
+
+// All counters are 0 before and after a launch. See COUNTERS in workspace.py.
+struct Counters {
+    Count counts[GROUPS];  // each group's elements that count
+    unsigned int finished[GROUPS];  // each group's ranges that have been computed
+    unsigned int taken, left;  // ranges that blocks have taken to count their elements, and blocks that have left the kernel
+    int is_recorded;  // whether a bad element is recorded
+};
+
 struct Axis {
     long long length, strides[ARRAYS];
 };
@@ -118,12 +129,10 @@ struct Axis {
 struct Arguments {
     long long addresses[ARRAYS];  // of each array's first visited element
     long long upstream, upstream_stride;  // address of the upstream gradient, and its stride from one group to the next
-    long long counts;  // address of the float64 divisor of each group's sums and gradients
     long long results;  // address of the reduced values: of all groups for the first sum, then of all groups for the next sum
     long long partials;  // address of the partial sums of the ranges
-    long long finished;  // address of each group's number of finished ranges, which is 0 before and after a launch
-    long long is_recorded, record;  // addresses of the flag that a bad element is recorded, and of the record on the host
-    double numerator, divisor;  // used instead of `upstream` and `counts` if these are numbers that the host knows
+    long long counters, record;  // addresses of the counters, and of the record of a bad element on the host
+    double numerator, divisor;  // used instead of the upstream gradient and the counts if these are numbers that the host knows
     double numbers[AT_LEAST_1(NUMBERS)];
     long long launch;  // the launch's number, for the record
     long long groups, group_packs, group_segments;  // A group is cut into segments, each of which is a row or a part of one.
@@ -144,7 +153,8 @@ struct Totals {  // sums over a range, or over a group, in float64
 
 // Record a bad element, by its position and operand (see Launch.bad_element) and its value, if no other is recorded.
 DEVICE void record_bad(const Arguments& a, const double key, const double found) {
-    if (*(volatile int*)a.is_recorded || atomicExch((int*)a.is_recorded, 1)) return;
+    Counters& counters = *(Counters*)a.counters;
+    if (*(volatile int*)&counters.is_recorded || atomicExch(&counters.is_recorded, 1)) return;
     volatile double* record = (volatile double*)a.record;
     record[1] = key;
     record[2] = found;

@@ -14,9 +14,9 @@ import numpy as np
 from fastloss.core.plan import Plan, Request, make_plan
 from fastloss.cuda import workspace
 from fastloss.cuda.compile import kernel
-from fastloss.cuda.source import THREADS, WORD, Variant, pack_of, packs_of, source
+from fastloss.cuda.source import GROUPS, THREADS, WORD, Variant, pack_of, packs_of, source
 
-MAX_RANGES = workspace.GROUPS  # there are at most twice as many ranges; either groups have one, or there are at most so many groups
+MAX_RANGES = GROUPS  # there are at most twice as many ranges; either groups have one, or there are at most so many groups
 # A device computes about so many ranges at the same time. More of them pay their tails (sums across a block, a count, the last block's
 # sum) one after another, so there are only more if a thread has a whole turn of the loop.
 AT_ONCE = 256
@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
     result: str = "f8"
     is_mean: bool = False
     upstream: str = ""
-    has_counts: bool = False
+    counts: bool = False
 
 
 class Cut(NamedTuple):
@@ -103,7 +103,7 @@ class Launch:
         axes = [x for length, by in plan.axes for x in (length, *by)] or [0] * (1 + arrays)
         fields = [self.number, *self.cut, plan.inner_size, *plan.inner_strides, *plan.outer_strides, *axes]
         self.fixed = struct.pack(f"{len(fields)}q", *fields)
-        self.varying = struct.Struct(f"{arrays + 8}q{2 + max(1, len(spec.numbers))}d")
+        self.varying = struct.Struct(f"{arrays + 6}q{2 + max(1, len(spec.numbers))}d")
         self.no_numbers = (0.0,) * (not spec.numbers)
         self.frame = np.dtype((np.void, self.varying.size + len(self.fixed)))
 
@@ -150,21 +150,18 @@ class Launch:
 
     def run(
         self, device: int, addresses: Sequence[int], numbers: Iterable[float], results: int = 0, numerator: float = 1.0,
-        divisor: float = 1.0, upstream: tuple[int, int] = (0, 0), counts: int = 0, references: Any = None
+        divisor: float = 1.0, upstream: tuple[int, int] = (0, 0)
     ) -> None:  # fmt: skip
         """Launch on the current stream of the current device, which the caller knows.
 
-        Arrays, results, counts and the upstream gradient (with its stride) are given by address. `references` keeps memory alive for
-        a launch that is captured into a graph, which may run again after the caller has freed it.
+        Arrays, results and the upstream gradient (with its stride) are given by address.
         """
         if not self.ranges:
             return
         firsts = [address + start for address, start in zip(addresses, self.plan.starts, strict=True)]
         space = workspace.find_workspace(device)
-        if space.is_captured:
-            space.references = references
-        shared = space.partials.ptr, space.finished.ptr, space.is_recorded.ptr, space.slot.address
-        varying = self.varying.pack(*firsts, *upstream, counts, results, *shared, numerator, divisor, *numbers, *self.no_numbers)
+        shared = space.partials.ptr, space.counters.ptr, space.slot.address
+        varying = self.varying.pack(*firsts, *upstream, results, *shared, numerator, divisor, *numbers, *self.no_numbers)
         frame = np.frombuffer(varying + self.fixed, self.frame)
         self.kernel(device, firsts)((self.blocks(workspace.count_multiprocessors(device)),), (THREADS,), (frame,))
 

@@ -5,8 +5,10 @@
 // the first, because the number of loads in flight limits the speed. c) A thread sums a few elements in the type of the
 // arithmetic, and its part of a range in float64; a block sums over its threads by halves. The block that finishes the last range
 // of a group adds the partial sums of the ranges, in their order, and divides. So a pass takes one launch and no atomic operation
-// on floating-point numbers, and its results have the same bits every time and on every device. d) The loop assumes no width of a
-// warp, and does not wait for the host.
+// on floating-point numbers, and its results have the same bits every time and on every device. d) A gradient may be divided by the
+// number of elements that count. Then the blocks first count them, in ranges that they take from a queue, and a block waits for a
+// group's number before it computes a range of the group. It waits only for blocks that run, and that wait for none while they
+// count, so the grid may have any number of blocks. e) The loop assumes no width of a warp, and does not wait for the host.
 
 struct Segment {
     index_t first, linear;  // index of its first element in its row, and in the order of visits
@@ -106,15 +108,129 @@ DEVICE void process(const Arguments& a, const Numbers& number, const Place& plac
         }
 }
 
+struct Range {
+    index_t group;
+    Place place;
+    index_t first, stop;  // packs of the segment or of the group
+};
+
+DEVICE Range find_range(const Arguments& a, const index_t number) {
+    Range range;
+    range.group = number / (index_t)a.group_ranges;
+    index_t part = number - range.group * (index_t)a.group_ranges;
+#if IS_LOCAL
+    const index_t inner = part / (index_t)a.segment_ranges, packs = (index_t)a.segment_packs;
+    part -= inner * (index_t)a.segment_ranges;
+    range.place = find_place(a, range.group * (index_t)a.group_segments + inner);
+#else
+    const index_t packs = (index_t)a.group_packs;
+    range.place = range.group;
+#endif
+    range.first = part * (index_t)a.range_packs;
+    const index_t end = range.first + (index_t)a.range_packs;
+    range.stop = end < packs ? end : packs;
+    return range;
+}
+
 // Return the totals of a thread's part of a range.
-DEVICE Totals sum_thread(const Arguments& a, const Numbers& number, const Place& place, const index_t first, const index_t stop) {
+DEVICE Totals sum_thread(const Arguments& a, const Numbers& number, const Range& range) {
     Totals totals = {};
-    for (index_t at = first + threadIdx.x; at < stop; at += THREADS * PACKS * ROUNDS) {
+    for (index_t at = range.first + threadIdx.x; at < range.stop; at += THREADS * PACKS * ROUNDS) {
         Sums sums = {};
-        for (int turn = 0; turn < ROUNDS; ++turn) process(a, number, place, at + turn * THREADS * PACKS, stop, sums);
+        for (int turn = 0; turn < ROUNDS; ++turn) process(a, number, range.place, at + turn * THREADS * PACKS, range.stop, sums);
         fold(totals, sums);
     }
     return totals;
+}
+
+// Return in all threads of a block whether it is the last one to add 1 to a counter. What a block has written before can be read in
+// the last.
+DEVICE bool is_last(unsigned int* counter, const index_t blocks) {
+    __shared__ bool shared;
+    if (threadIdx.x == 0) {
+        __threadfence();
+        shared = atomicAdd(counter, 1u) == (unsigned int)blocks - 1;
+        __threadfence();
+    }
+    __syncthreads();
+    return shared;
+}
+
+#if COUNTS
+
+// Count the elements of a range. All threads of the block get the number.
+DEVICE Count count_range(const Arguments& a, const Range& range) {
+    __shared__ unsigned int shared;
+    const Numbers number = read_numbers(a, 1.0);
+    unsigned int own = 0;
+#pragma unroll 4
+    for (index_t at = range.first + threadIdx.x; at < range.stop; at += THREADS) {
+        const Position pos = locate(a, range.place, at, 0);
+        Pack pack;
+        load(pack, a, pos);  // the compiler drops what `counts` does not use
+#if IS_LOCAL
+        const Constants& constant = range.place.constants;
+#else
+        Constants constant;
+        load_constants(constant, a, pos);
+#endif
+#pragma unroll
+        for (int j = 0; j < PACK; ++j) own += counts(pack, constant, j, !IS_RAGGED || j < pos.count, number);
+    }
+    __syncthreads();  // the number of the range before may still be read
+    if (threadIdx.x == 0) shared = 0;
+    __syncthreads();
+    atomicAdd(&shared, own);
+    __syncthreads();
+    return shared;
+}
+
+// Take ranges from the queue until it is empty, and add their numbers to those of their groups.
+DEVICE void count_ranges(const Arguments& a) {
+    __shared__ unsigned int taken;
+    Counters& counters = *(Counters*)a.counters;
+    for (;;) {
+        if (threadIdx.x == 0) taken = atomicAdd(&counters.taken, 1u);
+        __syncthreads();
+        if (taken >= (unsigned int)(a.groups * a.group_ranges)) return;
+        const Range range = find_range(a, taken);
+        const Count counted = count_range(a, range);
+        if (threadIdx.x == 0) atomicAdd(&counters.counts[range.group], (Count)1 << COUNT_BITS | counted);
+        __syncthreads();
+    }
+}
+
+// Return the number of a group's elements that count, when all of its ranges have been counted.
+DEVICE double wait_for_count(const Arguments& a, const index_t group) {
+    __shared__ Count shared;
+    __syncthreads();  // the number of the group before may still be read
+    if (threadIdx.x == 0) {
+        do {
+            shared = *(volatile Count*)&((Counters*)a.counters)->counts[group];
+        } while (shared >> COUNT_BITS != (Count)a.group_ranges);
+    }
+    __syncthreads();
+    return (double)(shared & (((Count)1 << COUNT_BITS) - 1));
+}
+
+// Set the counters to 0 in the last block that leaves.
+DEVICE void leave(const Arguments& a) {
+    Counters& counters = *(Counters*)a.counters;
+    __syncthreads();  // what `is_last` returned before may still be read
+    if (!is_last(&counters.left, gridDim.x)) return;
+    for (index_t group = threadIdx.x; group < (index_t)a.groups; group += THREADS) counters.counts[group] = 0;
+    if (threadIdx.x == 0) counters.taken = counters.left = 0;
+}
+
+#endif
+
+// Return the number by which sums and gradients of a range's group are divided.
+DEVICE double divisor(const Arguments& a, const Range& range) {
+#if COUNTS
+    return a.group_ranges > 1 ? wait_for_count(a, range.group) : (double)count_range(a, range);
+#else
+    return a.divisor;
+#endif
 }
 
 #if SUMS
@@ -150,11 +266,11 @@ DEVICE Totals sum_block(Totals totals) {
 }
 
 // Write the results of a group.
-DEVICE void finish(const Arguments& a, const index_t group, const Totals& totals) {
+DEVICE void finish(const Arguments& a, const index_t group, const Totals& totals, const double divisor) {
 #if IS_MEAN
     write_result(a, group, totals.x[0] / totals.x[1]);
 #else
-    for (int k = 0; k < SUMS; ++k) write_result(a, k * (index_t)a.groups + group, totals.x[k] / divisor(a, group));
+    for (int k = 0; k < SUMS; ++k) write_result(a, k * (index_t)a.groups + group, totals.x[k] / divisor);
 #endif
 }
 
@@ -171,52 +287,36 @@ DEVICE Totals sum_ranges(const Arguments& a, const index_t group) {
     return sum_block(totals);
 }
 
-// Count a finished range of a group, and return whether it is the last.
-DEVICE bool is_last_range(const Arguments& a, const index_t group) {
-    __shared__ bool is_last;
-    if (threadIdx.x == 0) {
-        __threadfence();
-        is_last = atomicAdd((unsigned int*)a.finished + group, 1u) == (unsigned int)a.group_ranges - 1;
-        __threadfence();
-    }
-    __syncthreads();
-    return is_last;
-}
-
 // Reduce a range's totals over the block; if it is the last range of its group, reduce the group and write its results.
-DEVICE void reduce(const Arguments& a, const index_t range, const index_t group, Totals totals) {
+DEVICE void reduce(const Arguments& a, const index_t number, const index_t group, const double divisor, Totals totals) {
     totals = sum_block(totals);
     if (a.group_ranges > 1) {
         if (threadIdx.x == 0)
-            for (int k = 0; k < SUMS; ++k) ((volatile double*)a.partials)[range * SUMS + k] = totals.x[k];
-        if (!is_last_range(a, group)) return;
+            for (int k = 0; k < SUMS; ++k) ((volatile double*)a.partials)[number * SUMS + k] = totals.x[k];
+        unsigned int& finished = ((Counters*)a.counters)->finished[group];
+        if (!is_last(&finished, a.group_ranges)) return;
         totals = sum_ranges(a, group);
-        if (threadIdx.x == 0) ((unsigned int*)a.finished)[group] = 0;
+        if (threadIdx.x == 0) finished = 0;
     }
-    if (threadIdx.x == 0) finish(a, group, totals);
+    if (threadIdx.x == 0) finish(a, group, totals, divisor);
     __syncthreads();
 }
 
 #endif
 
 extern "C" __global__ void __launch_bounds__(BOUNDS) KERNEL(const Arguments a) {
-    const index_t group_ranges = (index_t)a.group_ranges;
-    for (index_t range = blockIdx.x; range < (index_t)a.groups * group_ranges; range += gridDim.x) {
-        const index_t group = range / group_ranges;
-        index_t part = range - group * group_ranges;
-#if IS_LOCAL
-        const index_t inner = part / (index_t)a.segment_ranges, packs = (index_t)a.segment_packs;
-        part -= inner * (index_t)a.segment_ranges;
-        const Place place = find_place(a, group * (index_t)a.group_segments + inner);
-#else
-        const index_t packs = (index_t)a.group_packs;
-        const Place place = group;
+#if COUNTS
+    if (a.group_ranges > 1) count_ranges(a);
 #endif
-        const index_t first = part * (index_t)a.range_packs, end = first + (index_t)a.range_packs;
-        const Numbers number = read_numbers(a, numerator(a, group) / divisor(a, group));
-        const Totals totals = sum_thread(a, number, place, first, end < packs ? end : packs);
+    for (index_t at = blockIdx.x; at < (index_t)(a.groups * a.group_ranges); at += gridDim.x) {
+        const Range range = find_range(a, at);
+        const double by = divisor(a, range);
+        const Totals totals = sum_thread(a, read_numbers(a, numerator(a, range.group) / by), range);
 #if SUMS
-        reduce(a, range, group, totals);
+        reduce(a, at, range.group, by, totals);
 #endif
     }
+#if COUNTS
+    if (a.group_ranges > 1) leave(a);
+#endif
 }

@@ -21,6 +21,7 @@ from fastloss.kernel import element, elementary
 
 WORD = 16  # bytes of the widest load or store
 THREADS = 256  # in a block
+GROUPS = 1024  # largest number of groups with several ranges; each has counters
 SUMMED = 64  # elements that a thread sums in the type of the arithmetic before it adds the sum in float64; see BLOCK in cpu/step.py
 
 
@@ -37,7 +38,7 @@ class Variant:
     result: str = "f8"  # type code of the reduced value
     is_mean: bool = False  # whether the result is the first sum divided by the second, which is the count
     upstream: str = ""  # type code of the upstream gradient if it is an array; "" if it is a number on the host
-    has_counts: bool = False  # whether the divisor of sums and gradients is in an array
+    counts: bool = False  # whether sums and gradients are divided by the number of elements that are not excluded
 
     @property
     def pack(self) -> int:
@@ -74,7 +75,8 @@ def part(name: str) -> str:
 
 def source(variant: Variant) -> str:
     """Generate the text of a kernel."""
-    own = [storage(variant.spec), element_function(variant.spec), folding(variant.spec), scaling(variant)]
+    spec = variant.spec
+    own = [storage(spec), numbers(spec), element_function(spec), *[counting(spec)] * variant.counts, folding(spec), scaling(variant)]
     return "\n".join([constants(variant), part("elements.cuh"), *own, part("loop.cuh")])
 
 
@@ -86,6 +88,7 @@ def constants(variant: Variant) -> str:
         "compute_t": TYPES[spec.compute],
         "index_t": "unsigned long long" if variant.is_wide else "unsigned int",
         "THREADS": THREADS,
+        "GROUPS": GROUPS,
         "BOUNDS": bounds(variant),
         "PACK": variant.pack,
         "PACKS": variant.packs,
@@ -98,6 +101,7 @@ def constants(variant: Variant) -> str:
         "IS_RAGGED": int(variant.is_ragged),
         "IS_LOCAL": int(variant.is_local),
         "IS_MEAN": int(variant.is_mean),
+        "COUNTS": int(variant.counts),
     }
     widths = "".join(f"#define WIDTH_{k} {width}\n" for k, width in enumerate(variant.widths))
     return "".join(f"#define {name} {value}\n" for name, value in named.items()) + widths
@@ -149,19 +153,9 @@ def move(verb: str, whole: str, k: int, operand: Operand) -> str:
 
 
 def element_function(spec: Spec) -> str:
-    """Write the functions that read the options given as numbers, and that compute an element and add it to the sums."""
+    """Write the function that computes an element and adds it to the sums."""
     compute, lines = TYPES[spec.compute], list[str]()
-    raw = {op.name: declare(lines, op, k) for k, op in enumerate(spec.operands)}
-    number = {name: Scalar(lines, f"number.n{k}", compute) for k, name in enumerate(spec.numbers)}
-    is_inside = Scalar(lines, "is_inside", "bool", compute)
-    codes = {op.name: op.code for op in spec.operands}
-
-    def differs(stored: Scalar, converted: Scalar) -> Any:
-        if codes["target"][0] in "iu":  # compare integers as stored, other targets as converted
-            return stored != Scalar(lines, "number.ignored", stored.type)
-        return converted != number["ignore_index"]
-
-    loaded, counted = element.load(spec, raw, number, is_inside, lambda x, code: x.convert(code, spec.compute), differs)
+    raw, number, loaded, counted = load(spec, lines)
     found = element.quantities(spec, loaded, number)
     scale = Scalar(lines, "number.scale", compute)
     for k, (output, result) in enumerate(element.results_to_store(spec, found, loaded, scale, counted), len(spec.operands)):
@@ -173,11 +167,38 @@ def element_function(spec: Spec) -> str:
             lines.append(f"sums.{sums}[{k}] = {total.name};")
     for k, name in enumerate(spec.checked):
         bad = element.is_bad(loaded[name], counted)
-        key, value = f"{len(spec.checked)}.0 * (double)linear + {k}.0", raw[name].convert(codes[name], "f8").name
+        key, value = f"{len(spec.checked)}.0 * (double)linear + {k}.0", raw[name].convert(spec.codes[name], "f8").name
         lines.append(f"if ({bad.name}) record_bad(a, {key}, {value});")
     position = "const int j, const bool is_inside, const index_t linear"
     head = f"void compute(Pack& pack, const Constants& constant, {position}, const Arguments& a, const Numbers& number, Sums& sums)"
-    return "\n".join([numbers(spec, codes), function(head, lines)])
+    return function(head, lines)
+
+
+def counting(spec: Spec) -> str:
+    """Write the function that returns whether an element counts."""
+    lines = list[str]()
+    *_, counted = load(spec, lines)
+    head = "bool counts(const Pack& pack, const Constants& constant, const int j, const bool is_inside, const Numbers& number)"
+    return function(head, [*lines, f"return {counted.name};"])
+
+
+def load(spec: Spec, lines: list[str]) -> tuple[dict[str, Scalar], dict[str, Scalar], dict[str, Scalar], Scalar]:
+    """Write the lines that read an element's operands.
+
+    Returns the operands as stored, the options given as numbers, the operands converted, and the condition that the element counts.
+    """
+    compute = TYPES[spec.compute]
+    raw = {op.name: declare(lines, op, k) for k, op in enumerate(spec.operands)}
+    number = {name: Scalar(lines, f"number.n{k}", compute) for k, name in enumerate(spec.numbers)}
+    is_inside = Scalar(lines, "is_inside", "bool", compute)
+
+    def differs(stored: Scalar, converted: Scalar) -> Any:
+        if spec.codes["target"][0] in "iu":  # compare integers as stored, other targets as converted
+            return stored != Scalar(lines, "number.ignored", stored.type)
+        return converted != number["ignore_index"]
+
+    loaded, counted = element.load(spec, raw, number, is_inside, lambda x, code: x.convert(code, spec.compute), differs)
+    return raw, number, loaded, counted
 
 
 def declare(lines: list[str], operand: Operand, k: int) -> Scalar:
@@ -187,12 +208,12 @@ def declare(lines: list[str], operand: Operand, k: int) -> Scalar:
     return Scalar(lines, f"v{k}", type)
 
 
-def numbers(spec: Spec, codes: dict[str, str]) -> str:
+def numbers(spec: Spec) -> str:
     """Write the type that holds the options given as numbers, and the function that reads them."""
     compute = TYPES[spec.compute]
     members = {"scale": (compute, "scale"), **{f"n{k}": (compute, f"a.numbers[{k}]") for k in range(len(spec.numbers))}}
     if "ignore_index" in spec.numbers:
-        members["ignored"] = (TYPES[codes["target"]], f"a.numbers[{spec.numbers.index('ignore_index')}]")
+        members["ignored"] = (TYPES[spec.codes["target"]], f"a.numbers[{spec.numbers.index('ignore_index')}]")
     text = structure("Numbers", (f"{type} {name}" for name, (type, _) in members.items()))
     lines = ["Numbers number;", *(f"number.{name} = ({type}){value};" for name, (type, value) in members.items()), "return number;"]
     return f"{text}\n" + function("Numbers read_numbers(const Arguments& a, const double scale)", lines)
@@ -208,20 +229,18 @@ def folding(spec: Spec) -> str:
 
 
 def scaling(variant: Variant) -> str:
-    """Write the functions that return the upstream gradient and the divisor of a group, and that write a result."""
+    """Write the functions that return the upstream gradient of a group, and that write a result."""
     lines: list[str] = []
     type = TYPES[variant.upstream or "f8"]
     upstream = Scalar(lines, f"*(const {type}*)(a.upstream + (long long)group * a.upstream_stride)", type)
     read = upstream.convert(variant.upstream or "f8", "f8")
     lines.append(f"return {read.name if variant.upstream else 'a.numerator'};")
-    divisor = "((const double*)a.counts)[group]" if variant.has_counts else "a.divisor"
     rounded: list[str] = []
     result = Scalar(rounded, "x", "double").convert("f8", variant.result)
     rounded.append(f"(({TYPES[variant.result]}*)a.results)[index] = {result.name};")
     return "\n".join(
         [
             function("double numerator(const Arguments& a, const index_t group)", lines),
-            function("double divisor(const Arguments& a, const index_t group)", [f"return {divisor};"]),
             function("void write_result(const Arguments& a, const index_t index, const double x)", rounded),
         ]
     )

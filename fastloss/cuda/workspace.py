@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import cupy
 
+from fastloss.cuda.source import GROUPS
+
 STREAMS = 64  # number of workspaces stored; freed memory is reused on its own stream only, so a workspace in use may be dropped
-GROUPS = 1024  # largest number of groups with several ranges; each has a counter of finished ranges
 SUMS = 4  # largest number of partial sums of a range: those of Dice
 PARTIALS = 8 * SUMS * 2 * GROUPS  # bytes; see launch.py for the number of ranges
-COUNTERS, FLAG = 4 * GROUPS, 16  # bytes that are 0 before and after each launch: of the counters, and of the flag behind them
+FLAG = 12 * GROUPS + 8  # position in bytes of `Counters.is_recorded` in elements.cuh
+COUNTERS = FLAG + 8  # bytes
 CAPTURED = 64  # launches that can be captured without a node of the graph that sets their counters to 0
 SLOTS = 4096  # records on a page; while a graph is captured, allocating another page may fail
 PER_THREAD = 2  # the handle of the default stream if each thread has a default stream of its own
@@ -61,27 +63,24 @@ class Slot:
 class Workspace:
     """Device memory for the partial sums of a stream's launches, and for counters, which are 0 before and after each launch."""
 
-    def __init__(self, device: int, stream: Any, counters: Any, is_captured: bool = False) -> None:
-        self.device, self.stream, self.is_captured = device, stream, is_captured
-        self.references: Any = None  # keeps memory alive that a captured launch reads when its graph runs again
+    def __init__(self, device: int, stream: Any, counters: Any) -> None:
+        self.device, self.stream, self.counters = device, stream, counters
         self.slot = Slot()
-        self.finished, self.is_recorded = counters, counters + COUNTERS
         self.partials = cupy.cuda.alloc(PARTIALS)
 
     def take_record(self) -> Record | None:
         """Return and clear the record of a bad element; None if there is none."""
         if (record := self.slot.take()) is not None:
             with cupy.cuda.Device(self.device), self.stream:
-                self.is_recorded.memset_async(0, 4)
+                (self.counters + FLAG).memset_async(0, 4)
         return record
 
 
 def make_counters(count: int) -> list[Any]:
     """Allocate counters for several workspaces, and set them to 0 on the current stream."""
-    size = COUNTERS + FLAG
-    memory = cupy.cuda.alloc(count * size)
-    memory.memset_async(0, count * size)
-    return [memory + k * size for k in range(count)]
+    memory = cupy.cuda.alloc(count * COUNTERS)
+    memory.memset_async(0, count * COUNTERS)
+    return [memory + k * COUNTERS for k in range(count)]
 
 
 _lock = threading.Lock()
@@ -101,7 +100,7 @@ def find_workspace(device: int) -> Workspace:
     stream = cupy.cuda.get_current_stream()
     if is_capturing(stream):
         spare = _spare.get(device) or make_counters(1)
-        _captured.append(Workspace(device, cupy.cuda.Stream.null, spare.pop(), is_captured=True))
+        _captured.append(Workspace(device, cupy.cuda.Stream.null, spare.pop()))
         return _captured[-1]
     key = device, stream.ptr, threading.get_ident() if stream.ptr == PER_THREAD else 0
     if (found := _workspaces.get(key)) is None:

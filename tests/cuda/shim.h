@@ -35,5 +35,6 @@ inline T exchange(T* at, const T value) {
     return before;
 }
 
-inline unsigned int atomicAdd(unsigned int* at, const unsigned int value) { return exchange(at, *at + value); }
+template <class T>
+inline T atomicAdd(T* at, const T value) { return exchange(at, T(*at + value)); }
 inline int atomicExch(int* at, const int value) { return exchange(at, value); }

@@ -89,11 +89,42 @@ def test_the_host_never_waits(cp, rng):
 
 
 @asks_the_stand_in
-def test_each_pass_is_one_launch(cp, rng):
-    _, _, z, t = batch(cp, rng, (4, 3, 50_000))
+@pytest.mark.parametrize("options", [{}, {"mask": True}, {"ignore_index": 3}, {"mask": True, "reduction": "sample_mean"}], ids=str)
+def test_each_pass_is_one_launch(cp, rng, options):
+    _, _, z, t = batch(cp, rng, (4, 3, 50_000), np.float32, np.uint8)
+    options = {**options, "mask": cp.asarray(rng.random(z.shape) < 0.5)} if "mask" in options else options
     del cp.launches[:]
-    LOGISTIC.value_and_grad(z, t)
+    LOGISTIC.value_and_grad(z, t, target_scale=1 / 255, **options)
     assert cp.launches == ["fastloss_binary_cross_entropy_with_logits"]
+
+
+@pytest.mark.first
+@pytest.mark.filterwarnings("ignore:mean of no elements")
+@pytest.mark.parametrize("reduction", ["mean", "sample_mean"])
+@pytest.mark.parametrize(
+    ("shape", "masked"),
+    [
+        ((3, 2, 200, 701), (3, 2, 200, 701)),  # several ranges in a group
+        ((3, 2, 200, 701), (3, 1, 200, 701)),
+        ((3, 2, 200, 701), (701,)),
+        ((2000, 37), (2000, 37)),  # more groups than counters
+        ((2000, 37), (2000, 1)),
+    ],
+    ids=str,
+)
+def test_elements_are_counted_before_gradients_are_computed(cp, rng, shape, masked, reduction):
+    a, b, z, t = batch(cp, rng, shape, np.float32, np.uint8)
+    mask = rng.random(masked) < 0.3
+    mask[: len(mask) // 5] = False  # some samples have no element that counts
+    for ignored in (None, 3):
+        given = {"reduction": reduction, "ignore_index": ignored}
+        counted = np.broadcast_to(mask, shape) & (b != ignored)
+        want = fl.mse_loss.value_and_grad(a, b, mask=counted, reduction=reduction)
+        for _ in range(2):  # the counters are 0 again
+            value, grad = fl.mse_loss.value_and_grad(z, t, mask=cp.asarray(mask), **given)
+            assert_close(np.nan_to_num(value.get()), np.nan_to_num(want[0]), SUM[z.dtype])
+            np.testing.assert_array_equal(grad.get(), want[1])
+        np.testing.assert_array_equal(fl.mse_loss.grad(z, t, mask=cp.asarray(mask), **given).get(), want[1])
 
 
 @pytest.mark.parametrize("size", ODD)
@@ -137,13 +168,15 @@ def test_sums_do_not_depend_on_the_device(cp, fresh, rng):
     assert_close(found[0], LOGISTIC(a, b), SUM[z.dtype])
 
 
+@pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize("most", [1, 3])
-def test_ranges_of_many_packs(cp, fresh, rng, most):
+def test_ranges_of_many_packs(cp, fresh, rng, most, is_masked):
     """A thread visits many packs of a range, which otherwise takes millions of elements."""
     fresh.setattr("fastloss.cuda.launch.MAX_RANGES", most)
     a, b, z, t = batch(cp, rng, 50_001)
-    value, grad = fl.mse_loss.value_and_grad(z, t)
-    want, want_grad = fl.mse_loss.value_and_grad(a, b)
+    mask = rng.random(a.shape) < 0.3 if is_masked else None
+    value, grad = fl.mse_loss.value_and_grad(z, t, mask=mask if mask is None else cp.asarray(mask))
+    want, want_grad = fl.mse_loss.value_and_grad(a, b, mask=mask)
     assert_close(value.get(), want, SUM[z.dtype])
     np.testing.assert_array_equal(grad.get(), want_grad)
 
@@ -402,7 +435,8 @@ def test_each_stream_has_a_workspace_and_each_captured_launch(cp, rng):
     for value in values:
         assert_close(value.get(), LOGISTIC(a, b), SUM[z.dtype])
     found += device._captured[-2:]
-    assert len({memory.ptr for x in found for memory in (x.partials, x.finished, x.is_recorded)}) == 15
+    assert len({memory.ptr for x in found for memory in (x.partials, x.counters)}) == 10
+    assert np.diff(sorted({x.counters.ptr for x in found})).min() >= device.COUNTERS
     assert len({x.slot.address for x in found}) == 5
 
 

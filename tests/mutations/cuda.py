@@ -12,6 +12,7 @@ NO_MEMORY_BEHIND = f"{DEVICE}test_no_memory_behind_an_array_is_accessed"
 MANY_RANGES = f"{DEVICE}test_many_samples_and_few_of_many_ranges"
 DEFERRED, ANY_VIEW = f"{DEVICE}test_errors_of_targets_are_deferred", f"{DEVICE}test_the_bad_element_is_found_through_any_view"
 STREAMS = f"{DEVICE}test_each_stream_has_a_workspace_and_each_captured_launch"
+COUNTED = f"{DEVICE}test_elements_are_counted_before_gradients_are_computed"
 OVERWRITTEN = f"{DEVICE}test_out_may_overwrite_grad_output"
 VIEWS, SHORT = "test_layouts.py::test_views", "test_layouts.py::test_short_rows_are_joined"
 
@@ -98,7 +99,8 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         (DEFERRED,),
     ),
     Mutation(
-        "record-overwritten", "cuda/elements.cuh", "if (*(volatile int*)a.is_recorded || atomicExch((int*)a.is_recorded, 1)) return;", "",
+        "record-overwritten", "cuda/elements.cuh",
+        "if (*(volatile int*)&counters.is_recorded || atomicExch(&counters.is_recorded, 1)) return;", "",
         "Several threads write one record.", (f"{DEVICE}test_the_first_of_several_bad_targets_of_a_thread_is_named",),
     ),
     Mutation(
@@ -120,11 +122,11 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         "(const volatile double*)a.partials;", "Every group takes the partial sums of the first.", (MANY_RANGES,),
     ),
     Mutation(
-        "counter-not-reset", "cuda/loop.cuh", "if (threadIdx.x == 0) ((unsigned int*)a.finished)[group] = 0;", "",
+        "counter-not-reset", "cuda/loop.cuh", "if (threadIdx.x == 0) finished = 0;", "",
         "The counter of finished ranges keeps its number after a launch.", (MANY_RANGES, ANY_SIZE),
     ),
     Mutation(
-        "one-counter", "cuda/loop.cuh", "atomicAdd((unsigned int*)a.finished + group, 1u)", "atomicAdd((unsigned int*)a.finished, 1u)",
+        "one-counter", "cuda/loop.cuh", "((Counters*)a.counters)->finished[group]", "((Counters*)a.counters)->finished[0]",
         "All groups share a counter of finished ranges.", (MANY_RANGES,),
     ),
     Mutation(
@@ -132,7 +134,7 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         "The last range goes on past the end of its group.", (ANY_SIZE,),
     ),
     Mutation(
-        "blocks-take-one-range", "cuda/loop.cuh", "range += gridDim.x) {", "range += (index_t)a.groups * group_ranges) {",
+        "blocks-take-one-range", "cuda/loop.cuh", "at += gridDim.x) {", "at += (index_t)(a.groups * a.group_ranges)) {",
         "A block takes a single range.", (MANY_RANGES,),
     ),
     Mutation(
@@ -150,9 +152,21 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         "Every group takes the upstream gradient of the first.", (OVERWRITTEN,),
     ),
     Mutation(
-        "count-of-first-group", "cuda/source.py", "((const double*)a.counts)[group]", "((const double*)a.counts)[0]",
-        "Every group is divided by the count of the first.", ("test_options.py::test_mask_takes_elements_out",),
-        select="cross_entropy_with_logits and sample_mean",
+        "count-of-first-group", "cuda/loop.cuh", "((Counters*)a.counters)->counts[group]", "((Counters*)a.counters)->counts[0]",
+        "Every group is divided by the count of the first.", (COUNTED,), select="sample_mean",
+    ),
+    Mutation(
+        "counts-not-reset", "cuda/loop.cuh", "counters.counts[group] = 0;", "counters.counts[group] = 1;",
+        "A launch leaves a count behind.", (COUNTED,),
+    ),
+    Mutation(
+        "count-of-range-before", "cuda/loop.cuh", "if (threadIdx.x == 0) shared = 0;", ";",
+        "The count of a range includes those of the block's earlier ranges.", (COUNTED,),
+    ),
+    Mutation(
+        "counted-past-end", "cuda/loop.cuh", "counts(pack, constant, j, !IS_RAGGED || j < pos.count, number)",
+        "counts(pack, constant, j, true, number)", "Elements past the end of a row count.",
+        ("test_options.py::test_ignore_index_is_a_mask",), select="cross_entropy_with_logits",
     ),
     Mutation(
         "uneven-ranges", "cuda/launch.py", "range_packs = turns(-(-walked // parts))",
@@ -223,7 +237,7 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         "spare-counters-shared", "cuda/workspace.py", "spare.pop()", "spare[-1]", "Captured launches share their counters.", (STREAMS,),
     ),
     Mutation(
-        "spare-counters-overlap", "cuda/workspace.py", "memory + k * size", "memory + k * COUNTERS",
+        "spare-counters-overlap", "cuda/workspace.py", "memory + k * COUNTERS", "memory + k * FLAG",
         "The flag of a bad element lies in the counters of the next workspace.", (STREAMS,),
     ),
     Mutation(
@@ -232,7 +246,7 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         (f"{DEVICE}test_more_ranges_than_are_computed_at_once_have_a_turn_for_each_thread",),
     ),
     Mutation(
-        "flag-not-cleared", "cuda/workspace.py", "                self.is_recorded.memset_async(0, 4)", "                pass",
+        "flag-not-cleared", "cuda/workspace.py", "                (self.counters + FLAG).memset_async(0, 4)", "                pass",
         "After one bad element, no other is recorded.", (DEFERRED,),
     ),
     Mutation(
