@@ -51,8 +51,8 @@ def pytest_collection_modifyitems(config, items):
         device = device_of(item)
         has_meaning = all(device in mark.args for mark in item.iter_markers("only_on"))
         (selected if has_meaning and (has_gpu or device != "gpu") else left_out).append(item)
-        if is_slow(item, device):
-            item.add_marker(pytest.mark.slow)
+        if (mark := left_out_by(item, device)) is not None:
+            item.add_marker(mark)
         if device == "stand-in":
             item.add_marker(devices.needs_compiler)
         if item.get_closest_marker("timeout") is None:
@@ -72,11 +72,20 @@ def device_of(item):
     return params.get("device", params.get("cp", "cpu"))
 
 
-def is_slow(item, device):
-    """Return whether a test is slow: long on its device, or one of many similar tests and not a sample of them."""
-    is_long = any(device in mark.args for mark in item.iter_markers("long_on"))
-    is_alike = any(device in mark.args or not mark.args for mark in item.iter_markers("alike"))
-    return is_long or (is_alike and not is_sample(item.callspec.params))
+def left_out_by(item, device):
+    """Return the mark by which the test command leaves out a test: long on its device, or one of many similar tests and not a sample.
+
+    Of tests that are similar on every device, those on the stand-in for a GPU take the longest, because each compiles a kernel with
+    the C++ compiler, and show the least, because formulas and the loop are the same for all of them.
+    """
+    if any(device in mark.args for mark in item.iter_markers("long_on")):
+        return pytest.mark.slow
+    alike = [mark.args for mark in item.iter_markers("alike")]
+    if not alike or is_sample(item.callspec.params):
+        return None
+    if () in alike:
+        return pytest.mark.exhaustive if device == "stand-in" else pytest.mark.slow
+    return pytest.mark.slow if any(device in args for args in alike) else None
 
 
 def is_sample(params):
