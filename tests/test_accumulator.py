@@ -55,6 +55,16 @@ def test_losses_of_elements_are_those_of_the_joined_batches(row, reduction, rng,
     assert (total.samples, total.count) == (SHAPE[0], operands[0].size)
 
 
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64, 65])
+def test_sums_of_many_short_samples_are_those_of_each(size, rng, dtype):
+    z, t, w, mask = data(rng, dtype, (1500, size))
+    sums = BCE(z, t, w, mask=mask, reduction="sample_sum")
+    alone = [BCE(*(x[k : k + 1] for x in (z, t, w)), mask=mask[k : k + 1], reduction="sum") for k in range(len(z))]
+    assert_close(sums, np.array(alone), SUM[dtype])
+    parts = [BCE(*(x[k] for x in (z, t, w)), mask=mask[k], reduction="sample_sum") for k in (slice(0, 1), slice(1, 700), slice(700, None))]
+    np.testing.assert_array_equal(np.concatenate(parts), sums)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_weights_masks_and_ignored_targets(reduction, rng):
     z, t, w, mask = data(rng)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,8 @@ class Accumulated:
         options = dict(options)
         arguments = Arguments(("value",), (), operands[0], operands[1], options.pop("weight", None), "sample_sum", options)
         value, _ = self.compute(arguments, in_float64(call))
+        if options.get("mask") is None and options.get("ignore_index") is None:
+            return {"value": value, "count": math.prod(operands[0].shape)}
         counted = call(self.definitions[0], arguments._replace(reduction="mean")).count()
         return {"value": value, "count": np.reshape(counted, 1)}
 

@@ -20,15 +20,19 @@ class Exact(NamedTuple):
     special: tuple[float, ...]  # the sums of the others
 
     @classmethod
-    def over_first_axis(cls, x: Array) -> Self:
-        """Add up an array along its first axis; the other axes become one."""
+    def over_first_axis(cls, x: Array | int) -> Self:
+        """Add up an array along its first axis; the other axes become one. A whole number is a sum already."""
+        if isinstance(x, int):
+            return cls((x * UNITS,), (0.0,))
         columns = np.asarray(x, np.float64).reshape(len(x), math.prod(x.shape[1:])).T
-        if math.isfinite(float(np.abs(columns).max(initial=0.0))):
-            return cls(tuple(map(add_up, columns)), (0.0,) * len(columns))
+        largest = float(np.abs(columns).max(initial=0.0))
+        if math.isfinite(largest):
+            return cls(tuple([add_up(column, largest) for column in columns]), (0.0,) * len(columns))
         finite = np.isfinite(columns)
         with np.errstate(invalid="ignore"):
             special = np.where(finite, 0.0, columns).sum(axis=1)
-        return cls(tuple(map(add_up, np.where(finite, columns, 0.0))), tuple(map(float, special)))
+        rest = np.where(finite, columns, 0.0)
+        return cls(tuple([add_up(column, float(np.abs(column).max())) for column in rest]), tuple(map(float, special)))
 
     def plus(self, other: Exact) -> Exact:
         """Return the sums of both."""
@@ -40,23 +44,24 @@ class Exact(NamedTuple):
         return np.array([to_float(n) + special for n, special in zip(self.units, self.special, strict=True)])
 
 
-def add_up(x: Array) -> int:
-    """Return the exact sum of finite numbers, in multiples of 2**-1074.
+def add_up(x: Array, largest: float) -> int:
+    """Return the exact sum of finite numbers, in multiples of 2**-1074, given a bound of their magnitudes.
 
     In each turn, the leading bits of every number are rounded off to the same multiple of a power of two, of which they are so few that
-    float64 adds them without rounding (Rump, Ogita and Oishi, "Accurate Floating-Point Summation", 2008).
+    float64 adds them without rounding (Rump, Ogita and Oishi, "Accurate Floating-Point Summation", 2008). The rest of each number is at
+    most half a unit in the last place of that power.
     """
-    if x.size == 1:
-        return to_units(float(x[0]))
-    total = 0
-    while largest := float(np.abs(x).max(initial=0.0)):
-        if largest > HUGE:
-            return total + sum(map(to_units, x.tolist()))
-        pivot = math.ldexp(1.0, math.frexp(largest)[1] + (x.size + 2).bit_length())
+    if largest > HUGE:
+        return sum(map(to_units, x.tolist()))
+    bits = (x.size + 2).bit_length()
+    total, pivot = 0, math.ldexp(1.0, math.frexp(largest)[1] + bits)
+    while True:
         leading = (x + pivot) - pivot
         total += to_units(float(leading.sum()))
         x = x - leading
-    return total
+        if not x.any():
+            return total
+        pivot *= 2.0 ** (bits - 52)
 
 
 def to_units(x: float) -> int:

@@ -25,9 +25,10 @@ Axis = tuple[int, tuple[int, ...]]  # length, and each array's stride in bytes
 
 MAX_RANGES = 256
 SHORT_AXIS = 32  # elements; a shorter innermost axis is joined with the next axis to one row
+SHORT_GROUP = 32  # elements; the CPU computes fewer elements at once if a group with sums of its own has no more
 RANGE_STEP = 1024  # elements; a range is a multiple of this, except at the end of a group
-# Estimated nanoseconds of one thread on the smallest range. A thread takes one range at a time, so a range must cost more than the
-# atomic counters that it is taken from and counted by.
+# Estimated nanoseconds of one thread on the smallest range, and on the ranges that it takes at once. They must cost more than the atomic
+# counter that they are taken from.
 RANGE_WORK = 2000.0
 # The same for groups with sums of their own, by the type of the arithmetic. Their ranges follow from their size alone, so that a group's
 # sums do not depend on how many groups there are; and there may be many: BCE of 64x3x256x256 with a sum for each sample took 1.3 x the
@@ -65,6 +66,7 @@ class Spec:
     numbers: tuple[str, ...]  # names of the options given as numbers: parameters, "target_scale", "ignore_index"
     summed: tuple[str, ...]  # quantities of the formula, and "count", the number of elements that are not excluded
     checked: tuple[str, ...]  # operands whose elements outside [0, 1] are counted
+    is_short: bool  # whether each group has sums of its own and few elements
 
     @property
     def arrays(self) -> tuple[Operand, ...]:
@@ -128,6 +130,11 @@ class Plan:
         return self.groups * self.ranges_per_group
 
     @property
+    def ranges_at_once(self) -> int:
+        """Number of ranges that a thread takes at once, so that they cost more than the counter that they are taken from."""
+        return max(1, min(int(RANGE_WORK / (self.range_size * estimate_work(self.spec))), self.ranges // MAX_RANGES))
+
+    @property
     def size(self) -> int:
         """Number of elements."""
         return self.groups * self.group_size
@@ -176,7 +183,8 @@ def make_plan(request: Request) -> Plan:
     rest, outer, inner = split_rows(merge_axes(axes), sizes)
     groups = math.prod(shape[:group_axes])
     group_size = math.prod(shape[group_axes:])
-    spec = make_spec(request, [classify_access(inner[0], *by) for by in zip(inner[1], outer[1], sizes, strict=True)])
+    is_short = group_axes > 0 and group_size <= SHORT_GROUP
+    spec = make_spec(request, is_short, [classify_access(inner[0], *by) for by in zip(inner[1], outer[1], sizes, strict=True)])
     extents = [extent(shape, by, size) for by, size in zip(strides, sizes, strict=True)]
     return Plan(
         spec=spec,
@@ -194,8 +202,8 @@ def make_plan(request: Request) -> Plan:
     )
 
 
-def make_spec(request: Request, accesses: list[str]) -> Spec:
-    """Make the kernel's spec, given how each array is accessed along a row."""
+def make_spec(request: Request, is_short: bool, accesses: list[str]) -> Spec:
+    """Make the kernel's spec, given whether groups are short, and how each array is accessed along a row."""
     codes = [code_of(dtype) for _, dtype, _, _ in request.arrays]
     arrays = tuple(Operand(*x) for x in zip(request.operands + request.outputs, codes, accesses, strict=True))
     operands = arrays[: len(request.operands)]
@@ -211,6 +219,7 @@ def make_spec(request: Request, accesses: list[str]) -> Spec:
         numbers=request.numbers,
         summed=request.summed,
         checked=request.checked,
+        is_short=is_short,
     )
 
 

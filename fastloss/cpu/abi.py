@@ -7,8 +7,8 @@ The frame of a call consists of
     and for each range its partial sums and its number of bad elements.
 
 The layout of a plan consists of
-    eight fields: the number of ranges, the number of ranges in a group, the elements of a range, of a group, of a row and of a
-    row's inner axis, 1 if elements are prefetched or 0, and the number of axes outside the rows;
+    nine fields: the number of ranges, how many of them a thread takes at once, the number of ranges in a group, the elements of a
+    range, of a group, of a row and of a row's inner axis, 1 if elements are prefetched or 0, and the number of axes outside the rows;
     the inner strides, the outer strides, and the first visited bytes relative to the addresses, each with a field for each array;
     and for each axis outside the rows, innermost first, its length and each array's stride.
 """
@@ -27,7 +27,7 @@ LINE, PIECE = 64, 16  # bytes of a cache line, and of the smallest non-temporal 
 PREFETCH_FROM = 8 << 20  # bytes of operands, which then do not fit the caches of one core
 COUNTERS = 1  # fields at the begin of the frame that start at 0
 FIELDS = 5  # fields of the frame before the addresses
-LAYOUT_FIELDS = 8  # fields of the layout before the strides
+LAYOUT_FIELDS = 9  # fields of the layout before the strides
 
 
 class Frame(NamedTuple):
@@ -54,7 +54,7 @@ def layout_of(plan: Plan) -> list[int]:
     """Return the fields of the layout of a plan."""
     prefetches = plan.size * sum(operand.size for operand in plan.spec.operands) >= PREFETCH_FROM
     sizes = [plan.range_size, plan.group_size, plan.row_size, plan.inner_size]
-    fields = [plan.ranges, plan.ranges_per_group, *sizes, int(prefetches), len(plan.axes)]
+    fields = [plan.ranges, plan.ranges_at_once, plan.ranges_per_group, *sizes, int(prefetches), len(plan.axes)]
     assert len(fields) == LAYOUT_FIELDS
     strides = [*plan.inner_strides, *plan.outer_strides, *plan.starts]
     return [*fields, *strides, *(x for length, by in plan.axes for x in (length, *by))]

@@ -83,7 +83,7 @@ class HostCall(Call):
     @staticmethod
     def warn_of_empty_mean(counted: Any) -> None:
         """Warn if a mean divides by 0."""
-        if not np.all(counted):
+        if not (counted.all() if isinstance(counted, np.ndarray) else counted):
             warn_of_empty_mean()
 
     def compute(self) -> tuple[Any, list[Array]]:

@@ -67,10 +67,7 @@ class Launch:
         else:
             THREADS.run(self.kernel, frame, self.ranges, self.work)
         if self.by_group:
-            shape = (self.plan.groups, -1, self.partials)
-            partials = np.frombuffer(memoryview(frame), np.float64, self.partials * self.ranges, self.partials_at).reshape(shape)
-            with np.errstate(all="ignore"):
-                return partials[:, :, :-1].sum(axis=1).T, bool(partials[:, :, -1].any())
+            return self.sums_of_groups(np.frombuffer(memoryview(frame), np.float64, self.partials * self.ranges, self.partials_at))
         if not self.has_sums:
             return NO_SUMS
         sums = self.unpack_sums(frame, self.partials_at)
@@ -78,6 +75,15 @@ class Launch:
             return sums, sums[-1] > 0.0
         totals = [sum(sums[k :: self.partials]) for k in range(self.partials)]
         return totals, totals[-1] > 0.0
+
+    def sums_of_groups(self, partials: Any) -> tuple[Any, bool]:
+        """Add up the partial sums of each group's ranges; return the sums, and whether an element lies outside [0, 1]."""
+        if self.ranges == self.plan.groups:
+            sums = partials.reshape(self.ranges, self.partials).T
+        else:
+            with np.errstate(all="ignore"):
+                sums = partials.reshape(self.plan.groups, -1, self.partials).sum(axis=1).T
+        return sums[:-1], self.plan.spec.checked != () and bool(sums[-1].any())
 
     def choose_store_mode(self, addresses: list[int]) -> int:
         """Choose the store mode. An output that overwrites its operand is stored into the caches, which already hold its lines."""

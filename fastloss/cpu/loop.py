@@ -33,6 +33,7 @@ class Shape(NamedTuple):
     """Everything about a spec that its loop depends on."""
 
     compute: str  # code of the type of the arithmetic
+    lanes: int  # elements of a step
     arrays: int
     numbers: int  # options given as numbers
     sums: int  # of a block
@@ -41,7 +42,7 @@ class Shape(NamedTuple):
 
 def shape_of(spec: Spec) -> Shape:
     """Return the shape of the loop of a spec."""
-    return Shape(spec.compute, len(spec.arrays), len(spec.numbers), count_sums(spec), count_partials(spec))
+    return Shape(spec.compute, lanes_of(spec), len(spec.arrays), len(spec.numbers), count_sums(spec), count_partials(spec))
 
 
 class Lanes(types.Type):
@@ -85,13 +86,13 @@ def advance(typingctx: Any, addresses: Any, strides: Any, index: Any) -> Any:
 
 
 @intrinsic
-def fetch_add(typingctx: Any, pointer: Any, index: Any) -> Any:
-    """Add 1 to `pointer[index]` atomically and return its previous value."""
+def fetch_add(typingctx: Any, pointer: Any, number: Any) -> Any:
+    """Add a number to `pointer[0]` atomically and return its previous value."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", builder.gep(args[0], [args[1]]), I64(1), "seq_cst")
+        return builder.atomic_rmw("add", args[0], args[1], "seq_cst")
 
-    return types.int64(pointer, index), codegen
+    return types.int64(pointer, types.int64), codegen
 
 
 @intrinsic
@@ -181,10 +182,10 @@ def build(shape: Shape) -> str:
     """Compile a loop, and return its LLVM code.
 
     Each thread calls the function with the same argument, the frame of the call; see `abi.py`.
-    A thread takes its next range from an atomic counter, whose increment also makes the non-temporal stores of the range before visible
-    to other threads.
+    A thread takes its next ranges from an atomic counter, whose increment also makes the non-temporal stores of the ranges before
+    visible to other threads.
     """
-    arrays, partial_count, lanes = shape.arrays, shape.totals, lanes_of(shape.compute)
+    arrays, partial_count, lanes = shape.arrays, shape.totals, shape.lanes
     block = BLOCK * lanes
     block_sums = types.UniTuple(Lanes(sum_type(shape.compute, shape.compute)), shape.sums)
     range_totals = types.UniTuple(Lanes(sum_type(shape.compute, "f8")), shape.totals)
@@ -199,12 +200,13 @@ def build(shape: Shape) -> str:
     def kernel(frame: Any) -> None:
         _, layout_at, mode, scale_stride, scales = read(FIELDS, frame, 0)
         layout = pointer_at(types.int64, layout_at)
-        ranges, per_group, range_size, group_size, row_size, inner_size, prefetches, axes = read(LAYOUT_FIELDS, layout, 0)
+        ranges, at_once, per_group, range_size, group_size, row_size, inner_size, prefetches, axes = read(LAYOUT_FIELDS, layout, 0)
         inner_strides, outer_strides = read(arrays, layout, inner_at), read(arrays, layout, outer_at)
         base = advance(read(arrays, frame, addresses_at), read(arrays, layout, starts_at), 1)
         options = read(numbers, float64_pointer(frame, numbers_at), 0)
         partials = float64_pointer(frame, partials_at)
-        index = fetch_add(frame, 0)
+        index = fetch_add(frame, at_once)
+        end = index + at_once
         while index < ranges:
             group = index // per_group
             at = group * group_size + (index - group * per_group) * range_size
@@ -232,6 +234,9 @@ def build(shape: Shape) -> str:
                     totals = fold(totals, sums)
                 at += count
             store_sums(partials, partial_count * index, totals)
-            index = fetch_add(frame, 0)
+            index += 1
+            if index == end:
+                index = fetch_add(frame, at_once)
+                end = index + at_once
 
     return str(kernel.inspect_llvm())

@@ -25,6 +25,7 @@ STEP, FOLD = "fastloss_step", "fastloss_fold"  # names of the functions
 # with arrays in the cache, in ns an element, at 128, 256 and 512 bytes: AVX-512 0.50, 0.47, 0.51; at 64 to 256 bytes: AVX2 0.71,
 # 0.55, 0.50).
 VECTOR_BYTES = 256
+SHORT_BYTES = 64  # the same for short groups, each of which needs a step of its own
 REGISTER_BYTES = 64 if HAS_AVX512 else 32
 PREFETCH = 2048  # bytes from a load to the cache lines that it prefetches
 # Number of steps whose elements are summed in float32: a lane adds 64 elements, with an error of 2e-7 for a constant batch. It
@@ -35,9 +36,9 @@ I1, I64, DOUBLE = ir.IntType(1), ir.IntType(64), ir.DoubleType()
 Values = list[ir.Value]
 
 
-def lanes_of(compute: str) -> int:
-    """Return the number of elements in a step, given the type of the arithmetic."""
-    return VECTOR_BYTES // BY_CODE[compute].size
+def lanes_of(spec: Spec) -> int:
+    """Return the number of elements in a step."""
+    return (SHORT_BYTES if spec.is_short else VECTOR_BYTES) // BY_CODE[spec.compute].size
 
 
 def sum_type(compute: str, stored: str) -> ir.VectorType:
@@ -64,7 +65,7 @@ class StepEmitter:
 
     def __init__(self, spec: Spec, builder: ir.IRBuilder, row: Row, start: ir.Value, left: ir.Value, prefetches: ir.Value) -> None:
         self.spec, self.builder, self.row, self.start, self.left, self.prefetches = spec, builder, row, start, left, prefetches
-        self.lanes = lanes_of(spec.compute)
+        self.lanes = lanes_of(spec)
         self.ids = ir.Constant(ir.VectorType(I64, self.lanes), list(range(self.lanes)))
         self.all = ir.Constant(ir.VectorType(I1, self.lanes), [1] * self.lanes)
         self.is_full = builder.icmp_signed(">=", left, I64(self.lanes))
@@ -291,7 +292,7 @@ def spread_number(builder: ir.IRBuilder, value: ir.Value, spec: Spec) -> Vector:
     """Convert a float64 number to the type of the arithmetic and return a vector with it in every lane."""
     if spec.compute == "f4":
         value = builder.fptrunc(value, ir.FloatType())
-    return Vector(builder, spread(builder, value, lanes_of(spec.compute)))
+    return Vector(builder, spread(builder, value, lanes_of(spec)))
 
 
 def differs_from(step: StepEmitter, stored: Vector, converted: Vector, value: ir.Value) -> Vector:
