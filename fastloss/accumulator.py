@@ -9,8 +9,8 @@ from typing import Any, Self
 import numpy as np
 
 from fastloss.backends.find import find_backend
+from fastloss.core.accumulated import Sums, joined, rounded
 from fastloss.core.checks import check_reduction, refuse_unknown, warn_of_empty_mean
-from fastloss.core.exact import Exact
 
 
 class Accumulator:
@@ -55,7 +55,7 @@ class Accumulator:
     def reset(self) -> None:
         """Forget all batches."""
         self.samples = 0  # length of the first axes of all batches together
-        self._sums: dict[str, Exact] = {}
+        self._sums: Sums = {}
 
     @property
     def count(self) -> int:
@@ -76,14 +76,18 @@ class Accumulator:
             found = f"{len(operands)} array{'s' * (len(operands) != 1)}"
             raise TypeError(f"update got {found}; accepted: {', '.join(names)}, and options by keyword")
         refuse_unknown(options, tuple(name for name in self.loss.accumulated_options() if name not in self.loss.settings))
+        backend = find_backend(operands[0])
+        if backend.is_lazy:
+            raise TypeError(
+                f"{names[0]} is a {type(operands[0]).__name__} of Dask; accepted: call the loss itself, which adds up all blocks"
+            )
         given = {name: x for name, x in {**self.options, **options}.items() if x is not None}
-        find_backend(operands[0]).compute_jointly(self._take, dict(zip(names, operands, strict=True)), given)
+        backend.compute_jointly(self._take, dict(zip(names, operands, strict=True)), given)
 
     def _take(self, *, call: Any, **arguments: Any) -> tuple[()]:
         """Add a batch whose arrays the class `call` reads."""
         operands = [arguments.pop(name) for name in self.loss.operands]
-        found = self.loss.sample_sums(operands, arguments, call)
-        sums = {name: Exact.over_first_axis(call.to_host(x)) for name, x in found.items()}
+        sums = self.loss.exact_sums(operands, arguments, call)
         self._sums, self.samples = joined(self._sums, sums), self.samples + len(operands[0])
         return ()
 
@@ -109,19 +113,8 @@ class Accumulator:
         """
         if self.reduction != "sum" and not (self.count if self.reduction == "mean" else self.samples):
             warn_of_empty_mean()
-        sums = {name: x.rounded() for name, x in self._sums.items()}
         with np.errstate(all="ignore"):
-            return self.loss.value_of_sums(sums, self.samples, self.reduction, self.options)
-
-
-def joined(these: dict[str, Exact], those: dict[str, Exact]) -> dict[str, Exact]:
-    """Return the sums of two sets of samples, of which one may be empty. Raise ValueError if they have different channels."""
-    if not these or not those:
-        return these or those
-    before, found = len(these["count"].units), len(those["count"].units)
-    if before != found:
-        raise ValueError(f"the batch has {found} channels; those before had {before}")
-    return {name: x.plus(those[name]) for name, x in these.items()}
+            return self.loss.value_of_sums(rounded(self._sums), self.samples, self.reduction, self.options)
 
 
 def same(these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:

@@ -162,7 +162,10 @@ def test_calls_for_the_value_refuse_grad_output_and_out():
 FOREIGN = [  # types of arrays, by their modules, and the message about them
     ("jaxlib._jax.ArrayImpl", "numpy.ndarray; pass numpy.from_dlpack({name}), and inside jax.jit call the loss through jax.pure_callback"),
     ("jax._src.core.Tracer", "numpy.ndarray; pass numpy.from_dlpack({name}), and inside jax.jit call the loss through jax.pure_callback"),
-    ("dask.array.core.Array", "numpy.ndarray; pass {name}.compute(), or call the loss on each block through dask.array.map_blocks"),
+    (
+        "dask.array.core.Array",
+        "numpy.ndarray, or dask.array.Array if the input is one; pass {name}.compute(), or every array through dask.array.asarray",
+    ),
     (
         "tensorflow.python.framework.ops.EagerTensor",
         "numpy.ndarray; pass {name}.numpy(), and inside tf.function call the loss through tf.numpy_function",

@@ -25,6 +25,11 @@ def find_backend(array: Any) -> Backend:
         from fastloss.backends.cupy import BACKEND as CUPY
 
         return CUPY
+    dask = sys.modules.get("dask.array")
+    if dask is not None and isinstance(array, getattr(dask, "Array", ())):
+        from fastloss.backends.dask import BACKEND as DASK
+
+        return DASK
     return NUMPY
 
 

@@ -22,6 +22,7 @@ class Backend:
     """
 
     options: tuple[str, ...] = ()  # accepted in addition to those of a loss, such as PyTorch's `inplace_grad`
+    is_lazy = False  # whether results are computed later
 
     def compute(self, loss: AbstractLoss, arguments: Arguments) -> tuple[Any, list[Array]]:
         """Compute the requested quantities: the reduced value or None, and one array for each quantity in `arguments.wanted`."""

@@ -1,4 +1,4 @@
-"""`Accumulated`: what an `Accumulator` asks of a loss: numbers of each sample that add up over a data set, and the value of their sums."""
+"""`Accumulated`: a loss of a data set in parts, from sums over the samples: its value, and the gradients of each part."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ import numpy as np
 
 from fastloss.core.call import Arguments
 from fastloss.core.definition import Definition
+from fastloss.core.exact import Exact
 
 REDUCTIONS = ("mean", "sum", "batchmean")  # those that have a value over a data set
 OF_ONE_CALL = ("reduction", "grad_output", "out")  # options that an accumulator does not take
+
+
+Sums = dict[str, Exact]  # by name; empty for no part at all
 
 
 class Accumulated:
@@ -51,13 +55,45 @@ class Accumulated:
         counted = call(self.definitions[0], arguments._replace(reduction="mean")).count()
         return {"value": value, "count": np.reshape(counted, 1)}
 
+    def exact_sums(self, operands: Sequence[Any], options: Mapping[str, Any], call: Any) -> Sums:
+        """Return the sums over the samples of a part, without rounding."""
+        found = self.sample_sums(operands, options, call)
+        return {name: Exact.over_first_axis(call.to_host(x)) for name, x in found.items()}
+
     def value_of_sums(self, sums: Mapping[str, Any], samples: int, reduction: str, options: Mapping[str, Any]) -> Any:
         """Return the loss, given the sums: none of them if there was no batch."""
-        value, count = (sums[name][0] if sums else np.float64(0.0) for name in ("value", "count"))
-        return value / {"mean": count, "sum": 1, "batchmean": samples}[reduction]
+        value = sums["value"][0] if sums else np.float64(0.0)
+        return value / self.divisor_of_sums(sums, samples, reduction)
+
+    def divisor_of_sums(self, sums: Mapping[str, Any], samples: int, reduction: str) -> Any:
+        """Return the number that a reduction divides by, given the sums."""
+        count = sums["count"][0] if sums else 0.0
+        return {"mean": count, "sum": 1, "batchmean": samples}[reduction]
+
+    def gradients_of_part(self, arguments: Arguments, call: Any, sums: Mapping[str, Any], samples: int) -> list[Any]:
+        """Return the gradients of a part with respect to the loss of all parts, given the sums and the number of samples of all."""
+        with np.errstate(all="ignore"):
+            upstream = np.divide(arguments.options.get("grad_output", 1.0), self.divisor_of_sums(sums, samples, arguments.reduction))
+        options = {**arguments.options, "grad_output": upstream}
+        return self.compute(arguments._replace(summed=(), reduction="sum", options=options), call)[1]
 
 
 @functools.cache
 def in_float64(call: Any) -> Any:
     """Return a subclass of `Call` like another one, whose reduced values are float64."""
     return call if call.value_dtype == np.float64 else type(call.__name__, (call,), {"__slots__": (), "value_dtype": np.float64})
+
+
+def joined(these: Sums, those: Sums) -> Sums:
+    """Return the sums of two sets of samples, of which one may be empty. Raise ValueError if they have different channels."""
+    if not these or not those:
+        return these or those
+    before, found = len(these["count"].units), len(those["count"].units)
+    if before != found:
+        raise ValueError(f"the batch has {found} channels; those before had {before}")
+    return {name: x.plus(those[name]) for name, x in these.items()}
+
+
+def rounded(sums: Sums) -> dict[str, Any]:
+    """Return the sums as float64 arrays."""
+    return {name: x.rounded() for name, x in sums.items()}

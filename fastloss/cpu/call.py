@@ -25,7 +25,7 @@ FOREIGN = {  # packages whose arrays NumPy would convert slowly or incorrectly: 
     "cupy": "numpy.ndarray, or cupy.ndarray if the input is one; pass cupy.asnumpy({name}), or every array through cupy.asarray",
     "jax": _JAX,
     "jaxlib": _JAX,
-    "dask": "numpy.ndarray; pass {name}.compute(), or call the loss on each block through dask.array.map_blocks",
+    "dask": "numpy.ndarray, or dask.array.Array if the input is one; pass {name}.compute(), or every array through dask.array.asarray",
     "tensorflow": "numpy.ndarray; pass {name}.numpy(), and inside tf.function call the loss through tf.numpy_function",
 }
 

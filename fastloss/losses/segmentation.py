@@ -182,6 +182,11 @@ class DiceLoss(AbstractLoss):
         divisors = {"mean": (present.sum(), sums["count"].sum()), "sum": (1, 1), "batchmean": (samples, samples)}[reduction]
         return _add_parts(settings, dice.sum() / divisors[0], sums["entropy"].sum() / divisors[1])
 
+    def gradients_of_part(self, arguments: Arguments, call: Any, sums: Mapping[str, Any], samples: int) -> list[Any]:
+        """Return the gradients of a part with respect to the loss of all parts, given the sums and the number of samples of all."""
+        passes = _Passes(self, arguments._replace(options=dict(arguments.options)), call, sums, samples)
+        return passes.slopes(arguments.wanted)
+
     def take_settings(self, options: dict[str, Any]) -> dict[str, Any]:
         """Remove the settings from the options, check them, and return them with the defaults of those that are missing."""
         own = {name: options.pop(name, default) for name, default in self.settings.items()}
@@ -199,9 +204,14 @@ def leading_axes(settings: Mapping[str, Any]) -> int:
 
 
 class _Passes:
-    """One call: the first pass, made at once, and from its sums the value and the second pass."""
+    """One call: the first pass, made at once, and from its sums the value and the second pass.
 
-    def __init__(self, loss: DiceLoss, arguments: Arguments, call: Any) -> None:
+    If the arrays are a part of a batch, the sums and the number of samples of the whole batch are given; see `Accumulated`.
+    """
+
+    def __init__(
+        self, loss: DiceLoss, arguments: Arguments, call: Any, whole: Mapping[str, Any] | None = None, samples: int | None = None
+    ) -> None:
         self.loss, self.settings, self.reduction = loss, loss.take_settings(arguments.options), arguments.reduction
         upstream = arguments.options.pop("grad_output", None)
         self.call = call(loss.first, arguments._replace(reduction="sum"))
@@ -209,7 +219,12 @@ class _Passes:
         self.call.group_axes = self.leading_axes()
         self.check_reduction()
         self.upstream = 1.0 if upstream is None else self.take_upstream(upstream)
-        self.sum()
+        self.samples = samples
+        if whole is None or self.settings["per_sample"]:
+            self.take_sums(self.sum())
+        else:
+            self.take_sums({name: x.reshape((1, -1) if self.settings["per_channel"] else ()) for name, x in whole.items()})
+        self.counts = whole if whole is not None and self.settings["per_sample"] else {"present": self.present, **self.sums}
 
     def leading_axes(self) -> int:
         """Return the number of group axes of the first pass. Raise ValueError if the input has fewer axes."""
@@ -238,14 +253,18 @@ class _Passes:
         """Return the shape of the value."""
         return self.loss.value_shape(self.shape, self.reduction, self.settings)
 
-    def sum(self) -> None:
-        """Make the first pass: the Dice losses, whether each has any element, and the sums of the cross-entropy."""
+    def sum(self) -> dict[str, Array]:
+        """Make the first pass, and return its sums over each region of each sample."""
         names = ("overlap", "missed", *(("entropy",) if self.loss.with_entropy else ()), *(("count",) if self.call.excludes else ()))
         sums = self.call.run(names, (), [], validate=self.call.validate)
         named = {name: np.reshape(x, self.shape[: self.call.group_axes]) for name, x in zip(names, sums, strict=False)}
         if "count" not in named:
             named["count"] = np.full_like(named["missed"], float(prod(self.shape[self.call.group_axes :])))
         named.setdefault("entropy", named["count"])  # which has no weight then
+        return named
+
+    def take_sums(self, named: dict[str, Array]) -> None:
+        """Take the sums over the regions: find the Dice losses, and whether each region has any element."""
         self.sums = named
         overlap, missed, counted = (self.over_batch(named[name]) for name in ("overlap", "missed", "count"))
         self.dice, self.present = _dice(overlap, missed, counted, self.settings["smooth"])
@@ -258,24 +277,24 @@ class _Passes:
         """Return the reduced value."""
         if self.reduction == "none":
             return self.dice.loss[()]
-        self.call.warn_of_empty_mean(self.divisor(self.sums["count"]))
+        self.call.warn_of_empty_mean(self.divisor("count"))
         with np.errstate(all="ignore"):
-            dice, entropy = self.reduced(self.dice.loss, self.present), self.reduced(self.sums["entropy"], self.sums["count"])
+            dice, entropy = self.reduced(self.dice.loss, "present"), self.reduced(self.sums["entropy"], "count")
             return _add_parts(self.settings, dice, entropy)[()]
 
-    def reduced(self, sums: Array, counts: Array) -> Any:
-        """Return the sum of the regions' sums, divided by the number that the reduction counts."""
-        return np.divide(self.over_groups(sums), self.divisor(counts))
+    def reduced(self, sums: Array, counted: str) -> Any:
+        """Return the sum of the regions' sums, divided by the number of regions or elements that the reduction counts."""
+        return np.divide(self.over_groups(sums), self.divisor(counted))
 
     def over_groups(self, x: Array) -> Any:
         """Add up regions: all of them, or those of each sample."""
         return np.sum(x, axis=tuple(range(1, x.ndim)) if self.reduction.startswith("sample") else None)
 
-    def divisor(self, counts: Array) -> Any:
-        """Return the number that the reduction divides by, given the number of elements of each region."""
+    def divisor(self, counted: str) -> Any:
+        """Return the number that the reduction divides by, where it counts "present" regions or elements by "count"."""
         if self.reduction in ("mean", "sample_mean"):
-            return self.over_groups(counts)
-        return self.shape[0] if self.reduction == "batchmean" else 1
+            return self.over_groups(self.counts[counted])
+        return 1 if self.reduction != "batchmean" else self.shape[0] if self.samples is None else self.samples
 
     def slopes(self, wanted: tuple[str, ...]) -> list[Array]:
         """Make the second pass and return the gradients."""
@@ -289,12 +308,12 @@ class _Passes:
         """Return the parameters of the slope's formula, computed from the sums and shaped to broadcast against the input."""
         parameters = {}
         if weight := self.settings.get("dice_weight", 1.0):
-            each = self.spread(np.divide(self.upstream, self.divisor(self.present)))
+            each = self.spread(np.divide(self.upstream, self.divisor("present")))
             # the slope of an empty region is 0; without the limit, p (1 - p) = 0 would be multiplied by infinity
             steepness = np.minimum(1.0 / self.spread_groups(self.dice.size), self.largest_number())
             parameters = {"score": self.spread_groups(self.dice.score), "rate": weight * each * steepness}
         if weight := self.settings.get("bce_weight", 0.0):
-            parameters["entropy_rate"] = self.spread(weight * np.divide(self.upstream, self.divisor(self.sums["count"])))
+            parameters["entropy_rate"] = self.spread(weight * np.divide(self.upstream, self.divisor("count")))
         return parameters
 
     def largest_number(self) -> float:
