@@ -68,6 +68,11 @@ def objective(loss, **given):
     return gradients
 
 
+def said(x):
+    """Name a case by the library's own parameters."""
+    return "-".join(map(str, x.values())) if isinstance(x, dict) else x if isinstance(x, str) else "ours"
+
+
 @pytest.fixture(scope="module")
 def samples():
     """Return features, labels 0 and 1, soft labels, numbers and weights."""
@@ -93,7 +98,7 @@ XGBOOST = [  # our objective, XGBoost's with its parameters, and the kind of lab
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("ours", "theirs", "kind"), XGBOOST, ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(("ours", "theirs", "kind"), XGBOOST, ids=said)
 def test_trees_of_xgboost(samples, ours, theirs, kind, weighted):
     import xgboost
 
@@ -143,7 +148,7 @@ LIGHTGBM = [
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("ours", "theirs", "kind"), LIGHTGBM, ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(("ours", "theirs", "kind"), LIGHTGBM, ids=said)
 def test_trees_of_lightgbm(samples, ours, theirs, kind, weighted):
     import lightgbm
 
