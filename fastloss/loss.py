@@ -32,13 +32,13 @@ VALUE, SLOPE, CURVATURE = ("value",), ("slope",), ("curvature",)
 class Loss(AbstractLoss):
     """An elementwise loss: call it for the value; `grad`, `value_and_grad` and `curvature` take the same arguments.
 
-    All arrays of a call belong to one framework, and to one device: NumPy's, CuPy's, or PyTorch's tensors. Arithmetic is float32, or
-    float64 where input or target is float64. Results stored in 16 bits are rounded once. Sums accumulate in float64 and do not
+    All arrays of a call belong to one framework, and to one device: those of NumPy, CuPy, Dask, or tensors of PyTorch. Arithmetic is
+    float32, or float64 where input or target is float64. Results stored in 16 bits are rounded once. Sums accumulate in float64 and do not
     depend on the number of threads. A mean over no elements is NaN, with a RuntimeWarning.
 
     With CuPy, a value is a 0-d array, and no call waits for the device. With PyTorch, a value has the input's dtype, with autograd
     attached to input and target; gradients and curvatures are tensors without autograd. A call of the value then takes
-    `inplace_grad=True`, which lets the gradient overwrite the input.
+    `inplace_grad=True`, which lets the gradient overwrite the input, or `process_group`, over whose joined batch it is computed.
 
     `curvature` raises NotImplementedError if the loss's formula does not return it.
 

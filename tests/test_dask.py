@@ -183,7 +183,7 @@ def test_arguments_are_checked_before_anything_is_computed(rng):
     z, t, _, mask = data(rng)
     x, y = cut(z), cut(t)
     wrong = [
-        (TypeError, "unknown option maks", lambda: BCE(x, y, maks=mask)),
+        (TypeError, "unknown option wieght", lambda: BCE(x, y, wieght=t)),
         (ValueError, "reduction 'median' is unknown", lambda: BCE(x, y, reduction="median")),
         (ValueError, "input has shape (13, 3, 9, 11) and target (12, 3, 9, 11); they must be equal", lambda: BCE(x, y[:12])),
         (TypeError, "target is a builtins.list, but the input is a dask.array.Array; accepted: Dask and NumPy", lambda: BCE(x, [1.0])),

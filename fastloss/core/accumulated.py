@@ -50,10 +50,15 @@ class Accumulated:
         options = dict(options)
         arguments = Arguments(("value",), (), operands[0], operands[1], options.pop("weight", None), "sample_sum", options)
         value, _ = self.compute(arguments, in_float64(call))
+        return {"value": value, "count": self.count(operands, {**options, "weight": arguments.weight}, call)}
+
+    def count(self, operands: Sequence[Any], options: Mapping[str, Any], call: Any) -> Any:
+        """Return the number of elements that count: a number on the host, or an array of one number."""
         if options.get("mask") is None and options.get("ignore_index") is None:
-            return {"value": value, "count": math.prod(operands[0].shape)}
-        counted = call(self.definitions[0], arguments._replace(reduction="mean")).count()
-        return {"value": value, "count": np.reshape(counted, 1)}
+            return math.prod(operands[0].shape)
+        options = dict(options)
+        arguments = Arguments((), (), operands[0], operands[1], options.pop("weight", None), "mean", options)
+        return np.reshape(call(self.definitions[0], arguments).count(), 1)
 
     def exact_sums(self, operands: Sequence[Any], options: Mapping[str, Any], call: Any) -> Sums:
         """Return the sums over the samples of a part, without rounding."""

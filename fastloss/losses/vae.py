@@ -110,7 +110,8 @@ class VAELoss(Accumulated):
         refuse_unknown(options, (*_OPTIONS, *backend.options))
         loss, beta = _reconstruction_loss(reconstruction), to_bounded("beta", beta, (0.0, LARGEST))
         mu, logvar = _to_latents(reconstruction_logits, mu, logvar, backend.as_array)
-        divergence = gaussian_kl_loss(mu, logvar, reduction="batchmean")
+        shared = {name: x for name, x in options.items() if name == "process_group"}
+        divergence = gaussian_kl_loss(mu, logvar, reduction="batchmean", **shared)
         value = loss(reconstruction_logits, images, reduction="batchmean", **options)
         return _add_parts(value, beta, divergence)
 

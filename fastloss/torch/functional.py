@@ -165,7 +165,12 @@ def compute_weighted_mean(
         return compute_regression(name, input, target, weight, reduction, options)
     if excluding := {option for option in ("mask", "ignore_index") if options.get(option) is not None}:
         raise TypeError(f"{' and '.join(sorted(excluding))} cannot be combined with a weighted mean here; use fastloss.{name}")
-    return compute_regression(name, input, target, weight, "sum", options) / weight.sum()
+    total = weight.sum()
+    if (group := options.get("process_group")) is not None:
+        from fastloss.backends.torch.ranks import add_over_processes
+
+        add_over_processes(total, group)
+    return compute_regression(name, input, target, weight, "sum", options) / total
 
 
 def resolve_reduction(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> str:

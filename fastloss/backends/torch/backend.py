@@ -36,14 +36,14 @@ from fastloss.core.plan import Array
 from fastloss.cpu.prepared import MOST_PREPARED, sort_options
 
 NO_ARRAYS: list[Any] = []
-SPECIAL = ("grad_output", "inplace_grad", "out")  # options that are not passed on to `Arguments` unchanged
-UNPREPARED = ("grad_output", "out")  # options of calls for which no pass is prepared
+SPECIAL = ("grad_output", "inplace_grad", "out", "process_group")  # options that are not passed on to `Arguments` unchanged
+UNPREPARED = ("grad_output", "out", "process_group")  # options of calls for which no pass is prepared
 
 
 class TorchBackend(Backend):
     """The backend for PyTorch tensors, on the CPU and on CUDA devices."""
 
-    options = ("inplace_grad",)
+    options = ("inplace_grad", "process_group")
 
     def __init__(self) -> None:
         self.bound: dict[Any, PreparedLoss] = {}  # by everything of a call but its tensors' elements and the values of parameters
@@ -108,6 +108,8 @@ class TorchBackend(Backend):
             check_tensors(zip((*loss.operands, *names), tensors, strict=True))
             refuse_transforms(tensors)
         bound = BoundLoss(loss, reduction, tuple(names), value_dtype(first))
+        if "process_group" in special:
+            return joined(bound, summed, wanted, tensors, settings, special, with_memory)
         if (*summed, *wanted) != VALUE:
             if special.get("inplace_grad"):
                 raise ValueError("inplace_grad is an option of calls for the value alone; pass out= to choose where a gradient is written")
@@ -206,6 +208,23 @@ def differentiable_value(bound: BoundLoss, tensors: Sequence[Any], settings: Map
     if tensors[1].requires_grad:
         bound.loss.require("target_slope")
     return bound.apply((bound, settings, inplace_grad), *tensors)
+
+
+def joined(
+    bound: BoundLoss, summed: tuple[str, ...], wanted: tuple[str, ...], tensors: list[Any], settings: Mapping[str, Any],
+    special: Mapping[str, Any], with_memory: bool,
+) -> tuple[Any, list[Any]]:  # fmt: skip
+    """Compute the value of a batch that lies on the processes of a group."""
+    if not with_memory:
+        raise NotImplementedError("process_group is not supported in compiled code; call the loss outside")
+    if summed != VALUE or wanted or special.keys() & {"out", "inplace_grad"}:
+        others = "without out, inplace_grad, and reductions that keep an axis"
+        raise TypeError(f"process_group is an option of calls for the value, {others}; gradients come from backward()")
+    for name, x in zip(bound.names, tensors[2:], strict=True):
+        refuse_gradient(name, x)
+    from fastloss.backends.torch import ranks  # PyTorch may be built without torch.distributed
+
+    return ranks.joined_value(bound, tensors, settings, special["process_group"]), []
 
 
 def evaluate(
