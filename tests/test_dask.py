@@ -180,7 +180,7 @@ def test_other_chunks_are_rechunked_with_a_warning_that_names_this_file(rng):
 
 
 def test_arguments_are_checked_before_anything_is_computed(rng):
-    z, t, _, mask = data(rng)
+    z, t, _, _ = data(rng)
     x, y = cut(z), cut(t)
     wrong = [
         (TypeError, "unknown option wieght", lambda: BCE(x, y, wieght=t)),

@@ -431,4 +431,39 @@ MUTATIONS = (
         "Kernels flush subnormal results to 0, whatever the state of the thread is.",
         ("test_cpu_state.py::test_flushing_subnormal_numbers_changes_nothing_and_is_kept",),
     ),
+    # --- data sets in parts
+    Mutation(
+        "short-groups-at-once-skipped", "cpu/loop.py", "            index += 1\n", "            index += 2\n",
+        "Every other group of those that a thread takes at once is left out.",
+        ("test_accumulator.py::test_sums_of_many_short_samples_are_those_of_each",),
+    ),
+    Mutation(
+        "rest-of-exact-sums-dropped", "core/exact.py", "        if not x.any():\n", "        if True:\n",
+        "Only the leading bits of samples' sums are added.", ("test_accumulator.py",),
+    ),
+    Mutation(
+        "part-without-divisor", "core/accumulated.py", "self.divisor_of_sums(sums, samples, arguments.reduction))", "1.0)",
+        "The gradient of a part is not divided by the number of elements of all parts.",
+        ("test_dask.py::test_any_blocks_give_the_bits_of_an_accumulator",),
+    ),
+    Mutation(
+        "part-divided-by-its-own-count", "losses/segmentation.py", 'whole if whole is not None and self.settings["per_sample"] else {', "{",
+        "The Dice losses divide the gradient of a part by the part's own number of regions.",
+        ("test_dask.py::test_any_blocks_give_the_bits_of_an_accumulator",),
+    ),
+    Mutation(
+        "masked-divisor-from-shape", "backends/dask.py", "(excludes and self.reduction == \"mean\")", "(excludes and False)",
+        "A masked mean of Dask arrays is divided by the number of all elements.",
+        ("test_dask.py::test_any_blocks_give_the_bits_of_an_accumulator",),
+    ),
+    Mutation(
+        "gradient-of-one-process", "backends/torch/ranks.py", "np.divide(self.processes, self.divisor())", "np.divide(1, self.divisor())",
+        "Gradients are those of the joined value, which averaging over processes makes too small.",
+        ("test_torch_distributed.py::test_a_process_group_gives_the_loss_of_the_joined_batch",),
+    ),
+    Mutation(
+        "samples-of-one-process", "backends/torch/ranks.py", "self.samples = int(total[0])", "self.samples = int(every[0])",
+        "A mean over the samples of all processes is divided by those of one.",
+        ("test_torch_distributed.py::test_a_process_group_gives_the_loss_of_the_joined_batch",),
+    ),
 )  # fmt: skip
