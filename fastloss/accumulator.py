@@ -83,9 +83,13 @@ class Accumulator:
         """Add a batch whose arrays the class `call` reads."""
         operands = [arguments.pop(name) for name in self.loss.operands]
         found = self.loss.sample_sums(operands, arguments, call)
-        sums = {name: Exact.over_first_axis(call.to_host(x)) for name, x in found.items()}
-        self._sums, self.samples = joined(self._sums, sums), self.samples + len(operands[0])
+        self._add({name: call.to_host(x) for name, x in found.items()}, len(operands[0]))
         return ()
+
+    def _add(self, found: dict[str, Any], samples: int) -> None:
+        """Add the numbers of a batch's samples."""
+        sums = {name: Exact.over_first_axis(x) for name, x in found.items()}
+        self._sums, self.samples = joined(self._sums, sums), self.samples + samples
 
     def merge_state(self, *others: Self) -> None:
         """Add the batches that other accumulators of the same loss and options have seen.

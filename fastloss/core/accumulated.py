@@ -45,12 +45,12 @@ class Accumulated:
         options = dict(options)
         arguments = Arguments(("value",), (), operands[0], operands[1], options.pop("weight", None), "sample_sum", options)
         value, _ = self.compute(arguments, in_float64(call))
-        counted = call(self.definitions[0], arguments._replace(reduction="mean")).count()
-        return {"value": value, "count": np.reshape(counted, 1)}
+        counted = call(self.definitions[0], arguments._replace(reduction="sample_mean")).count()
+        return {"value": value, "count": np.full(len(value), float(counted)) if isinstance(counted, int) else counted}
 
     def value_of_sums(self, sums: Mapping[str, Any], samples: int, reduction: str, options: Mapping[str, Any]) -> Any:
-        """Return the loss, given the sums: none of them if there was no batch."""
-        value, count = (sums[name][0] if sums else np.float64(0.0) for name in ("value", "count"))
+        """Return the loss, given the sums: none of them if there was no batch. Leading axes of the sums are those of several losses."""
+        value, count = (sums[name][..., 0] if sums else np.float64(0.0) for name in ("value", "count"))
         return value / {"mean": count, "sum": 1, "batchmean": samples}[reduction]
 
 
