@@ -490,7 +490,10 @@ def test_errors_are_one_line_and_leave_no_file(folder, capsys, case):
 
 def test_a_file_that_is_truncated_or_changed_meanwhile(folder, capsys, monkeypatch):
     add, x = Scores._add, np.load("x.npy")
-    for spoil, message in ((lambda: cut("x.npy", 2000), "x.npy ends at byte"), (lambda: os.utime("x.npy", (1, 1)), "input changed while")):
+    for spoil, message in (
+        (lambda: cut("x.npy", 2000), "x.npy was truncated after it had been opened"),
+        (lambda: os.utime("x.npy", (1, 1)), "input changed while"),
+    ):
         np.save("x.npy", x)
         monkeypatch.setattr(Scores, "_add", lambda self, *arguments, spoil=spoil: (add(self, *arguments), spoil())[0])
         with monkeypatch.context() as patch:

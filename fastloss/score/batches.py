@@ -1,7 +1,6 @@
-"""`Batches`: the loss of the images from one index to another. Several threads read and compute batches of their own at once.
+"""`Batches`: the loss of the images in files. Several threads read and compute batches of their own at the same time.
 
-A thread that has read a batch computes its loss at once, from the caches. Measured against a thread that reads one batch ahead while
-others compute, this takes less time: no thread waits for another, and no batch moves from the cache of one core to that of another.
+With a thread that reads one batch ahead, while the others compute the one before, it takes longer: they wait for each other.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from fastloss.core.checks import check_dtype, check_target
 from fastloss.core.plan import Array
 from fastloss.score.sources import Source
 
-BATCH_BYTES = 4 << 20  # smaller batches take longer because of the calls, larger ones because of the caches
+LEAST_BYTES, BATCH_BYTES = 4 << 20, 16 << 20  # of a batch. Smaller ones take longer, because of the time of a call
 TOGETHER_BYTES = 32 << 20  # of all batches in memory together, unless an image is larger
 MOST_BYTES = 64 << 20  # of an image and the memory to decode it
 
@@ -69,7 +68,8 @@ class Batches:
 
     def images_in_a_batch(self) -> int:
         """Return the number of images in a batch: whole chunks of Zarr arrays, if they fit."""
-        step = max(1, BATCH_BYTES // self.image_bytes)
+        size = min(BATCH_BYTES, max(LEAST_BYTES, TOGETHER_BYTES // fl.get_num_threads()))
+        step = max(1, size // self.image_bytes)
         together = math.lcm(*(source.together for source in self.sources.values()))
         return -(-step // together) * together if together * self.image_bytes <= TOGETHER_BYTES else step
 
@@ -83,7 +83,7 @@ class Batches:
         return fl.Accumulator(self.loss, **self.settings)
 
     def read(self, first: int, last: int) -> dict[str, Array]:
-        """Read images into this thread's memory, which the next call overwrites."""
+        """Read images, into this thread's memory, which the next call overwrites, or as maps of files."""
         if not hasattr(self.own, "memory"):
             self.own.memory = self.allocate(self.step)
         return self.fill(first, {name: x[: last - first] for name, x in self.own.memory.items()})
@@ -96,11 +96,9 @@ class Batches:
         """Return arrays for some images."""
         return {name: np.empty((images, *source.shape[1:]), source.dtype) for name, source in self.sources.items()}
 
-    def fill(self, first: int, arrays: dict[str, Array]) -> dict[str, Array]:
-        """Read images into arrays, from the image with index `first` on."""
-        for name, source in self.sources.items():
-            source.read(first, arrays[name])
-        return arrays
+    def fill(self, first: int, memory: dict[str, Array]) -> dict[str, Array]:
+        """Read images from the one with index `first` on, into this memory or as maps of files."""
+        return {name: source.read(first, memory[name]) for name, source in self.sources.items()}
 
     def score(self, first: int) -> Scores:
         """Read a batch, and compute the loss of its images. Raise ValueError for the first one whose loss is NaN."""

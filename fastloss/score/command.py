@@ -90,7 +90,7 @@ class Run:
     def origin(self) -> dict[str, Any]:
         """Return everything that decides the results."""
         return {
-            "version": fl.__version__, "loss": self.arguments.loss, **self.batches.settings, "images in a batch": self.batches.step,
+            "version": fl.__version__, "loss": self.arguments.loss, **self.batches.settings,
             **{name: stamp(source) for name, source in self.sources.items()},
         }  # fmt: skip
 
@@ -102,7 +102,7 @@ class Run:
             if (now := self.origin()) != self.partial.origin:
                 changed = next(name for name, x in now.items() if x != self.partial.origin[name])
                 raise ValueError(f"{changed} changed while it was read: it was {self.partial.origin[changed]} and is {now[changed]}")
-            self.write(f"{size / 1e9:.2f} GB in {seconds:.2f} s: {size / max(seconds, 1e-9) / 1e9:.2f} GB/s")
+            self.write(f"{size / 1e9:.2f} GB in {seconds:.3f} s: {size / max(seconds, 1e-9) / 1e9:.2f} GB/s")
             self.partial.remove()
         except Exception:
             self.partial.remove()
@@ -186,9 +186,7 @@ def load(source: Source, name: str) -> Array:
     size = int(np.prod(source.shape)) * source.dtype.itemsize
     if size > MOST_BYTES // 4:
         raise ValueError(f"{name} has shape {source.shape} and {size >> 20} MiB; accepted: one image, or as many images as the input has")
-    array = np.empty(source.shape if source.shape else (1,), source.dtype)
-    source.read(0, array)
-    return array
+    return source.read(0, np.empty(source.shape, source.dtype))
 
 
 def progress_bar() -> Progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 import os
 import weakref
 from collections.abc import Callable
@@ -27,8 +28,8 @@ class Source(Protocol):
     together: int  # images that are stored together, and cannot be read one by one without reading all of them
     working_bytes: int  # that reading takes besides the images
 
-    def read(self, first: int, out: Array) -> None:
-        """Read as many images as `out` holds, from the image with index `first` on."""
+    def read(self, first: int, out: Array) -> Array:
+        """Return as many images as `out` holds, from the image with index `first` on: in `out`, or where they are."""
         ...
 
     def names(self) -> list[str] | None:
@@ -49,15 +50,17 @@ class FlatFile:
         self.descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self.descriptor)
 
-    def read(self, first: int, out: Array) -> None:
-        """Read images into `out`. Unlike a memory map, `preadv` keeps no pages of the file in the process's memory."""
-        rest = memoryview(out.reshape(-1).view(np.uint8).data)
-        at = self.offset + first * math.prod(self.shape[1:]) * self.dtype.itemsize
-        while rest:
-            count = os.preadv(self.descriptor, [rest], at)
-            if not count:
-                raise ValueError(f"{self.path} ends at byte {at:,}: it was truncated after it had been opened")
-            rest, at = rest[count:], at + count
+    def read(self, first: int, out: Array) -> Array:
+        """Map images into memory. Their pages count as the process's own until the array is freed.
+
+        Copies by `preadv`, in batches that stay in the caches, took a quarter longer: 215 ms for 1 GB, and maps 174.
+        """
+        begin = self.offset + first * math.prod(self.shape[1:]) * self.dtype.itemsize
+        if os.fstat(self.descriptor).st_size < begin + out.nbytes:  # the system ends a process that reads a map beyond its file's end
+            raise ValueError(f"{self.path} was truncated after it had been opened")
+        at = begin - begin % mmap.ALLOCATIONGRANULARITY
+        pages = mmap.mmap(self.descriptor, begin + out.nbytes - at, prot=mmap.PROT_READ, offset=at)
+        return np.frombuffer(pages, self.dtype, out.size, begin - at).reshape(out.shape)
 
     def names(self) -> None:
         """Return None: images have no names."""
@@ -103,10 +106,11 @@ class ZarrArray:
         self.together = self.array.chunks[0] if self.shape else 1
         self.buffer = NDBuffer.from_numpy_array
 
-    def read(self, first: int, out: Array) -> None:
+    def read(self, first: int, out: Array) -> Array:
         """Read images into `out`."""
         try:
             self.array.get_basic_selection(slice(first, first + len(out)), out=self.buffer(out))
+            return out
         except Exception as error:  # of the store and of the codecs
             raise ValueError(f"{self.path}: images {first} to {first + len(out) - 1} cannot be read: {error}") from None
 
@@ -141,13 +145,14 @@ class PictureFolder:
         except Exception as error:  # of the decoders
             raise ValueError(f"{file} cannot be read as a picture: {error}") from None
 
-    def read(self, first: int, out: Array) -> None:
+    def read(self, first: int, out: Array) -> Array:
         """Decode pictures into `out`, several at a time."""
         for k, x in enumerate(self.pool.map(self.load, self.files[first : first + len(out)])):
             if (x.shape, x.dtype) != (self.stored, self.dtype):
                 found, wanted = f"{x.dtype} of shape {x.shape}", f"{self.dtype} of shape {self.stored}"
                 raise ValueError(f"{self.files[first + k]} has {found}; {self.files[0].name} has {wanted}, and all must be alike")
             out[k] = self.arrange(x)
+        return out
 
     def names(self) -> list[str]:
         """Return the pictures' file names."""
