@@ -503,6 +503,19 @@ def test_a_file_that_is_truncated_or_changed_meanwhile(folder, capsys, monkeypat
         assert not list(folder.glob("out*"))
 
 
+def test_an_error_of_the_output_loses_no_result(folder, capsys, monkeypatch):
+    Path("out.csv").write_text("before")
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: Path(path).write_text("half") and os.open("z", os.O_RDONLY))
+        assert score("--target-scale", SCALE, "--png", "out.png") == 2
+    assert "No such file or directory: 'z'" in one_line(capsys)
+    assert Path("out.csv").read_text() == "before"
+    assert {path.name for path in folder.glob("out*")} == {"out.csv", "out.csv.part", "out.csv.state"}
+    monkeypatch.setattr(batches.Batches, "score", None)  # nothing is computed again
+    assert score("--target-scale", SCALE, "--resume") == 0
+    np.testing.assert_array_equal(losses(), BCE(np.load("x.npy"), np.load("y.npy"), target_scale=SCALE, reduction="sample_mean"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -23,6 +23,7 @@ from fastloss.score.sources import Source
 
 LEAST_BYTES, BATCH_BYTES = 4 << 20, 16 << 20  # of a batch. Smaller ones take longer, because of the time of a call
 TOGETHER_BYTES = 32 << 20  # of all batches in memory together, unless an image is larger
+MOST_IMAGES = 1 << 17  # in a batch, for which numbers of 8 bytes are kept
 MOST_BYTES = 64 << 20  # of an image and the memory to decode it
 
 
@@ -69,7 +70,7 @@ class Batches:
     def images_in_a_batch(self) -> int:
         """Return the number of images in a batch: whole chunks of Zarr arrays, if they fit."""
         size = min(BATCH_BYTES, max(LEAST_BYTES, TOGETHER_BYTES // fl.get_num_threads()))
-        step = max(1, size // self.image_bytes)
+        step = min(max(1, size // self.image_bytes), MOST_IMAGES)
         together = math.lcm(*(source.together for source in self.sources.values()))
         return -(-step // together) * together if together * self.image_bytes <= TOGETHER_BYTES else step
 

@@ -95,20 +95,28 @@ class Run:
         }  # fmt: skip
 
     def finish(self) -> None:
-        """Compute all images, and write the output. An error deletes the partial results; an interrupt leaves them."""
+        """Compute all images, and write the output.
+
+        An error of the computation deletes the partial results. An interrupt, or an error when the output is written, leaves them.
+        """
         self.partial.open(self.arguments.resume)
         try:
-            seconds, size = self.compute()
-            if (now := self.origin()) != self.partial.origin:
-                changed = next(name for name, x in now.items() if x != self.partial.origin[name])
-                raise ValueError(f"{changed} changed while it was read: it was {self.partial.origin[changed]} and is {now[changed]}")
-            self.write(f"{size / 1e9:.2f} GB in {seconds:.3f} s: {size / max(seconds, 1e-9) / 1e9:.2f} GB/s")
+            self.write(self.compute_or_remove())
             self.partial.remove()
+        finally:
+            self.partial.close()
+
+    def compute_or_remove(self) -> str:
+        """Compute all images and return the time that it took, in words. Delete the partial results after an error."""
+        try:
+            seconds, size = self.compute()
+            for name, now in self.origin().items():
+                if now != (before := self.partial.origin[name]):
+                    raise ValueError(f"{name} changed while it was read: it was {before} and is {now}")
         except Exception:
             self.partial.remove()
             raise
-        finally:
-            self.partial.close()
+        return f"{size / 1e9:.2f} GB in {seconds:.3f} s: {size / max(seconds, 1e-9) / 1e9:.2f} GB/s"
 
     def compute(self) -> tuple[float, int]:
         """Compute the images that are missing; return the seconds that this took, and the number of bytes that were read."""
