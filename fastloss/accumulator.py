@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from fastloss.backends.find import find_backend
-from fastloss.core.accumulated import Sums, joined, rounded
+from fastloss.core.accumulated import Sums, exact, joined, rounded
 from fastloss.core.checks import check_reduction, refuse_unknown, warn_of_empty_mean
 
 
@@ -87,9 +87,12 @@ class Accumulator:
     def _take(self, *, call: Any, **arguments: Any) -> tuple[()]:
         """Add a batch whose arrays the class `call` reads."""
         operands = [arguments.pop(name) for name in self.loss.operands]
-        sums = self.loss.exact_sums(operands, arguments, call)
-        self._sums, self.samples = joined(self._sums, sums), self.samples + len(operands[0])
+        self._add(self.loss.host_sums(operands, arguments, call), len(operands[0]))
         return ()
+
+    def _add(self, found: dict[str, Any], samples: int) -> None:
+        """Add the numbers of a batch's samples."""
+        self._sums, self.samples = joined(self._sums, exact(found)), self.samples + samples
 
     def merge_state(self, *others: Self) -> None:
         """Add the batches that other accumulators of the same loss and options have seen.

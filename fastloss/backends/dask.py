@@ -19,12 +19,11 @@ import numpy as np
 from fastloss.backends.numpy import BACKEND as NUMPY
 from fastloss.backends.protocol import Backend
 from fastloss.core.abstract_loss import AbstractLoss
-from fastloss.core.accumulated import Sums, joined, rounded
+from fastloss.core.accumulated import Sums, exact, joined, rounded
 from fastloss.core.call import Arguments, Call
 from fastloss.core.checks import caller_level, check_shapes, is_none
 from fastloss.core.definition import operand_of
 from fastloss.core.dtypes import is_float
-from fastloss.core.exact import Exact
 from fastloss.core.plan import Array
 
 OPERANDS = ("first", "second")
@@ -208,7 +207,7 @@ def sum_block(*arrays: Any, task: Task) -> list[Any]:
     arguments, call = task.arguments_of(arrays)
     options = {**arguments.options, "weight": arguments.weight}
     options.pop("grad_output", None)
-    return [task.loss.exact_sums((arguments.first, arguments.second), options, call)]
+    return [exact(task.loss.host_sums((arguments.first, arguments.second), options, call))]
 
 
 def compute_part(*arrays: Any, task: Task, divisor: float) -> list[Any]:
@@ -217,8 +216,8 @@ def compute_part(*arrays: Any, task: Task, divisor: float) -> list[Any]:
     upstream = np.divide(arguments.options.get("grad_output", 1.0), divisor)
     options = {**arguments.options, "grad_output": upstream}
     value, outputs = task.loss.compute(arguments._replace(reduction="sample_sum", options=options), call)
-    sums = {"value": Exact.over_first_axis(call.to_host(value))} if arguments.summed else {}
-    return [{**sums, "count": Exact.over_first_axis(arguments.first.size)}, *outputs]
+    sums = {"value": call.to_host(value)} if arguments.summed else {}
+    return [exact({**sums, "count": arguments.first.size}), *outputs]
 
 
 def differentiate_block(*arrays: Any, task: Task, samples: int) -> list[Any]:

@@ -53,26 +53,26 @@ class Accumulated:
         return {"value": value, "count": self.count(operands, {**options, "weight": arguments.weight}, call)}
 
     def count(self, operands: Sequence[Any], options: Mapping[str, Any], call: Any) -> Any:
-        """Return the number of elements that count: a number on the host, or an array of one number."""
+        """Return the number of elements that count: that of each sample, or if all elements count, one number on the host."""
         if options.get("mask") is None and options.get("ignore_index") is None:
             return math.prod(operands[0].shape)
         options = dict(options)
-        arguments = Arguments((), (), operands[0], operands[1], options.pop("weight", None), "mean", options)
-        return np.reshape(call(self.definitions[0], arguments).count(), 1)
+        arguments = Arguments((), (), operands[0], operands[1], options.pop("weight", None), "sample_mean", options)
+        counted = call(self.definitions[0], arguments).count()
+        return counted * len(operands[0]) if isinstance(counted, int) else counted
 
-    def exact_sums(self, operands: Sequence[Any], options: Mapping[str, Any], call: Any) -> Sums:
-        """Return the sums over the samples of a part, without rounding."""
-        found = self.sample_sums(operands, options, call)
-        return {name: Exact.over_first_axis(call.to_host(x)) for name, x in found.items()}
+    def host_sums(self, operands: Sequence[Any], options: Mapping[str, Any], call: Any) -> dict[str, Any]:
+        """Return the sums of the samples on the host."""
+        return {name: call.to_host(x) for name, x in self.sample_sums(operands, options, call).items()}
 
     def value_of_sums(self, sums: Mapping[str, Any], samples: int, reduction: str, options: Mapping[str, Any]) -> Any:
-        """Return the loss, given the sums: none of them if there was no batch."""
-        value = sums["value"][0] if sums else np.float64(0.0)
+        """Return the loss, given the sums: none of them if there was no batch. Leading axes of the sums are those of several losses."""
+        value = sums["value"][..., 0] if sums else np.float64(0.0)
         return value / self.divisor_of_sums(sums, samples, reduction)
 
     def divisor_of_sums(self, sums: Mapping[str, Any], samples: int, reduction: str) -> Any:
         """Return the number that a reduction divides by, given the sums."""
-        count = sums["count"][0] if sums else 0.0
+        count = sums["count"][..., 0] if sums else 0.0
         return {"mean": count, "sum": 1, "batchmean": samples}[reduction]
 
     def gradients_of_part(self, arguments: Arguments, call: Any, sums: Mapping[str, Any], samples: int) -> list[Any]:
@@ -87,6 +87,11 @@ class Accumulated:
 def in_float64(call: Any) -> Any:
     """Return a subclass of `Call` like another one, whose reduced values are float64."""
     return call if call.value_dtype == np.float64 else type(call.__name__, (call,), {"__slots__": (), "value_dtype": np.float64})
+
+
+def exact(found: Mapping[str, Any]) -> Sums:
+    """Add up the sums of the samples without rounding."""
+    return {name: Exact.over_first_axis(x) for name, x in found.items()}
 
 
 def joined(these: Sums, those: Sums) -> Sums:

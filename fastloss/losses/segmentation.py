@@ -169,7 +169,7 @@ class DiceLoss(AbstractLoss):
         return {name: x.reshape(-1) for name, x in regions.items()}
 
     def value_of_sums(self, sums: Mapping[str, Any], samples: int, reduction: str, options: Mapping[str, Any]) -> Any:
-        """Return the loss, given the sums."""
+        """Return the loss, given the sums; see `Accumulated`."""
         settings = self.take_settings(dict(options))
         sums = sums or dict.fromkeys(("dice", "present", "overlap", "missed", "entropy", "count"), np.zeros(1))
         if settings["per_sample"]:
@@ -179,8 +179,8 @@ class DiceLoss(AbstractLoss):
             dice = found.loss
         if reduction == "none":
             return dice if settings["per_channel"] else dice[0]
-        divisors = {"mean": (present.sum(), sums["count"].sum()), "sum": (1, 1), "batchmean": (samples, samples)}[reduction]
-        return _add_parts(settings, dice.sum() / divisors[0], sums["entropy"].sum() / divisors[1])
+        divisors = {"mean": (present.sum(axis=-1), sums["count"].sum(axis=-1)), "sum": (1, 1), "batchmean": (samples, samples)}[reduction]
+        return _add_parts(settings, dice.sum(axis=-1) / divisors[0], sums["entropy"].sum(axis=-1) / divisors[1])
 
     def gradients_of_part(self, arguments: Arguments, call: Any, sums: Mapping[str, Any], samples: int) -> list[Any]:
         """Return the gradients of a part with respect to the loss of all parts, given the sums and the number of samples of all."""

@@ -43,14 +43,14 @@ class JoinedLoss:
             arguments = self.bound.arguments(VALUE, wanted, tensors, self.settings)
             operands, options = (arguments.first, arguments.second), {**arguments.options, "weight": arguments.weight}
             if len(loss.definitions) == 1:
-                self.join({"count": loss.count(operands, options, call)}, tensors[0])
+                self.join({"count": call.to_host(loss.count(operands, options, call))}, tensors[0])
                 with np.errstate(all="ignore"):
                     upstream = np.divide(self.processes, self.divisor())
                 scaled = {**arguments.options, "grad_output": upstream} if wanted else arguments.options
                 value, slopes = loss.compute(arguments._replace(reduction="sum", options=scaled), call)
                 self.join({"value": call.to_host(value).reshape(1)}, tensors[0])
             else:
-                self.join({name: call.to_host(x) for name, x in loss.sample_sums(operands, options, call).items()}, tensors[0])
+                self.join(loss.host_sums(operands, options, call), tensors[0])
                 slopes = self.slopes(wanted, tensors, 1.0) if wanted else []
         return self.value(tensors[0]), [x if isinstance(x, torch.Tensor) else to_tensor(x) for x in slopes]
 

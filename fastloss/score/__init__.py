@@ -1,0 +1,1 @@
+"""The command `fastloss score`: the loss of files that are larger than memory, of each image and in total."""
