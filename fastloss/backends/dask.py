@@ -151,8 +151,9 @@ class Whole:
         blocks = self.map(compute_block)
         value = None
         if self.task.arguments.summed:
-            chunks = (self.input.chunks[0], *[(length,) for length in self.shape[1:]])
-            value = pick(blocks, 0, chunks, np.float64, self.input._meta)
+            missing = self.input.ndim - len(self.shape)
+            chunks = (self.input.chunks[0], *[(length,) for length in self.shape[1:]], *[(1,)] * missing)
+            value = pick(blocks, 0, chunks, np.float64, self.input._meta)[(..., *[0] * missing)]
         return value, self.outputs(blocks)
 
     def compute_in_parts(self) -> tuple[Any, list[Any]]:
@@ -174,11 +175,13 @@ class Whole:
         return {"mean": self.input.size, "sum": 1, "batchmean": self.input.shape[0]}[self.reduction]
 
     def map(self, function: Callable[..., Any], *others: Any, **settings: Any) -> Any:
-        """Call a function with the arrays of each block; return an array whose blocks are the results, whatever they are."""
-        return da.map_blocks(
-            function, *self.arrays.values(), *others, task=self.task, **settings, drop_axis=list(range(1, self.input.ndim)),
-            chunks=((1,) * self.input.numblocks[0],), dtype=object, meta=np.empty(0, object),
-        )  # fmt: skip
+        """Call a function with the arrays of each block; return an array whose blocks are the results, whatever they are.
+
+        It has as many axes as the input. With fewer, Dask would copy the blocks, and not read them in the task that computes with them.
+        """
+        chunks = tuple((1,) * count for count in self.input.numblocks)
+        meta = np.empty((0,) * self.input.ndim, object)
+        return da.map_blocks(function, *self.arrays.values(), *others, task=self.task, **settings, chunks=chunks, dtype=object, meta=meta)
 
     def outputs(self, blocks: Any) -> list[Any]:
         """Return the arrays that the blocks have written. The first result of a block is its value or its sums."""
@@ -199,6 +202,8 @@ class Whole:
 def compute_block(*arrays: Any, task: Task) -> list[Any]:
     """Return the value of a block, and its arrays."""
     value, outputs = task.loss.compute(*task.arguments_of(arrays))
+    if value is not None:
+        value = value.reshape(value.shape + (1,) * (arrays[0].ndim - value.ndim))
     return [value, *outputs]
 
 
@@ -235,7 +240,7 @@ def value_of(sums: Sums, *, loss: AbstractLoss, samples: int, reduction: str, op
 def add_up(blocks: Any) -> Any:
     """Add up the sums that are the first results of blocks, in Dask's tree."""
     return da.reduction(
-        blocks, chunk=sums_of, combine=join_all, aggregate=join_all, axis=0, dtype=object, concatenate=False, meta=np.empty((), object)
+        blocks, chunk=sums_of, combine=join_all, aggregate=join_all, dtype=object, concatenate=False, meta=np.empty((), object)
     )
 
 
@@ -245,16 +250,16 @@ def sums_of(block: list[Any], axis: Any, keepdims: bool) -> Sums:
     return sums
 
 
-def join_all(parts: Sums | list[Sums], axis: Any, keepdims: bool) -> Sums:
-    """Add up the sums of several blocks."""
-    return functools.reduce(joined, parts if isinstance(parts, list) else [parts])
+def join_all(parts: Any, axis: Any, keepdims: bool) -> Sums:
+    """Add up the sums of several blocks, which lie in a list for each axis."""
+    if isinstance(parts, dict):
+        return parts
+    return functools.reduce(joined, [join_all(part, axis, keepdims) for part in parts])
 
 
 def pick(blocks: Any, k: int, chunks: Any, dtype: Any, like: Any) -> Any:
     """Return the array that consists of each block's k-th result."""
-    meta = np.empty_like(like, dtype, shape=(0,) * len(chunks))
-    new = list(range(1, len(chunks))) or None
-    return blocks.map_blocks(item, k=k, new_axis=new, chunks=chunks, dtype=dtype, meta=meta)
+    return blocks.map_blocks(item, k=k, chunks=chunks, dtype=dtype, meta=np.empty_like(like, dtype, shape=(0,) * len(chunks)))
 
 
 def item(block: list[Any], *, k: int) -> Any:
