@@ -33,7 +33,6 @@ from fastloss.core.plan import Array
 
 LOSS, SCALE = fl.binary_cross_entropy_with_logits, 1 / 255
 SHAPE = (3, 256, 256)
-BLOCK = 512  # images
 ROUNDS = 7
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
@@ -61,28 +60,28 @@ class File:
         part: Array = np.load(self.path, mmap_mode="r")[index]
         return part
 
-    @property
-    def lazy(self) -> Any:
-        """The file as a Dask array."""
-        return da.from_array(self, (BLOCK, *self.shape[1:]), inline_array=True, meta=np.empty((0,) * self.ndim, self.dtype))
+    def lazy(self, block: int) -> Any:
+        """Return the file as a Dask array."""
+        return da.from_array(self, (block, *self.shape[1:]), inline_array=True, meta=np.empty((0,) * self.ndim, self.dtype))
 
 
 def main() -> None:
     """Parse the arguments, measure, and print a table."""
     parser = argparse.ArgumentParser(prog="python -m bench.scale", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4.0, help="size of both files together (default: %(default)s)")
+    parser.add_argument("--block", type=int, default=512, help="images in a block (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where a temporary folder is made for the files")
     parser.add_argument("--disk", action="store_true", help="empty the page cache before each row, once more for all rows")
     options = parser.parse_args()
     with TemporaryDirectory(dir=options.folder) as name:
         size = write_files(Path(name), SHAPE, options.gigabytes * 1e9)
         for is_cold in (False, True)[: 1 + options.disk]:
-            show(size, measure(Path(name), is_cold), "from the disk" if is_cold else "from the page cache")
+            show(size, measure(Path(name), options.block, is_cold), options.block, "from the disk" if is_cold else "from the page cache")
 
 
-def measure(folder: Path, is_cold: bool) -> dict[str, list[float]]:
+def measure(folder: Path, block: int, is_cold: bool) -> dict[str, list[float]]:
     """Return the seconds of every row in every round."""
-    x, y = (File.open(folder / name).lazy for name in FILES)
+    x, y = (File.open(folder / name).lazy(block) for name in FILES)
     images = len(x)
     halves = [(0, images // 2), (images // 2, images)]
     with (
@@ -93,9 +92,9 @@ def measure(folder: Path, is_cold: bool) -> dict[str, list[float]]:
         client.run(fl.set_num_threads, 1)
         rows: dict[str, Callable[[], Any]] = {
             "reading alone, 1 thread": lambda: read(folder, 1),
-            "one process, 1 thread": lambda: pool.submit(part, folder, *halves[0][:1], images).result(),
-            f"one process, {machine.cpus()} threads": lambda: part(folder, 0, images),
-            "two processes, each on half of the images": lambda: list(pool.map(partial(part, folder), *zip(*halves, strict=True))),
+            "one process, 1 thread": lambda: pool.submit(part, folder, block, 0, images).result(),
+            f"one process, {machine.cpus()} threads": lambda: part(folder, block, 0, images),
+            "two processes, each on half of the images": lambda: list(pool.map(partial(part, folder, block), *zip(*halves, strict=True))),
             "Dask, two worker processes": lambda: client.compute(LOSS(x, y, target_scale=SCALE)).result(),
             "Dask, two worker processes, norm of the gradient": lambda: client.compute(
                 (LOSS.grad(x, y, target_scale=SCALE) ** 2).sum()
@@ -114,21 +113,21 @@ def measure(folder: Path, is_cold: bool) -> dict[str, list[float]]:
     return found
 
 
-def part(folder: Path, first: int, last: int) -> float:
+def part(folder: Path, block: int, first: int, last: int) -> float:
     """Return the loss of some images."""
     total = fl.Accumulator(LOSS, target_scale=SCALE)
     x, y = (File.open(folder / name) for name in FILES)
-    for at in range(first, last, BLOCK):
-        images = slice(at, min(at + BLOCK, last))
+    for at in range(first, last, block):
+        images = slice(at, min(at + block, last))
         total.update(x[images], y[images])
     return float(total.compute())
 
 
-def show(size: int, seconds: dict[str, list[float]], where: str) -> None:
+def show(size: int, seconds: dict[str, list[float]], block: int, where: str) -> None:
     """Print the median of each row, with its rate."""
     console = Console(highlight=False)
     shape = " x ".join(map(str, SHAPE))
-    table = Table(title=f"{size / 1e9:.2f} GB {where}, images of {shape}, blocks of {BLOCK} images; medians of {ROUNDS} rounds")
+    table = Table(title=f"{size / 1e9:.2f} GB {where}, images of {shape}, blocks of {block} images; medians of {ROUNDS} rounds")
     for heading in ("", "s", "GB/s"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, found in seconds.items():

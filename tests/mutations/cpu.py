@@ -352,8 +352,8 @@ MUTATIONS = (
         "The overlap counts once in the Dice loss.", ("test_segmentation.py::test_groups",),
     ),
     Mutation(
-        "dice-entropy-divisor", "losses/segmentation.py", 'weight * np.divide(self.upstream, self.divisor(self.sums["count"]))',
-        "weight * np.divide(self.upstream, self.divisor(self.present))",
+        "dice-entropy-divisor", "losses/segmentation.py", 'weight * np.divide(self.upstream, self.divisor("count"))',
+        'weight * np.divide(self.upstream, self.divisor("present"))',
         "The gradient of the cross-entropy is divided by the number of regions.",
         ("test_segmentation.py::test_dice_and_cross_entropy_add_up",),
     ),
