@@ -634,3 +634,21 @@ def test_accumulators(cp, rng):
             total.update(z[part], t[part], *[cp.asarray(x[part]) for x in more], mask=cp.asarray(counted[part]))
         assert_close(total.compute(), loss(a, b, *more, mask=counted, **options), SUM[z.dtype])
         assert total.count == counted.sum()
+
+
+@pytest.mark.parametrize("loss", [LOGISTIC, fl.dice_with_logits_loss], ids=lambda loss: loss.__name__)
+def test_blocks_of_dask_arrays_stay_on_the_device(cp, rng, loss):
+    da = pytest.importorskip("dask.array")
+    a, b, _, _ = batch(cp, rng, (5, 3, 4, 6))
+    counted = rng.random(a.shape) < 0.5
+
+    def cut(x):
+        return da.from_array(cp.asarray(x), chunks=(2, *x.shape[1:]), asarray=False)
+
+    for mask in (None, counted):
+        value, grad = loss.value_and_grad(cut(a), cut(b), mask=mask if mask is None else cut(mask))
+        blocks = [grad.blocks[k].compute(scheduler="synchronous") for k in range(3)]
+        assert all(isinstance(block, cp.ndarray) for block in blocks)
+        want, want_grad = loss.value_and_grad(a, b, mask=mask)
+        assert_close(value.compute(scheduler="synchronous"), want, SUM[a.dtype])
+        assert_close(np.concatenate([block.get() for block in blocks]), want_grad, PEER[a.dtype])
