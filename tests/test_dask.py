@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import fastloss as fl
+from tests.test_accumulator import data
 from tests.test_threads import run_python
 from tests.ulp import SUM, assert_close
 
@@ -29,16 +30,6 @@ def cubic(z, t, steepness=1.0):
 def cut(x, along=(4, 4, 4, 1)):
     """Return a Dask array whose blocks have these lengths along the first axis."""
     return da.from_array(x, chunks=(along, *[(n,) for n in x.shape[1:]]))
-
-
-def data(rng, dtype=np.float32, shape=SHAPE):
-    """Return logits, targets, weights and a mask."""
-    return [
-        (3 * rng.standard_normal(shape)).astype(dtype),
-        rng.random(shape).astype(dtype),
-        rng.random(shape).astype(dtype),
-        rng.random(shape) < 0.7,
-    ]
 
 
 def flat(results):
@@ -66,7 +57,7 @@ def test_every_loss(row, along, rng, dtype):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("loss", [BCE, DICE, DICE_BCE], ids=lambda loss: loss.__name__)
 def test_any_blocks_give_the_bits_of_an_accumulator(loss, masked, reduction, rng):
-    z, t, w, mask = data(rng)
+    z, t, w, mask = data(rng, shape=SHAPE)
     total = fl.Accumulator(loss, reduction=reduction)
     total.update(z, t, weight=w, mask=mask if masked else None)
     values, gradients = [], []
@@ -82,7 +73,7 @@ def test_any_blocks_give_the_bits_of_an_accumulator(loss, masked, reduction, rng
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none", "batchmean", "sample_mean", "sample_sum"])
 def test_options(reduction, rng):
-    z, t, w, mask = data(rng)
+    z, t, w, mask = data(rng, shape=SHAPE)
     t[rng.random(SHAPE) < 0.1] = 0.5
     channel = rng.random((3, 1, 1)).astype(np.float32)
     upstream = {"none": t, "sample_mean": w[:, 0, 0, 0], "sample_sum": w[:, 0, 0, 0]}.get(reduction, np.float32(0.5))
@@ -104,7 +95,7 @@ def test_options(reduction, rng):
 
 
 def test_upstream_gradients_that_are_lazy_numbers(rng):
-    z, t, _, mask = data(rng)
+    z, t, _, mask = data(rng, shape=SHAPE)
     upstream = da.from_array(np.float64(2.0))
     for options in ({}, {"mask": cut(mask)}):
         got = BCE.grad(cut(z), cut(t), grad_output=upstream, **options)
@@ -114,7 +105,7 @@ def test_upstream_gradients_that_are_lazy_numbers(rng):
 @pytest.mark.parametrize("options", [{"per_channel": False}, {"smooth": 0.5}, {}], ids=str)
 @pytest.mark.parametrize("loss", [DICE, DICE_BCE], ids=lambda loss: loss.__name__)
 def test_a_data_set_that_is_one_image(loss, options, rng):
-    z, t, w, mask = data(rng)
+    z, t, w, mask = data(rng, shape=SHAPE)
     for reduction in ("mean", "sum", "none"):
         if reduction == "none" and loss is DICE_BCE:
             continue
@@ -126,7 +117,7 @@ def test_a_data_set_that_is_one_image(loss, options, rng):
 
 
 def test_integer_targets_own_losses_and_quantities_of_the_target(rng):
-    z, t, _, _ = data(rng)
+    z, t, _, _ = data(rng, shape=SHAPE)
     images = (255 * t).astype(np.uint8)
     got = dask.compute(*BCE.value_and_grad(cut(z), cut(images), target_scale=1 / 255))
     want = BCE.value_and_grad(z, images, target_scale=1 / 255)
@@ -156,7 +147,7 @@ class Source:
 
 @pytest.mark.parametrize(("masked", "reads"), [(False, 1), (True, 2)])
 def test_nothing_is_read_before_it_is_computed_and_each_block_as_often_as_needed(masked, reads, rng):
-    z, t, _, mask = data(rng)
+    z, t, _, mask = data(rng, shape=SHAPE)
     source = Source(z)
     options = {"mask": cut(mask)} if masked else {}
     value, grad = BCE.value_and_grad(source.lazy(), cut(t), **options)
@@ -170,7 +161,7 @@ def test_nothing_is_read_before_it_is_computed_and_each_block_as_often_as_needed
 
 
 def test_other_chunks_are_rechunked_with_a_warning_that_names_this_file(rng):
-    z, t, _, mask = data(rng)
+    z, t, _, mask = data(rng, shape=SHAPE)
     with pytest.warns(da.PerformanceWarning, match=r"^target has chunks .* and is rechunked to .*, those of input$") as caught:
         grad = BCE.grad(cut(z), cut(t, (6, 7)))
     assert [warning.filename for warning in caught] == [__file__]
@@ -180,7 +171,7 @@ def test_other_chunks_are_rechunked_with_a_warning_that_names_this_file(rng):
 
 
 def test_arguments_are_checked_before_anything_is_computed(rng):
-    z, t, _, _ = data(rng)
+    z, t, _, _ = data(rng, shape=SHAPE)
     x, y = cut(z), cut(t)
     wrong = [
         (TypeError, "unknown option wieght", lambda: BCE(x, y, wieght=t)),
@@ -210,7 +201,7 @@ def test_arguments_are_checked_before_anything_is_computed(rng):
 
 
 def test_bad_elements_are_found_when_they_are_computed(rng):
-    z, t, _, _ = data(rng)
+    z, t, _, _ = data(rng, shape=SHAPE)
     t[7, 1, 2, 3] = 1.5
     value = BCE(cut(z), cut(t), validate=True)
     with pytest.raises(ValueError, match=r"target\[3, 1, 2, 3\] is 1\.5"):  # in its block
