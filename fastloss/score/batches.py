@@ -153,5 +153,6 @@ def describe_nan(image: int, arrays: Mapping[str, Array]) -> str:
     for name, x in arrays.items():
         if x.dtype.kind not in "biu" and (bad := np.isnan(x.astype(np.float32))).any():
             where = ", ".join(map(str, (image, *map(int, np.unravel_index(np.argmax(bad), bad.shape)))))
-            return f"the loss of image {image} is NaN: {np.count_nonzero(bad)} elements of its {name} are NaN, the first is {name}[{where}]"
+            found = f"{np.count_nonzero(bad)} of {bad.size} elements of its {name} are NaN"
+            return f"the loss of image {image} is NaN: {found}, the first is {name}[{where}]"
     return f"the loss of image {image} is NaN, although no element of its {' or '.join(arrays)} is"
