@@ -446,7 +446,7 @@ WRONG = {  # by case: what is done to the files, further arguments, and the mess
     "number of images": (lambda: np.save("y.npy", np.zeros((22, *SHAPE[1:]))), {}, [], r"target \(22, 3, 12, 10\)"),
     "no images": (lambda: [np.save(name, np.zeros((0, 3))) for name in ("x.npy", "y.npy")], {}, [], r"input has shape \(0, 3\)"),
     "no axis": (lambda: [np.save(name, np.zeros(())) for name in ("x.npy", "y.npy")], {}, [], r"input has shape \(\)"),
-    "NaN": (lambda: with_nan("x.npy", (17, 1, 2, 3)), {}, [], r"loss of image 17 is NaN: 1 of \d+ elements of its input .* input\[17, 1, 2, 3\]"),
+    "NaN": (lambda: with_nan("x.npy", (17, 1, 2, 3)), {}, [], r"image 17 is NaN: 1 of \d+ elements of its input .* input\[17, 1, 2, 3\]"),
     "target out of range": (None, {}, ["--target-scale", "1", "--validate"], r"target\[0, 0, 0, \d\] is"),
     "integers": (lambda: np.save("y.npy", 9 * (np.arange(23) == 19)[:, None, None, None] * np.ones(SHAPE, int)), {}, [],
                  r"target\[19, 0, 0, 0\] is 9; accepted: targets in \[0, 1\]; for images"),
