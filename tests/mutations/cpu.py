@@ -462,7 +462,7 @@ MUTATIONS = (
         ("test_torch_distributed.py::test_a_process_group_gives_the_loss_of_the_joined_batch",),
     ),
     Mutation(
-        "samples-of-one-process", "backends/torch/ranks.py", "self.samples = int(total[0])", "self.samples = int(every[0])",
+        "samples-of-one-process", "backends/torch/ranks.py", "self.samples = int(total[0])", "self.samples = len(first)",
         "A mean over the samples of all processes is divided by those of one.",
         ("test_torch_distributed.py::test_a_process_group_gives_the_loss_of_the_joined_batch",),
     ),
