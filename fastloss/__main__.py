@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from fastloss.kernel.cache import MOST_BYTES, kernel_cache
-from fastloss.score.arguments import add_arguments
+from fastloss.score.arguments import add_arguments, whole
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -17,7 +18,9 @@ def main(given: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     add_arguments(commands.add_parser("score", help="compute a loss of files larger than memory: of each image, and in total"))
     demo = commands.add_parser("demo", help="train an autoencoder on photographs, once with cross-entropy and once with squared error")
-    demo.add_argument("--steps", type=positive, default=1000, help="gradient steps for each of the two trainings (default: %(default)s)")
+    demo.add_argument(
+        "--steps", type=partial(whole, 1), default=1000, help="gradient steps for each of the two trainings (default: %(default)s)"
+    )
     demo.add_argument("--png", type=Path, default=Path("fastloss-demo.png"), help="file for the picture (default: %(default)s)")
     kernels = commands.add_parser("cache", help="show the folder of compiled kernels, or delete them")
     kernels.add_argument("--clear", action="store_true", help="delete all kernels")
@@ -67,13 +70,6 @@ def show_cache(clear: bool) -> int:
 def count_kernels(count: int) -> str:
     """Return a number of kernels in words."""
     return f"{count} kernel{'' if count == 1 else 's'}"
-
-
-def positive(text: str) -> int:
-    """Parse a whole number of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reduction", choices=REDUCTIONS, default="mean", help="of the total; that of an image is a mean or a sum")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file for the loss of each image: .csv or .parquet")
     parser.add_argument("--png", type=Path, metavar="FILE", help="file for a histogram, and the worst images beside their targets")
-    parser.add_argument("--worst", type=count, default=8, metavar="K", help="how many of the worst images are named (default: %(default)s)")
+    parser.add_argument(
+        "--worst", type=partial(whole, 0), default=8, metavar="K", help="how many of the worst images are named (default: %(default)s)"
+    )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run with the same arguments")
     raw = parser.add_argument_group("raw files")
     raw.add_argument("--shape", type=shape, metavar="N,C,H,W", help="shape of raw numbers; a raw target may take that of the input")
@@ -97,8 +100,8 @@ def shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def count(text: str) -> int:
-    """Parse a whole number of 0 or more."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+def whole(least: int, text: str) -> int:
+    """Parse a whole number of at least `least`, which is not negative."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
     return int(text)

@@ -1,4 +1,4 @@
-"""What a run leaves: the table of all images in a CSV or Parquet file, and the summary in the terminal."""
+"""The results of a run: the table of all images in a CSV or Parquet file, and the summary in the terminal."""
 
 from __future__ import annotations
 

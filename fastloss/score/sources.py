@@ -83,7 +83,7 @@ def open_npy(path: Path) -> FlatFile:
 
 
 class RawFormat(NamedTuple):
-    """What is known of a raw file: the dtype and the shape of its numbers."""
+    """The dtype and the shape of the numbers in a raw file, as far as they are known."""
 
     dtype: np.dtype[Any] | None
     shape: tuple[int, ...] | None
