@@ -23,10 +23,9 @@ from fastloss.core.accumulated import Sums, exact, joined, rounded
 from fastloss.core.call import Arguments, Call
 from fastloss.core.checks import caller_level, check_shapes, is_none
 from fastloss.core.definition import operand_of
-from fastloss.core.dtypes import is_float
+from fastloss.core.dtypes import float_of
 from fastloss.core.plan import Array
 
-OPERANDS = ("first", "second")
 NO_OUT = "out is not supported for Dask arrays, because their results are computed later; accepted: no out"
 
 
@@ -61,7 +60,7 @@ class DaskBackend(Backend):
 
     def placeholder_input(self, target: Any) -> Any:
         """Make an input of the target's shape and chunks, by broadcasting a single element."""
-        zero = np.zeros((), target.dtype if is_float(target.dtype) else np.float32)
+        zero = np.zeros((), float_of(target.dtype))
         return da.broadcast_to(da.from_array(zero), target.shape, chunks=target.chunks)
 
 
@@ -69,7 +68,7 @@ class Task(NamedTuple):
     """The computation of a block, as far as it is the same for all blocks."""
 
     loss: AbstractLoss
-    names: tuple[str, ...]  # of the arrays: `OPERANDS`, and options given as arrays
+    names: tuple[str, ...]  # of the arrays: "first", "second", and options given as arrays
     upstream_axes: int  # of an upstream gradient that is an array
     arguments: Arguments  # without the arrays
 
@@ -185,7 +184,7 @@ class Whole:
 
     def outputs(self, blocks: Any) -> list[Any]:
         """Return the arrays that the blocks have written. The first result of a block is its value or its sums."""
-        like = [self.arrays["first" if operand_of(name) in ("input", "mu") else "second"] for name in self.task.arguments.wanted]
+        like = [self.arrays["second" if operand_of(name) == "target" else "first"] for name in self.task.arguments.wanted]
         return [pick(blocks, k, x.chunks, x.dtype, x._meta) for k, x in enumerate(like, 1)]
 
     def value(self, sums: Any) -> Any:
@@ -218,9 +217,7 @@ def sum_block(*arrays: Any, task: Task) -> list[Any]:
 def compute_part(*arrays: Any, task: Task, divisor: float) -> list[Any]:
     """Return the sums over the samples of a block, and its gradients, from one pass."""
     arguments, call = task.arguments_of(arrays)
-    upstream = np.divide(arguments.options.get("grad_output", 1.0), divisor)
-    options = {**arguments.options, "grad_output": upstream}
-    value, outputs = task.loss.compute(arguments._replace(reduction="sample_sum", options=options), call)
+    value, outputs = task.loss.compute_part(arguments, call, divisor, "sample_sum")
     sums = {"value": call.to_host(value)} if arguments.summed else {}
     return [exact({**sums, "count": arguments.first.size}), *outputs]
 

@@ -10,7 +10,7 @@ import numpy as np
 from fastloss.backends.protocol import ArrayBackend
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import Arguments, get_layout
-from fastloss.core.dtypes import is_float
+from fastloss.core.dtypes import float_of
 from fastloss.core.plan import Array
 from fastloss.cpu import memory
 from fastloss.cpu.call import POINTER_AT, HostCall, read_pointer
@@ -76,7 +76,7 @@ class NumpyBackend(ArrayBackend):
     def placeholder_input(self, target: Any) -> Any:
         """Make an input of the target's shape and dtype, or float32 for integers, by broadcasting a single element."""
         t = self.as_array("target", target)
-        return np.broadcast_to(np.zeros((), t.dtype if is_float(t.dtype) else np.float32), t.shape)
+        return np.broadcast_to(np.zeros((), float_of(t.dtype)), t.shape)
 
 
 def form_of_option(x: Any) -> Any:

@@ -50,15 +50,16 @@ class Accumulated:
         options = dict(options)
         arguments = Arguments(("value",), (), operands[0], operands[1], options.pop("weight", None), "sample_sum", options)
         value, _ = self.compute(arguments, in_float64(call))
-        return {"value": value, "count": self.count(operands, {**options, "weight": arguments.weight}, call)}
+        return {"value": value, "count": self.count(operands, options, call)}
 
     def count(self, operands: Sequence[Any], options: Mapping[str, Any], call: Any) -> Any:
-        """Return the number of elements that count: that of each sample, or if all elements count, one number on the host."""
+        """Return the number of elements that count: that of each sample, or if all elements count, one number on the host.
+
+        `options` has no weight, because elements count regardless of their weights.
+        """
         if options.get("mask") is None and options.get("ignore_index") is None:
             return math.prod(operands[0].shape)
-        options = dict(options)
-        arguments = Arguments((), (), operands[0], operands[1], options.pop("weight", None), "sample_mean", options)
-        counted = call(self.definitions[0], arguments).count()
+        counted = call(self.definitions[0], Arguments((), (), operands[0], operands[1], None, "sample_mean", dict(options))).count()
         return counted * len(operands[0]) if isinstance(counted, int) else counted
 
     def host_sums(self, operands: Sequence[Any], options: Mapping[str, Any], call: Any) -> dict[str, Any]:
@@ -77,10 +78,14 @@ class Accumulated:
 
     def gradients_of_part(self, arguments: Arguments, call: Any, sums: Mapping[str, Any], samples: int) -> list[Any]:
         """Return the gradients of a part with respect to the loss of all parts, given the sums and the number of samples of all."""
+        divisor = self.divisor_of_sums(sums, samples, arguments.reduction)
+        return self.compute_part(arguments._replace(summed=()), call, divisor, "sum")[1]
+
+    def compute_part(self, arguments: Arguments, call: Any, divisor: Any, reduction: str) -> tuple[Any, list[Any]]:
+        """Compute a part in one pass: its value by a reduction that does not divide, and gradients that are divided by a number."""
         with np.errstate(all="ignore"):
-            upstream = np.divide(arguments.options.get("grad_output", 1.0), self.divisor_of_sums(sums, samples, arguments.reduction))
-        options = {**arguments.options, "grad_output": upstream}
-        return self.compute(arguments._replace(summed=(), reduction="sum", options=options), call)[1]
+            upstream = np.divide(arguments.options.get("grad_output", 1.0), divisor)
+        return self.compute(arguments._replace(reduction=reduction, options={**arguments.options, "grad_output": upstream}), call)
 
 
 @functools.cache

@@ -48,3 +48,8 @@ def code_of(dtype: np.dtype[Any]) -> str:
 def is_float(dtype: np.dtype[Any]) -> bool:
     """Whether a dtype is a floating-point type of the table, bfloat16 included."""
     return dtype.name in FLOATS
+
+
+def float_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype of an input beside targets of a dtype: the same, or float32 for integers."""
+    return dtype if is_float(dtype) else np.dtype(np.float32)

@@ -294,7 +294,9 @@ class _Passes:
         """Return the number that the reduction divides by, where it counts "present" regions or elements by "count"."""
         if self.reduction in ("mean", "sample_mean"):
             return self.over_groups(self.counts[counted])
-        return 1 if self.reduction != "batchmean" else self.shape[0] if self.samples is None else self.samples
+        if self.reduction != "batchmean":
+            return 1
+        return self.shape[0] if self.samples is None else self.samples
 
     def slopes(self, wanted: tuple[str, ...]) -> list[Array]:
         """Make the second pass and return the gradients."""

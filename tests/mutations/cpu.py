@@ -442,7 +442,7 @@ MUTATIONS = (
         "Only the leading bits of samples' sums are added.", ("test_accumulator.py",),
     ),
     Mutation(
-        "part-without-divisor", "core/accumulated.py", "self.divisor_of_sums(sums, samples, arguments.reduction))", "1.0)",
+        "part-without-divisor", "core/accumulated.py", '"grad_output", 1.0), divisor)', '"grad_output", 1.0), 1.0)',
         "The gradient of a part is not divided by the number of elements of all parts.",
         ("test_dask.py::test_any_blocks_give_the_bits_of_an_accumulator",),
     ),
@@ -457,7 +457,7 @@ MUTATIONS = (
         ("test_dask.py::test_any_blocks_give_the_bits_of_an_accumulator",),
     ),
     Mutation(
-        "gradient-of-one-process", "backends/torch/ranks.py", "np.divide(self.processes, self.divisor())", "np.divide(1, self.divisor())",
+        "gradient-of-one-process", "backends/torch/ranks.py", '"grad_output": self.processes})', '"grad_output": 1})',
         "Gradients are those of the joined value, which averaging over processes makes too small.",
         ("test_torch_distributed.py::test_a_process_group_gives_the_loss_of_the_joined_batch",),
     ),

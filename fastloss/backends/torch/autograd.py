@@ -91,9 +91,14 @@ class LossFunction(torch.autograd.Function):
             )
         else:  # a batch of upstream gradients (`is_grads_batched=True`)
             grads = [slope * append_axes(upstream / unit, slope) for slope in saved[:early]]
-        by_first = grads[0] if "slope" in wanted else None
-        by_second = grads[-1] if "target_slope" in wanted else None
-        return None, by_first, by_second, *NONES[: len(ctx.needs_input_grad) - 3]
+        return by_argument(ctx, wanted, grads)
+
+
+def by_argument(ctx: Any, wanted: tuple[str, ...], grads: Sequence[Any]) -> tuple[Any, ...]:
+    """Return a gradient or None for each argument of `forward`: the call, the two operands, and the options."""
+    by_first = grads[0] if "slope" in wanted else None
+    by_second = grads[-1] if "target_slope" in wanted else None
+    return None, by_first, by_second, *NONES[: len(ctx.needs_input_grad) - 3]
 
 
 def differentiable_slopes(ctx: Any, upstream: Any, tensors: Sequence[Any]) -> list[Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 from torch.autograd.function import once_differentiable
 
-from fastloss.backends.torch.autograd import NONES, WANTED, times_upstream
+from fastloss.backends.torch.autograd import WANTED, by_argument, times_upstream
 from fastloss.backends.torch.bound_loss import VALUE, BoundLoss, machine_of
 from fastloss.backends.torch.memory_views import HALVES, to_tensor
 from fastloss.core.checks import check_reduction, warn_of_empty_mean
@@ -41,15 +41,14 @@ class JoinedLoss:
         loss = self.bound.loss
         with machine_of(tensors[0], torch.float64) as call:
             arguments = self.bound.arguments(VALUE, wanted, tensors, self.settings)
-            operands, options = (arguments.first, arguments.second), {**arguments.options, "weight": arguments.weight}
+            operands = arguments.first, arguments.second
             if len(loss.definitions) == 1:
-                self.join({"count": call.to_host(loss.count(operands, options, call))}, tensors[0])
-                with np.errstate(all="ignore"):
-                    upstream = np.divide(self.processes, self.divisor())
-                scaled = {**arguments.options, "grad_output": upstream} if wanted else arguments.options
-                value, slopes = loss.compute(arguments._replace(reduction="sum", options=scaled), call)
-                self.join({"value": call.to_host(value).reshape(1)}, tensors[0])
+                self.join({"count": call.to_host(loss.count(operands, arguments.options, call))}, tensors[0])
+                scaled = arguments._replace(options={**arguments.options, "grad_output": self.processes})
+                value, slopes = loss.compute_part(scaled, call, self.divisor(), "sum")
+                self.join({"value": call.to_host(value)}, tensors[0])
             else:
+                options = {**arguments.options, "weight": arguments.weight}
                 self.join(loss.host_sums(operands, options, call), tensors[0])
                 slopes = self.slopes(wanted, tensors, 1.0) if wanted else []
         return self.value(tensors[0]), [x if isinstance(x, torch.Tensor) else to_tensor(x) for x in slopes]
@@ -75,7 +74,7 @@ class JoinedLoss:
 
     def join(self, sums: Mapping[str, Any], first: Any) -> None:
         """Add up sums over the samples of every process, together with the number of samples."""
-        own = {name: np.reshape(x, (-1, *np.shape(x)[1:])).sum(axis=0, dtype=np.float64).reshape(-1) for name, x in sums.items()}
+        own = {name: np.atleast_1d(x).sum(axis=0, dtype=np.float64).reshape(-1) for name, x in sums.items()}
         every = np.concatenate([[float(len(first)) if first.dim() else 1.0], *own.values()])
         total = add_over_processes(torch.from_numpy(every).to(first.device), self.group).cpu().numpy()
         self.samples = int(total[0])
@@ -103,9 +102,7 @@ class JoinedFunction(torch.autograd.Function):
             grads = [times_upstream(slope, upstream, 1.0) for slope in saved]
         else:
             grads = ctx.joined.slopes(ctx.wanted, saved, upstream.double())
-        by_first = grads[0] if "slope" in ctx.wanted else None
-        by_second = grads[-1] if "target_slope" in ctx.wanted else None
-        return None, by_first, by_second, *NONES[: len(ctx.needs_input_grad) - 3]
+        return by_argument(ctx, ctx.wanted, grads)
 
 
 def joined_value(bound: BoundLoss, tensors: Sequence[Any], settings: Mapping[str, Any], group: Any) -> Any:
