@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
 
 from fastloss.backends.find import find_backend
-from fastloss.core.accumulated import Sums, exact, joined, rounded
+from fastloss.core.accumulated import Sums, check_channels, exact, joined, rounded
 from fastloss.core.checks import check_reduction, refuse_unknown, warn_of_empty_mean
+
+MOST_WAITING = 1 << 13  # samples whose sums wait to be added, because adding those of many batches at once takes less time
 
 
 class Accumulator:
@@ -47,6 +50,7 @@ class Accumulator:
         self.reduction: str = loss.default_reduction() if reduction is None else reduction
         refuse_unknown(options, loss.accumulated_options())
         check_reduction(self.reduction, loss.accumulated_reductions(options))
+        self._options_of_batches = tuple(name for name in loss.accumulated_options() if name not in loss.settings)
         self.reset()
 
     def __repr__(self) -> str:
@@ -55,7 +59,25 @@ class Accumulator:
     def reset(self) -> None:
         """Forget all batches."""
         self.samples = 0  # length of the first axes of all batches together
-        self._sums: Sums = {}
+        self._channels: int | None = None
+        self._added: Sums = {}
+        self._waiting: list[dict[str, Any]] = []  # the sums of the samples that are not added yet, by batch
+        self._waiting_samples = 0
+
+    @property
+    def _sums(self) -> Sums:
+        """The sums over all samples."""
+        if self._waiting:
+            self._sums = joined(self._added, exact(*self._waiting))
+        return self._added
+
+    @_sums.setter
+    def _sums(self, sums: Sums) -> None:
+        self._added, self._waiting, self._waiting_samples = sums, [], 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._sums = self._sums
+        return vars(self)
 
     @property
     def count(self) -> int:
@@ -75,7 +97,7 @@ class Accumulator:
         if len(operands) != len(names):
             found = f"{len(operands)} array{'s' * (len(operands) != 1)}"
             raise TypeError(f"update got {found}; accepted: {', '.join(names)}, and options by keyword")
-        refuse_unknown(options, tuple(name for name in self.loss.accumulated_options() if name not in self.loss.settings))
+        refuse_unknown(options, self._options_of_batches)
         backend = find_backend(operands[0])
         if backend.is_lazy:
             raise TypeError(
@@ -91,8 +113,15 @@ class Accumulator:
         return ()
 
     def _add(self, found: dict[str, Any], samples: int) -> None:
-        """Add the numbers of a batch's samples."""
-        self._sums, self.samples = joined(self._sums, exact(found)), self.samples + samples
+        """Add the sums of a batch's samples."""
+        channels = 1 if isinstance(found["count"], int) else math.prod(found["count"].shape[1:])
+        if self._channels is not None:
+            check_channels(self._channels, channels)
+        self._channels, self.samples = channels, self.samples + samples
+        self._waiting.append(found)
+        self._waiting_samples += samples
+        if self._waiting_samples >= MOST_WAITING:
+            self._sums = self._sums
 
     def merge_state(self, *others: Self) -> None:
         """Add the batches that other accumulators of the same loss and options have seen.
@@ -108,6 +137,7 @@ class Accumulator:
                 raise ValueError(f"merge_state got {other!r} with {other.options}; this is {self!r} with {self.options}")
         sums = functools.reduce(joined, [other._sums for other in others], self._sums)
         self._sums, self.samples = sums, self.samples + sum(other.samples for other in others)
+        self._channels = len(sums["count"].units) if sums else None
 
     def compute(self) -> Any:
         """Return the loss of all batches together, a float64 number; for `vae_loss` a `VAEValue`.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import fastloss as fl
+from fastloss.accumulator import MOST_WAITING
 from fastloss.core.exact import Exact
 from fastloss.losses.vae import VAEValue
 from tests.ulp import SUM, assert_close
@@ -220,6 +221,22 @@ def test_an_error_leaves_the_accumulator_as_it_was(rng):
         channels.merge_state(accumulated(DICE, [[z, t]], per_sample=False), accumulated(DICE, [[z[:, :2], t[:, :2]]], per_sample=False))
     assert (channels.compute(), channels.samples) == before_merge
     assert (total.compute(), total.samples, total.count) == before
+
+
+def test_batches_wait_to_be_added(rng):
+    """Sums of many batches are added at once, some of which have a count for each sample, and can be read at any time."""
+    total, samples = fl.Accumulator(BCE, reduction="sum"), MOST_WAITING // 4 + 1
+    z, t, _, mask = data(rng, shape=(7 * samples, 2))
+    counted = 0
+    for k, part in enumerate(batches([z, t, mask], [samples * k for k in range(1, 7)])):
+        options = {"mask": part[2]} if k % 3 == 1 else {}
+        total.update(*part[:2], **options)
+        counted += part[2].sum() if options else part[0].size
+        if k % 2:
+            assert total.count == counted
+    assert (total.samples, total.count) == (len(z), counted)
+    counts = ~(np.arange(len(z)) // samples % 3 == 1)[:, None] | mask
+    assert total.compute() == math.fsum(BCE(z, t, mask=counts, reduction="sample_sum"))
 
 
 def of(loss=BCE, **options):

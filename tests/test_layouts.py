@@ -255,6 +255,32 @@ def test_short_rows_are_joined(case, reduction, dtype, rng):
     np.testing.assert_array_equal(grad, want_grad)
 
 
+ORDERS = {
+    "samples first": lambda x: x,
+    "samples last": np.asfortranarray,
+    "every other": lambda x: np.repeat(x, 2, axis=0)[::2],
+    "reversed": lambda x: x[::-1].copy()[::-1],
+    "reversed elements": lambda x: x[:, ::-1].copy()[:, ::-1],
+    "channels last": lambda x: np.moveaxis(np.moveaxis(x, 1, -1).copy(), -1, 1),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("shape", [(1500, 3, 5), (67, 2, 1), (1, 4, 8)])
+def test_short_groups_in_any_memory_order(order, shape, dtype, rng):
+    """Sums of short samples, and their gradients with a scale for each, are those of the samples alone."""
+    z, t, weight = (3 * rng.standard_normal(shape)).astype(dtype), rng.random(shape).astype(dtype), rng.random(shape[2]).astype(dtype)
+    mask, upstream = rng.random(shape) < 0.7, rng.random(shape[0])
+    arrays = {"input": z, "target": t, "mask": mask, "out": np.empty_like(z)}
+    given = {name: ORDERS[order](x) for name, x in arrays.items()}
+    value, grad = LOSS.value_and_grad(**given, weight=weight, reduction="sample_sum", grad_output=upstream)
+    for k in range(len(z)):
+        one = LOSS.value_and_grad(z[k], t[k], weight, "sum", mask=mask[k], grad_output=upstream[k])
+        assert_close(value[k], one[0], SUM[np.dtype(dtype)])
+        np.testing.assert_array_equal(grad[k], one[1])
+    np.testing.assert_array_equal(LOSS(given["input"], given["target"], weight, "sample_sum", mask=given["mask"]), value)
+
+
 @pytest.mark.parametrize("width", [1, 2, 3, 7, 31])
 def test_narrow_crops_are_read_and_written(width, rng):
     z, t = rng.normal(0, 3, (600, 40)).astype(np.float32), rng.random((600, width)).astype(np.float32)

@@ -57,15 +57,16 @@ class NumpyBackend(ArrayBackend):
         value, bad = made.run(addresses, settings, 1.0)
         if bad:
             return loss.compute(arguments, HostCall)  # raises the error that names the element, or warns
-        return (np.float64(value) if summed else None), outputs
+        return (value if isinstance(value, np.ndarray) else np.float64(value) if summed else None), outputs
 
     def prepare(self, key: tuple[Any, ...], arguments: Arguments, names: tuple[str, ...]) -> PreparedPass | None:
-        """Prepare the pass of a call and remember it; None if the call has several results or takes several passes."""
+        """Prepare the pass of a call and remember it; None if the call divides by several numbers or takes several passes."""
         loss: AbstractLoss = key[0]
         made = None
         if loss.definition is not None:
             call = HostCall(loss.definition, arguments)
-            several = call.group_axes or (call.out is not None and (call.validate or len(arguments.wanted) != 1))
+            divides_groups = call.group_axes and (arguments.wanted or call.reduction != "sample_sum")
+            several = divides_groups or (call.out is not None and (call.validate or len(arguments.wanted) != 1))
             if not several and arguments.first.size:
                 made = PreparedPass(call, (*loss.operands, *names), call.make_outputs(arguments.wanted))
         if len(self.passes) >= MOST_PREPARED:

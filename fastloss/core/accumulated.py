@@ -94,19 +94,23 @@ def in_float64(call: Any) -> Any:
     return call if call.value_dtype == np.float64 else type(call.__name__, (call,), {"__slots__": (), "value_dtype": np.float64})
 
 
-def exact(found: Mapping[str, Any]) -> Sums:
-    """Add up the sums of the samples without rounding."""
-    return {name: Exact.over_first_axis(x) for name, x in found.items()}
+def exact(*parts: Mapping[str, Any]) -> Sums:
+    """Add up the sums of the samples of one or several parts without rounding."""
+    return {name: Exact.over_first_axis(*[part[name] for part in parts]) for name in parts[0]}
 
 
 def joined(these: Sums, those: Sums) -> Sums:
     """Return the sums of two sets of samples, of which one may be empty. Raise ValueError if they have different channels."""
     if not these or not those:
         return these or those
-    before, found = len(these["count"].units), len(those["count"].units)
+    check_channels(len(these["count"].units), len(those["count"].units))
+    return {name: x.plus(those[name]) for name, x in these.items()}
+
+
+def check_channels(before: int, found: int) -> None:
+    """Raise ValueError if a batch has another number of channels than those before."""
     if before != found:
         raise ValueError(f"the batch has {found} channels; those before had {before}")
-    return {name: x.plus(those[name]) for name, x in these.items()}
 
 
 def rounded(sums: Sums) -> dict[str, Any]:

@@ -20,19 +20,21 @@ class Exact(NamedTuple):
     special: tuple[float, ...]  # the sums of the others
 
     @classmethod
-    def over_first_axis(cls, x: Array | int) -> Self:
-        """Add up an array along its first axis; the other axes become one. A whole number is a sum already."""
-        if isinstance(x, int):
-            return cls((x * UNITS,), (0.0,))
-        columns = np.asarray(x, np.float64).reshape(len(x), math.prod(x.shape[1:])).T
+    def over_first_axis(cls, *parts: Array | int) -> Self:
+        """Add up arrays along their first axes; the other axes become one. A whole number is a sum already."""
+        whole = sum(x for x in parts if isinstance(x, int)) * UNITS
+        arrays = [x.reshape(len(x), math.prod(x.shape[1:])) for x in parts if not isinstance(x, int)]
+        if not arrays:
+            return cls((whole,), (0.0,))
+        columns = np.concatenate(arrays, dtype=np.float64).T
         largest = float(np.abs(columns).max(initial=0.0))
         if math.isfinite(largest):
-            return cls(tuple([add_up(column, largest) for column in columns]), (0.0,) * len(columns))
+            return cls(tuple([whole + add_up(column, largest) for column in columns]), (0.0,) * len(columns))
         finite = np.isfinite(columns)
         with np.errstate(invalid="ignore"):
             special = np.where(finite, 0.0, columns).sum(axis=1)
         rest = np.where(finite, columns, 0.0)
-        return cls(tuple([add_up(column, float(np.abs(column).max())) for column in rest]), tuple(map(float, special)))
+        return cls(tuple([whole + add_up(column, float(np.abs(column).max())) for column in rest]), tuple(map(float, special)))
 
     def plus(self, other: Exact) -> Exact:
         """Return the sums of both."""
@@ -55,11 +57,13 @@ def add_up(x: Array, largest: float) -> int:
         return sum(map(to_units, x.tolist()))
     bits = (x.size + 2).bit_length()
     total, pivot = 0, math.ldexp(1.0, math.frexp(largest)[1] + bits)
+    leading, rest = np.empty_like(x), x.copy()
     while True:
-        leading = (x + pivot) - pivot
-        total += to_units(float(leading.sum()))
-        x = x - leading
-        if not x.any():
+        np.add(rest, pivot, out=leading)
+        leading -= pivot
+        total += to_units(float(np.add.reduce(leading)))
+        rest -= leading
+        if not np.logical_or.reduce(rest):
             return total
         pivot *= 2.0 ** (bits - 52)
 

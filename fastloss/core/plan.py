@@ -25,7 +25,7 @@ Axis = tuple[int, tuple[int, ...]]  # length, and each array's stride in bytes
 
 MAX_RANGES = 256
 SHORT_AXIS = 32  # elements; a shorter innermost axis is joined with the next axis to one row
-SHORT_GROUP = 32  # elements; the CPU computes fewer elements at once if a group with sums of its own has no more
+SHORT_GROUP = 32  # elements; each lane of the CPU's vectors computes a group of its own if groups have no more
 RANGE_STEP = 1024  # elements; a range is a multiple of this, except at the end of a group
 # Estimated nanoseconds of one thread on the smallest range, and on the ranges that it takes at once. They must cost more than the atomic
 # counter that they are taken from.
@@ -66,7 +66,7 @@ class Spec:
     numbers: tuple[str, ...]  # names of the options given as numbers: parameters, "target_scale", "ignore_index"
     summed: tuple[str, ...]  # quantities of the formula, and "count", the number of elements that are not excluded
     checked: tuple[str, ...]  # operands whose elements outside [0, 1] are counted
-    is_short: bool  # whether each group has sums of its own and few elements
+    by_lane: bool  # whether each lane of a vector computes a group of its own, one element after another; see `Plan`
 
     @property
     def arrays(self) -> tuple[Operand, ...]:
@@ -104,7 +104,12 @@ class Spec:
 
 @dataclass(frozen=True)
 class Plan:
-    """One pass over memory: the kernel's spec, and sizes and strides, which the kernel takes as arguments."""
+    """One pass over memory: the kernel's spec, and sizes and strides, which the kernel takes as arguments.
+
+    Usually neighbouring lanes of a vector compute neighbouring elements of a row, and a group, which has sums of its own, is cut into
+    ranges. With `spec.by_lane` neighbouring lanes compute neighbouring groups: the entries of a row are groups, a range is a number of
+    groups, and the innermost axes outside the rows are those of a group.
+    """
 
     spec: Spec
     group_axes: int  # number of leading axes whose entries are groups, each with sums of its own
@@ -120,19 +125,29 @@ class Plan:
     overlaps: tuple[Distances, ...]  # address differences at which an output may overlap an operand
 
     @property
-    def ranges_per_group(self) -> int:
-        """Number of ranges that a group is cut into."""
-        return -(-self.group_size // self.range_size)
+    def cut(self) -> tuple[int, int]:
+        """Number of parts that are cut into ranges, and their size: the groups, or all groups as one."""
+        return (1, self.groups) if self.spec.by_lane else (self.groups, self.group_size)
+
+    @property
+    def ranges_per_part(self) -> int:
+        """Number of ranges that a part is cut into."""
+        return -(-self.cut[1] // self.range_size)
 
     @property
     def ranges(self) -> int:
-        """Number of ranges. Each range leaves partial sums of its own."""
-        return self.groups * self.ranges_per_group
+        """Number of ranges."""
+        return self.cut[0] * self.ranges_per_part
+
+    @property
+    def partials(self) -> int:
+        """Number of partial sums of each quantity: one for each range, or for each group that a lane computes."""
+        return self.groups if self.spec.by_lane else self.ranges
 
     @property
     def ranges_at_once(self) -> int:
         """Number of ranges that a thread takes at once, so that they cost more than the counter that they are taken from."""
-        return max(1, min(int(RANGE_WORK / (self.range_size * estimate_work(self.spec))), self.ranges // MAX_RANGES))
+        return max(1, min(int(RANGE_WORK * self.ranges / self.work), self.ranges // MAX_RANGES))
 
     @property
     def size(self) -> int:
@@ -173,37 +188,46 @@ class Request(NamedTuple):
         return [(name, *layout) for name, layout in zip(self.operands + self.outputs, self.layouts, strict=True)]
 
 
-def make_plan(request: Request) -> Plan:
-    """Order the axes, merge axes that are contiguous in every array, and cut the elements into ranges."""
+def make_plan(request: Request, in_lanes: bool = False) -> Plan:
+    """Order the axes, merge axes that are contiguous in every array, and cut the elements into ranges.
+
+    `in_lanes` is whether the machine can compute short groups in a lane each.
+    """
     check_arrays(request.arrays, request.shape, request.outputs, "target_scale" in request.numbers)
     shape, group_axes = request.shape, request.group_axes
     strides = [broadcast_strides(name, of, by, shape) for name, _, of, by in request.arrays]
     sizes = [dtype.itemsize for _, dtype, _, _ in request.arrays]
     axes, starts = order_axes(list(zip(shape, zip(*strides, strict=True), strict=True)), len(strides), group_axes)
-    rest, outer, inner = split_rows(merge_axes(axes), sizes)
     groups = math.prod(shape[:group_axes])
     group_size = math.prod(shape[group_axes:])
-    is_short = group_axes > 0 and group_size <= SHORT_GROUP
-    spec = make_spec(request, is_short, [classify_access(inner[0], *by) for by in zip(inner[1], outer[1], sizes, strict=True)])
+    by_lane = in_lanes and group_axes > 0 and 0 < group_size <= SHORT_GROUP
+    walked = merge_axes(axes[group_axes:]) if by_lane else []
+    rest, outer, inner = split_rows(merge_axes(axes[:group_axes] if by_lane else axes), sizes)
+    spec = make_spec(request, by_lane, [classify_access(inner[0], *by) for by in zip(inner[1], outer[1], sizes, strict=True)])
+    work = estimate_work(spec)
     extents = [extent(shape, by, size) for by, size in zip(strides, sizes, strict=True)]
     return Plan(
         spec=spec,
         group_axes=group_axes,
         groups=groups,
         group_size=group_size,
-        range_size=choose_range_size(group_size, (GROUP_WORK[spec.compute] if group_axes else RANGE_WORK) / estimate_work(spec)),
+        range_size=(
+            choose_range_size(groups, RANGE_WORK / (group_size * work))
+            if by_lane
+            else choose_range_size(group_size, (GROUP_WORK[spec.compute] if group_axes else RANGE_WORK) / work)
+        ),
         row_size=inner[0] * outer[0],
         inner_size=inner[0],
         inner_strides=inner[1],
         outer_strides=outer[1],
-        axes=tuple(rest[::-1]),
+        axes=tuple([*rest, *walked][::-1]),
         starts=starts,
         overlaps=overlap_distances(extents, len(request.operands)),
     )
 
 
-def make_spec(request: Request, is_short: bool, accesses: list[str]) -> Spec:
-    """Make the kernel's spec, given whether groups are short, and how each array is accessed along a row."""
+def make_spec(request: Request, by_lane: bool, accesses: list[str]) -> Spec:
+    """Make the kernel's spec, given whether each lane computes a group, and how each array is accessed along a row."""
     codes = [code_of(dtype) for _, dtype, _, _ in request.arrays]
     arrays = tuple(Operand(*x) for x in zip(request.operands + request.outputs, codes, accesses, strict=True))
     operands = arrays[: len(request.operands)]
@@ -219,7 +243,7 @@ def make_spec(request: Request, is_short: bool, accesses: list[str]) -> Spec:
         numbers=request.numbers,
         summed=request.summed,
         checked=request.checked,
-        is_short=is_short,
+        by_lane=by_lane,
     )
 
 

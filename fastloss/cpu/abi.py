@@ -4,11 +4,13 @@ The frame of a call consists of
     five fields: the next range to take, the address of the layout, the store mode (see below), 1 if each group has a scale of its own
     or 0, and the address of the scales;
     the address of each array; the options that are numbers; one scale;
-    and for each range its partial sums and its number of bad elements.
+    and for each range its partial sums and its number of bad elements; or if each lane computes a group, the same for each group, where
+    those of one quantity lie side by side.
 
 The layout of a plan consists of
-    nine fields: the number of ranges, how many of them a thread takes at once, the number of ranges in a group, the elements of a
-    range, of a group, of a row and of a row's inner axis, 1 if elements are prefetched or 0, and the number of axes outside the rows;
+    ten fields: the number of ranges, how many of them a thread takes at once, the number of ranges in a part (a group, or all groups
+    if each lane computes one), the entries of a range, of a part, of a row and of a row's inner axis (elements, or groups), the number
+    of elements that a lane computes for each entry, 1 if elements are prefetched or 0, and the number of axes outside the rows;
     the inner strides, the outer strides, and the first visited bytes relative to the addresses, each with a field for each array;
     and for each axis outside the rows, innermost first, its length and each array's stride.
 """
@@ -27,7 +29,7 @@ LINE, PIECE = 64, 16  # bytes of a cache line, and of the smallest non-temporal 
 PREFETCH_FROM = 8 << 20  # bytes of operands, which then do not fit the caches of one core
 COUNTERS = 1  # fields at the begin of the frame that start at 0
 FIELDS = 5  # fields of the frame before the addresses
-LAYOUT_FIELDS = 9  # fields of the layout before the strides
+LAYOUT_FIELDS = 10  # fields of the layout before the strides
 
 
 class Frame(NamedTuple):
@@ -46,15 +48,15 @@ def frame_of(arrays: int, numbers: int) -> Frame:
 
 
 def count_partials(spec: Spec) -> int:
-    """Return the number of partial sums of a range: the requested sums, and the number of bad elements."""
+    """Return the number of partial sums of a range, or of a lane's group: the requested sums, and the number of bad elements."""
     return len(spec.summed) + 1
 
 
 def layout_of(plan: Plan) -> list[int]:
     """Return the fields of the layout of a plan."""
     prefetches = plan.size * sum(operand.size for operand in plan.spec.operands) >= PREFETCH_FROM
-    sizes = [plan.range_size, plan.group_size, plan.row_size, plan.inner_size]
-    fields = [plan.ranges, plan.ranges_at_once, plan.ranges_per_group, *sizes, int(prefetches), len(plan.axes)]
+    sizes = [plan.range_size, plan.cut[1], plan.row_size, plan.inner_size, plan.group_size if plan.spec.by_lane else 1]
+    fields = [plan.ranges, plan.ranges_at_once, plan.ranges_per_part, *sizes, int(prefetches), len(plan.axes)]
     assert len(fields) == LAYOUT_FIELDS
     strides = [*plan.inner_strides, *plan.outer_strides, *plan.starts]
     return [*fields, *strides, *(x for length, by in plan.axes for x in (length, *by))]

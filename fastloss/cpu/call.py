@@ -127,6 +127,8 @@ class HostCall(Call):
         """Divide a sum by the number that the reduction divides by, which may be different for each group."""
         if not self.group_axes and counted:
             return np.float64(total / counted)
+        if self.reduction == "sample_sum":
+            return total.copy()
         self.warn_of_empty_mean(counted)
         with np.errstate(all="ignore"):
             return np.divide(total, counted)
@@ -163,7 +165,7 @@ class HostCall(Call):
 @functools.lru_cache(maxsize=1024)
 def find_launch(*request: Any) -> Any:
     """Return the launch for the fields of a `Request`: its plan with the compiled kernel."""
-    plan = make_plan(Request(*request))
+    plan = make_plan(Request(*request), in_lanes=True)
     launch, empty_launch = built("launch", import_launches)
     return launch(plan) if plan.size else empty_launch(plan)
 

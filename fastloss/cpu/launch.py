@@ -45,8 +45,9 @@ class Launch:
         self.write = struct.Struct(f"{frame.numbers - COUNTERS}q{frame.partials - frame.numbers}d").pack_into
         self.scale_at, self.partials_at = 8 * frame.scale, 8 * frame.partials
         self.partials = count_partials(plan.spec)
-        self.frame_type = ctypes.c_int64 * (frame.partials + self.partials * plan.ranges)
-        self.unpack_sums = struct.Struct(f"{self.partials * plan.ranges}d" if not self.by_group else "").unpack_from
+        numbers = self.partials * plan.partials
+        self.frame_type = ctypes.c_int64 * (frame.partials + numbers)
+        self.unpack_sums = struct.Struct(f"{numbers}d" if not self.by_group else "").unpack_from
         self.alignment = output_alignment(plan)
         self.has_sums = bool(plan.spec.summed or plan.spec.checked)
 
@@ -67,7 +68,7 @@ class Launch:
         else:
             THREADS.run(self.kernel, frame, self.ranges, self.work)
         if self.by_group:
-            return self.sums_of_groups(np.frombuffer(memoryview(frame), np.float64, self.partials * self.ranges, self.partials_at))
+            return self.sums_of_groups(np.frombuffer(memoryview(frame), np.float64, offset=self.partials_at))
         if not self.has_sums:
             return NO_SUMS
         sums = self.unpack_sums(frame, self.partials_at)
@@ -78,7 +79,9 @@ class Launch:
 
     def sums_of_groups(self, partials: Any) -> tuple[Any, bool]:
         """Add up the partial sums of each group's ranges; return the sums, and whether an element lies outside [0, 1]."""
-        if self.ranges == self.plan.groups:
+        if self.plan.spec.by_lane:
+            sums = partials.reshape(self.partials, self.plan.groups)
+        elif self.ranges == self.plan.groups:
             sums = partials.reshape(self.ranges, self.partials).T
         else:
             with np.errstate(all="ignore"):
@@ -110,8 +113,8 @@ class EmptyLaunch:
 
 
 def output_alignment(plan: Plan) -> int:
-    """Return the alignment, at most a cache line, of every step's store relative to the first; 0 if the output is small."""
-    if not plan.spec.outputs:
+    """Return the alignment, at most a cache line, of every step's store relative to the first; 0 if stores go into the caches."""
+    if not plan.spec.outputs or plan.spec.by_lane:
         return 0
     size = min(output.size for output in plan.spec.outputs)
     lengths = [plan.group_size * size, plan.row_size * size if plan.axes else 0]

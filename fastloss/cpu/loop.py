@@ -8,6 +8,9 @@ LLVM code of the spec, see `step.py`. The loop does not branch on reductions, we
 Sums are accumulated in the type of the arithmetic within a block of a row, and in float64 across blocks. Each range leaves one
 partial sum for each sum. The lane that adds an element depends on the arrays' layout alone, so partial sums depend neither on
 the number of threads nor on addresses.
+
+Where each lane computes a group (`Spec.by_lane`), a block is a step's width of groups. The loop calls STEP for one element of each
+after another, and leaves the partial sums of each lane.
 """
 
 from __future__ import annotations
@@ -20,12 +23,12 @@ from llvmlite import ir
 from numba import cfunc, types
 from numba.core import cgutils
 from numba.core.datamodel import models, register_default
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 from fastloss.core.plan import Spec
 from fastloss.cpu.abi import FIELDS, LAYOUT_FIELDS, count_partials, frame_of
-from fastloss.cpu.step import BLOCK, DOUBLE, FOLD, I64, STEP, count_sums, lanes_of, sum_type
-from fastloss.cpu.vector import Vector
+from fastloss.cpu.step import BLOCK, DOUBLE, FOLD, I64, STEP, count_sums, lanes_of, spread, sum_lanes_of
+from fastloss.cpu.vector import Vector, call, scalar_type
 from fastloss.kernel import element
 
 
@@ -34,15 +37,23 @@ class Shape(NamedTuple):
 
     compute: str  # code of the type of the arithmetic
     lanes: int  # elements of a step
+    sum_lanes: int  # of each sum
+    by_lane: bool  # see `Spec`
     arrays: int
     numbers: int  # options given as numbers
     sums: int  # of a block
-    totals: int  # of a range
+    totals: int  # of a range, or of a lane
+
+    @property
+    def block(self) -> int:
+        """Number of entries of a row that are computed between two calls of FOLD."""
+        return self.lanes if self.by_lane else BLOCK * self.lanes
 
 
 def shape_of(spec: Spec) -> Shape:
     """Return the shape of the loop of a spec."""
-    return Shape(spec.compute, lanes_of(spec), len(spec.arrays), len(spec.numbers), count_sums(spec), count_partials(spec))
+    lanes = lanes_of(spec), sum_lanes_of(spec), spec.by_lane
+    return Shape(spec.compute, *lanes, len(spec.arrays), len(spec.numbers), count_sums(spec), count_partials(spec))
 
 
 class Lanes(types.Type):
@@ -140,22 +151,6 @@ def items(builder: Any, value: Any) -> list[Any]:
 
 
 @intrinsic
-def store_sums(typingctx: Any, pointer: Any, offset: Any, totals: Any) -> Any:
-    """Add the lanes of each sum of the range, half to half, and write the results to `pointer[offset:]`."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        first = builder.gep(args[0], [args[1]])
-        for k, vector in enumerate(cgutils.unpack_tuple(builder, args[2])):
-            lanes = Vector(builder, vector)
-            while lanes.type.count > 1:
-                lanes = element.accumulate(*lanes.halves(), as_factors=False)
-            builder.store(builder.extract_element(lanes.value, ir.IntType(32)(0)), builder.gep(first, [I64(k)]))
-        return context.get_dummy_value()
-
-    return types.void(pointer, offset, totals), codegen
-
-
-@intrinsic
 def float64_pointer(typingctx: Any, pointer: Any, index: Any) -> Any:
     """Return `pointer + index` as a pointer to float64."""
     result = types.CPointer(types.float64)
@@ -177,6 +172,117 @@ def pointer_at(typingctx: Any, element: Any, address: Any) -> Any:
     return result(element, address), codegen
 
 
+@intrinsic
+def advance_along(typingctx: Any, addresses: Any, layout: Any, axis: Any, index: Any) -> Any:
+    """Advance each address by `index` times its stride along the axis given from `layout[axis]` on: its length, then the strides."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        advanced = []
+        for k, address in enumerate(cgutils.unpack_tuple(builder, args[0]), 1):
+            stride = builder.load(builder.gep(args[1], [builder.add(args[2], I64(k))]))
+            advanced.append(builder.add(address, builder.mul(stride, args[3])))
+        return context.make_tuple(builder, addresses, advanced)
+
+    return addresses(addresses, layout, axis, index), codegen
+
+
+@register_jitable(inline="always")
+def locate(base: Any, layout: Any, axis: Any, axes: Any, place: Any) -> Any:
+    """Return the addresses of the first entry of a row, given its place in the axes outside the rows, and these from `layout[axis]` on."""
+    here = base
+    for further in range(axes - 1, -1, -1):  # innermost first
+        rest = place // layout[axis] if further else 0
+        here = advance_along(here, layout, axis, place - rest * layout[axis])
+        place = rest
+        axis += 1 + len(base)
+    return here
+
+
+# --- the scale of a block, and what becomes of sums: of a row's elements, and of groups that each lane computes ---------
+
+
+@intrinsic
+def read_scale(typingctx: Any, lanes: Any, scales: Any, stride: Any, part: Any, entry: Any, count: Any) -> Any:
+    """Read the scale of a part, for all lanes."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(builder.gep(args[1], [builder.mul(args[3], args[2])]))
+
+    return types.float64(lanes, scales, stride, part, entry, count), codegen
+
+
+@intrinsic
+def read_scales(typingctx: Any, lanes: Any, scales: Any, stride: Any, part: Any, entry: Any, count: Any) -> Any:
+    """Read the scales of `count` entries from `entry` on, one for each lane, with 0 in the other lanes."""
+    result = lanes.instance_type
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector, (_, scales, stride, _, entry, count) = result.llvm, args
+        ids, mask = lane_ids(builder, count, vector.count)
+        size = builder.mul(stride, I64(8))
+        first = builder.add(builder.ptrtoint(scales, I64), builder.mul(entry, size))
+        address = builder.add(spread(builder, first, vector.count), builder.mul(ids, spread(builder, size, vector.count)))
+        pointers = builder.inttoptr(address, ir.VectorType(DOUBLE.as_pointer(), vector.count))
+        name = f"llvm.masked.gather.v{vector.count}f64.v{vector.count}p0"
+        return call(builder, name, vector, pointers, ir.IntType(32)(8), mask, ir.Constant(vector, None))
+
+    return result(lanes, scales, stride, part, entry, count), codegen
+
+
+def lane_ids(builder: Any, count: Any, lanes: int) -> tuple[Any, Any]:
+    """Return the index of each lane, and the mask of the first `count` lanes."""
+    ids = ir.Constant(ir.VectorType(I64, lanes), list(range(lanes)))
+    return ids, builder.icmp_signed("<", ids, spread(builder, count, lanes))
+
+
+@intrinsic
+def keep_sums(typingctx: Any, partials: Any, entry: Any, count: Any, distance: Any, totals: Any) -> Any:
+    """Return the totals after a block unchanged."""
+    return totals(partials, entry, count, distance, totals), lambda context, builder, signature, args: args[-1]
+
+
+@intrinsic
+def store_lanes(typingctx: Any, partials: Any, entry: Any, count: Any, distance: Any, totals: Any) -> Any:
+    """Write the first `count` lanes of each sum to `partials[entry:]`, the next sum `distance` numbers further on; return zeros."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.gep(args[0], [args[1]])
+        for vector in cgutils.unpack_tuple(builder, args[4]):
+            lanes = vector.type.count
+            at, (_, mask) = builder.bitcast(pointer, vector.type.as_pointer()), lane_ids(builder, args[2], lanes)
+            call(builder, f"llvm.masked.store.v{lanes}f64.p0", ir.VoidType(), vector, at, ir.IntType(32)(8), mask)
+            pointer = builder.gep(pointer, [args[3]])
+        return ir.Constant(args[4].type, None)
+
+    return totals(partials, entry, count, distance, totals), codegen
+
+
+@intrinsic
+def drop_sums(typingctx: Any, pointer: Any, offset: Any, totals: Any) -> Any:
+    """Write nothing, because each block has stored its sums."""
+    return types.void(pointer, offset, totals), lambda context, builder, signature, args: context.get_dummy_value()
+
+
+@intrinsic
+def store_sums(typingctx: Any, pointer: Any, offset: Any, totals: Any) -> Any:
+    """Add the lanes of each sum of the range, half to half, and write the results to `pointer[offset:]`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        first = builder.gep(args[0], [args[1]])
+        for k, vector in enumerate(cgutils.unpack_tuple(builder, args[2])):
+            lanes = Vector(builder, vector)
+            while lanes.type.count > 1:
+                lanes = element.accumulate(*lanes.halves(), as_factors=False)
+            builder.store(builder.extract_element(lanes.value, ir.IntType(32)(0)), builder.gep(first, [I64(k)]))
+        return context.get_dummy_value()
+
+    return types.void(pointer, offset, totals), codegen
+
+
+ROW_BY_ROW = read_scale, keep_sums, store_sums
+LANE_BY_LANE = read_scales, store_lanes, drop_sums
+
+
 @cache
 def build(shape: Shape) -> str:
     """Compile a loop, and return its LLVM code.
@@ -185,10 +291,11 @@ def build(shape: Shape) -> str:
     A thread takes its next ranges from an atomic counter, whose increment also makes the non-temporal stores of the ranges before
     visible to other threads.
     """
-    arrays, partial_count, lanes = shape.arrays, shape.totals, shape.lanes
-    block = BLOCK * lanes
-    block_sums = types.UniTuple(Lanes(sum_type(shape.compute, shape.compute)), shape.sums)
-    range_totals = types.UniTuple(Lanes(sum_type(shape.compute, "f8")), shape.totals)
+    arrays, partial_count, lanes, block = shape.arrays, shape.totals, shape.lanes, shape.block
+    block_sums = types.UniTuple(Lanes(ir.VectorType(scalar_type(shape.compute), shape.sum_lanes)), shape.sums)
+    lane_scales = Lanes(ir.VectorType(DOUBLE, shape.sum_lanes))
+    range_totals = types.UniTuple(lane_scales, shape.totals)
+    scale_of, end_block, end_range = LANE_BY_LANE if shape.by_lane else ROW_BY_ROW
     addresses_at, numbers_at, _, partials_at = frame_of(arrays, shape.numbers)
     numbers = max(1, shape.numbers)  # Numba has no empty homogeneous tuples; without numbers, one unused field is read
     inner_at, outer_at, starts_at, axes_at = (LAYOUT_FIELDS + k * arrays for k in range(4))
@@ -198,9 +305,9 @@ def build(shape: Shape) -> str:
 
     @cfunc(types.void(types.CPointer(types.int64)), error_model="numpy")
     def kernel(frame: Any) -> None:
-        _, layout_at, mode, scale_stride, scales = read(FIELDS, frame, 0)
-        layout = pointer_at(types.int64, layout_at)
-        ranges, at_once, per_group, range_size, group_size, row_size, inner_size, prefetches, axes = read(LAYOUT_FIELDS, layout, 0)
+        _, layout_at, mode, scale_stride, scales_at = read(FIELDS, frame, 0)
+        layout, scales = pointer_at(types.int64, layout_at), pointer_at(types.float64, scales_at)
+        ranges, at_once, per_part, range_size, part_size, row_size, inner_size, walked, prefetches, axes = read(LAYOUT_FIELDS, layout, 0)
         inner_strides, outer_strides = read(arrays, layout, inner_at), read(arrays, layout, outer_at)
         base = advance(read(arrays, frame, addresses_at), read(arrays, layout, starts_at), 1)
         options = read(numbers, float64_pointer(frame, numbers_at), 0)
@@ -208,32 +315,28 @@ def build(shape: Shape) -> str:
         index = fetch_add(frame, at_once)
         end = index + at_once
         while index < ranges:
-            group = index // per_group
-            at = group * group_size + (index - group * per_group) * range_size
-            stop = min(at + range_size, (group + 1) * group_size)
-            scale = pointer_at(types.float64, scales)[group * scale_stride]
+            part = index // per_part
+            at = part * part_size + (index - part * per_part) * range_size
+            stop = min(at + range_size, (part + 1) * part_size)
             totals = zeros(range_totals)
             while at < stop:
                 row = at // row_size
                 column = at - row * row_size
-                count = min(row_size - column, stop - at)
-                here = base
-                axis = axes_at
-                for _ in range(axes):  # innermost first
-                    length = layout[axis]
-                    here = advance(here, read(arrays, layout, axis + 1), row % length)
-                    row //= length
-                    axis += 1 + arrays
-                for first in range(column, column + count, block):
+                end_of_row = min(row_size, column + stop - at)
+                for first in range(column, end_of_row, block):
+                    last = min(first + block, end_of_row)
+                    entry, count = at + first - column, last - first
+                    scale = scale_of(lane_scales, scales, scale_stride, part, entry, count)
                     sums = zeros(block_sums)
-                    last = min(first + block, column + count)
-                    for start in range(first, last, lanes):
-                        sums = compute_step(
-                            here, inner_strides, outer_strides, inner_size, start, last, options, scale, mode, prefetches, sums
-                        )
-                    totals = fold(totals, sums)
-                at += count
-            store_sums(partials, partial_count * index, totals)
+                    for k in range(walked):
+                        here = locate(base, layout, axes_at, axes, row * walked + k)
+                        for start in range(first, last, lanes):
+                            sums = compute_step(
+                                here, inner_strides, outer_strides, inner_size, start, last, options, scale, mode, prefetches, sums
+                            )
+                    totals = end_block(partials, entry, count, part_size, fold(totals, sums))
+                at += end_of_row - column
+            end_range(partials, partial_count * index, totals)
             index += 1
             if index == end:
                 index = fetch_add(frame, at_once)

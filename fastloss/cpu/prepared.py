@@ -20,14 +20,13 @@ MOST_PREPARED = 1024  # kinds of calls that a framework remembers
 
 
 class PreparedPass:
-    """A pass that computes one value for the whole batch, or none, and writes arrays."""
+    """A pass that computes one value for the whole batch, the sums of its samples, or none, and writes arrays."""
 
     def __init__(self, call: HostCall, names: tuple[str, ...], outputs: list[Any]) -> None:
         """Prepare the pass that `call.compute` would make, with its results in arrays like `outputs`.
 
         `names` are those of the arrays to read, in the order in which the caller has them.
         """
-        assert call.group_axes == 0
         summed, wanted = call.arguments.summed, call.arguments.wanted
         order = [names.index(name) for name in call.names]
         self.order = None if order == list(range(len(order))) else order  # in which the pass takes the arrays
@@ -47,7 +46,7 @@ class PreparedPass:
         self.is_simple = not call.must_count and not call.numbers
         self.varying = [name for name in call.numbers if name in call.parameters]
 
-    def run(self, addresses: Sequence[int], numbers: Mapping[str, float], upstream: float) -> tuple[float, bool]:
+    def run(self, addresses: Sequence[int], numbers: Mapping[str, float], upstream: float) -> tuple[Any, bool]:
         """Compute; return the value, and whether an element lies outside [0, 1] or a mean is one of no elements.
 
         `addresses` are those of the arrays to read and of the outputs. `numbers` holds the parameters that are passed as numbers.

@@ -83,35 +83,37 @@ MUTATIONS = (
         "The last two lanes of a sum are not added.", (SHAPES,),
     ),
     Mutation(
-        "range-past-group", "cpu/loop.py", "stop = min(at + range_size, (group + 1) * group_size)", "stop = at + range_size",
+        "range-past-group", "cpu/loop.py", "stop = min(at + range_size, (part + 1) * part_size)", "stop = at + range_size",
         "The last range of a group goes on into the next group.", (ODD_ROWS,),
     ),
     Mutation(
-        "range-index-of-batch", "cpu/loop.py", "(index - group * per_group) * range_size", "index * range_size",
+        "range-index-of-batch", "cpu/loop.py", "(index - part * per_part) * range_size", "index * range_size",
         "Ranges of later groups begin too late.", (ODD_ROWS,),
     ),
     Mutation(
-        "range-takes-whole-row", "cpu/loop.py", "count = min(row_size - column, stop - at)", "count = row_size - column",
+        "range-takes-whole-row", "cpu/loop.py", "end_of_row = min(row_size, column + stop - at)", "end_of_row = row_size",
         "A range goes on to the end of its row.", (SHAPES,),
     ),
     Mutation(
-        "axis-fields-misread", "cpu/loop.py", "axis += 1 + arrays", "axis += arrays", "The second axis outside a row is misread.", (VIEWS,),
+        "axis-fields-misread", "cpu/loop.py", "axis += 1 + len(base)", "axis += len(base)", "The second axis outside a row is misread.",
+        (VIEWS,),
     ),
     Mutation(
-        "axis-index-unreduced", "cpu/loop.py", "axis + 1), row % length)", "axis + 1), row)",
+        "axis-index-unreduced", "cpu/loop.py", "place - rest * layout[axis])", "place)",
         "Indices along inner axes are not reduced to the axis.", (VIEWS,),
     ),
     Mutation(
-        "block-past-row", "cpu/loop.py", "last = min(first + block, column + count)", "last = first + block",
+        "block-past-row", "cpu/loop.py", "last = min(first + block, end_of_row)", "last = first + block",
         "A block goes on past the end of its row.", (OUTSIDE,),
     ),
     Mutation(
-        "partials-overwritten", "cpu/loop.py", "store_sums(partials, partial_count * index, totals)",
-        "store_sums(partials, partial_count * group, totals)", "The ranges of a group overwrite each other's partial sums.", (ODD_ROWS,),
+        "partials-overwritten", "cpu/loop.py", "end_range(partials, partial_count * index, totals)",
+        "end_range(partials, partial_count * part, totals)", "The ranges of a group overwrite each other's partial sums.", (ODD_ROWS,),
     ),
     Mutation(
-        "first-scale-for-all", "cpu/loop.py", "[group * scale_stride]", "[0]", "Every group takes the scale of the first.",
-        ("test_options.py::test_grad_output_is_the_chain_rule",), select="cross_entropy_with_logits and sample_sum",
+        "first-scale-for-all", "cpu/loop.py", "builder.gep(args[1], [builder.mul(args[3], args[2])])", "args[1]",
+        "Every group takes the scale of the first.", ("test_options.py::test_grad_output_is_the_chain_rule",),
+        select="cross_entropy_with_logits and sample_sum",
     ),
     # --- launches and layouts
     Mutation(
@@ -433,12 +435,25 @@ MUTATIONS = (
     ),
     # --- data sets in parts
     Mutation(
-        "short-groups-at-once-skipped", "cpu/loop.py", "            index += 1\n", "            index += 2\n",
+        "groups-at-once-skipped", "cpu/loop.py", "            index += 1\n", "            index += 2\n",
         "Every other group of those that a thread takes at once is left out.",
         ("test_accumulator.py::test_sums_of_many_short_samples_are_those_of_each",),
     ),
     Mutation(
-        "rest-of-exact-sums-dropped", "core/exact.py", "        if not x.any():\n", "        if True:\n",
+        "lanes-share-totals", "cpu/loop.py", "return ir.Constant(args[4].type, None)", "return args[4]",
+        "A lane that computes short groups adds each of them to those before.",
+        ("test_accumulator.py::test_sums_of_many_short_samples_are_those_of_each",),
+    ),
+    Mutation(
+        "lanes-scale-of-first", "cpu/loop.py", "builder.mul(entry, size))", "builder.mul(I64(0), size))",
+        "The gradients of short groups take the scales of the first ones.", ("test_layouts.py::test_short_groups_in_any_memory_order",),
+    ),
+    Mutation(
+        "waiting-batches-forgotten", "accumulator.py", "joined(self._added, exact(*self._waiting))", "exact(*self._waiting)",
+        "Adding the batches that wait forgets those added before.", ("test_accumulator.py::test_batches_wait_to_be_added",),
+    ),
+    Mutation(
+        "rest-of-exact-sums-dropped", "core/exact.py", "        if not np.logical_or.reduce(rest):\n", "        if True:\n",
         "Only the leading bits of samples' sums are added.", ("test_accumulator.py",),
     ),
     Mutation(
