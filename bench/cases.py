@@ -30,7 +30,7 @@ CURVE = dict(sorted((DECADES | {f"3x10^{k}": (3 * 10**k,) for k in range(3, 6)})
 LATENTS = 256  # numbers in the latent code of an image
 
 
-SUBJECTS = {name: row for name, row in LOSSES.items() if row.gradients}
+SUBJECTS = {name: row for name, row in LOSSES.items() if row.gradients and not row.classes}
 BCE, MSE = "binary_cross_entropy_with_logits", "mse_loss"
 
 

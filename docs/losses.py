@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -68,7 +69,8 @@ def table_of(rows: Iterable[list[str]], header: list[str]) -> str:
 def loss_table() -> str:
     """Return the table of every loss with its input and its parameters."""
     rows = ([f"`{call(row)}`", row.input, parameters(row)] for row in LOSSES.values())
-    return table_of(rows, ["loss", "input", "parameters"])
+    table = table_of(rows, ["loss", "input", "parameters"])
+    return re.sub(r" +\|$", " |", table, flags=re.MULTILINE)  # the README is short of space
 
 
 def overview_list() -> str:
@@ -253,6 +255,15 @@ def gaussian_lines() -> Iterator[Line]:
         yield Line(label, value, gradients[k])
 
 
+def class_lines(*cases: tuple[Any, str, dict[str, float]]) -> Iterator[Line]:
+    """Compute losses of classes over the logit of the right class, of three; the others are 0."""
+    z, t = np.zeros((len(LOGITS), 3)), np.zeros(len(LOGITS), int)
+    z[:, 0] = LOGITS
+    for loss, label, given in cases:
+        value, gradient = loss.value_and_grad(z, t, reduction="none", **given)
+        yield Line(label, value, gradient[:, 0])
+
+
 def vae_lines() -> Iterator[Line]:
     """Compute the VAE objective for a code of one number, for several values of beta."""
     for beta in (0.0, 1.0, 4.0):
@@ -357,6 +368,18 @@ DRAWN: dict[str, Callable[[], Picture]] = {
     "vae_loss": lambda: Picture("mu", ERRORS, vae_lines(), ((-0.6, 12), (-8, 8)), titles=("total", "gradient by mu")),
     "dice_with_logits_loss": lambda: Picture("logit of one pixel", LOGITS, dice_lines()),
     "dice_bce_with_logits_loss": lambda: Picture("logit of one pixel", LOGITS, dice_bce_lines()),
+    "cross_entropy": lambda: Picture(
+        "logit of the class",
+        LOGITS,
+        class_lines(*((fl.cross_entropy, f"label_smoothing = {a:g}", {"label_smoothing": a}) for a in (0.0, 0.1, 0.3))),
+        ((-0.15, 5), None),
+    ),
+    "focal_cross_entropy_loss": lambda: Picture(
+        "logit of the class",
+        LOGITS,
+        class_lines(*((fl.focal_cross_entropy_loss, f"gamma = {g:g}", {"gamma": g}) for g in (0.0, 1.0, 2.0, 5.0))),
+        ((-0.15, 4), None),
+    ),
     "binary_entropy": lambda: Picture("p", PROBABILITIES, floor_lines(), ((-0.05, 2), (-0.05, 2)), ("BCE", "BCE - H(t)"), mark_floor),
     "bce-or-mse": lambda: Picture("logit", LOGITS, both_lines(), ((-0.1, 3), None), mark=mark_minimum),
 }

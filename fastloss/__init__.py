@@ -1,12 +1,13 @@
 """Losses on large image batches, and their gradients: as fast as memory allows, no temporaries, right to the last digits."""
 
 # the families in the order of the table of losses
-from fastloss.losses import logistic, regression, latent, vae, segmentation  # isort: skip
+from fastloss.losses import logistic, regression, latent, vae, segmentation, classes  # isort: skip
 from fastloss.accumulator import Accumulator
 from fastloss.backends.find import raise_deferred
 from fastloss.cpu.memory import empty_cache
 from fastloss.cpu.threads import get_num_threads, set_num_threads
 from fastloss.loss import Loss, elementwise_loss
+from fastloss.losses.classes import *
 from fastloss.losses.latent import *
 from fastloss.losses.logistic import *
 from fastloss.losses.regression import *
@@ -23,4 +24,5 @@ __all__ += regression.__all__
 __all__ += latent.__all__
 __all__ += vae.__all__
 __all__ += segmentation.__all__
+__all__ += classes.__all__
 __all__.sort()

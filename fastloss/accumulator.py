@@ -80,9 +80,10 @@ class Accumulator:
         return vars(self)
 
     @property
-    def count(self) -> int:
-        """Number of elements that count, which no mask and no `ignore_index` excludes."""
-        return int(self._sums["count"].rounded().sum()) if self._sums else 0
+    def count(self) -> float:
+        """Number of elements that count, which no mask and no `ignore_index` excludes; with class weights, the sum of their weights."""
+        total = float(self._sums["count"].rounded().sum()) if self._sums else 0.0
+        return int(total) if total.is_integer() else total
 
     def update(self, *operands: Any, **options: Any) -> None:
         """Add a batch: the arrays that the loss takes, with `weight`, `mask` or other options of this batch.

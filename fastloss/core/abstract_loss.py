@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastloss.core.accumulated import Accumulated
-from fastloss.core.checks import count_group_axes
+from fastloss.core.checks import check_shapes, count_group_axes
 from fastloss.core.definition import INPUT_AND_TARGET, Definition
 
 REGISTER: dict[str, AbstractLoss] = {}  # by key
@@ -59,6 +59,10 @@ class AbstractLoss(Accumulated):
     def value_shape(self, shape: tuple[int, ...], reduction: str, options: Mapping[str, Any]) -> tuple[int, ...]:
         """Return the shape of the loss's value for operands of a given shape."""
         return shape if reduction == "none" else shape[: count_group_axes(reduction, shape)]
+
+    def check_operands(self, first: tuple[int, ...], second: Any) -> None:
+        """Raise an error if the second operand does not fit the shape of the first."""
+        check_shapes(self.operands[0], first, self.operands[1], second.shape)
 
     def require(self, quantity: str) -> None:
         """Raise NotImplementedError if the loss's formula does not return a quantity, such as "curvature"."""

@@ -47,19 +47,17 @@ class Accumulated:
 
     def sample_sums(self, operands: Sequence[Any], options: Mapping[str, Any], call: Any) -> dict[str, Any]:
         """Return arrays whose sums over the first axes of all batches decide the loss, among them "count", the number of elements."""
-        options = dict(options)
-        arguments = Arguments(("value",), (), operands[0], operands[1], options.pop("weight", None), "sample_sum", options)
+        others = dict(options)
+        arguments = Arguments(("value",), (), operands[0], operands[1], others.pop("weight", None), "sample_sum", others)
         value, _ = self.compute(arguments, in_float64(call))
         return {"value": value, "count": self.count(operands, options, call)}
 
     def count(self, operands: Sequence[Any], options: Mapping[str, Any], call: Any) -> Any:
-        """Return the number of elements that count: that of each sample, or if all elements count, one number on the host.
-
-        `options` has no weight, because elements count regardless of their weights.
-        """
+        """Return the number of elements that count, whatever their weights: that of each sample, or if all count, one on the host."""
         if options.get("mask") is None and options.get("ignore_index") is None:
             return math.prod(operands[0].shape)
-        counted = call(self.definitions[0], Arguments((), (), operands[0], operands[1], None, "sample_mean", dict(options))).count()
+        others = {name: x for name, x in options.items() if name != "weight"}
+        counted = call(self.definitions[0], Arguments((), (), operands[0], operands[1], None, "sample_mean", others)).count()
         return counted * len(operands[0]) if isinstance(counted, int) else counted
 
     def host_sums(self, operands: Sequence[Any], options: Mapping[str, Any], call: Any) -> dict[str, Any]:

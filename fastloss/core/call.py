@@ -63,7 +63,7 @@ class Call:
         self.names: tuple[str, ...] = INPUT_AND_TARGET
         self.arrays: list[Any] = [x, t]
         self.shape: tuple[int, ...] = x.shape
-        self.group_axes = count_group_axes(self.reduction, x.shape)
+        self.group_axes = count_group_axes(self.reduction, self.entries)
         self.upstream: Any = 1.0  # the upstream gradient: a number, or an array with one number for each group
         self.out, self.validate = options.get("out"), False
         self.must_count = False  # whether the divisor of a mean must be counted by a pass over the mask or the targets
@@ -126,6 +126,11 @@ class Call:
         """Make one pass over memory and return the sums: each a number, or an array with one number for each group."""
         raise NotImplementedError
 
+    @property
+    def entries(self) -> tuple[int, ...]:
+        """The shape of the values before they are reduced: the input's, without the axis of classes."""
+        return self.shape[:-1] if self.loss.classes else self.shape
+
     # --- sorting the arguments
 
     def add(self, name: str, value: Any) -> None:
@@ -148,7 +153,8 @@ class Call:
         if (upstream := options.get("grad_output")) is not None:
             self.take_grad_output(upstream)
         self.validate = bool(to_validate(options.get("validate")) and self.loss.probabilities)
-        self.must_count = self.excludes and self.reduction in ("mean", "sample_mean")
+        has_class_weights = self.loss.classes and "weight" in self.names and not is_float(self.arrays[1].dtype)
+        self.must_count = (self.excludes or has_class_weights) and self.reduction in ("mean", "sample_mean")
 
     def take_parameters(self, values: Mapping[str, Any]) -> None:
         """Take the formula's parameters, as numbers or arrays. A parameter equal to its default becomes a constant of the kernel."""
@@ -177,10 +183,10 @@ class Call:
             self.upstream = to_float("grad_output", grad_output)
             return
         array = self.as_array("grad_output", grad_output)
-        shape = self.shape if self.reduction == "none" else self.shape[: self.group_axes]
+        shape = self.entries if self.reduction == "none" else self.shape[: self.group_axes]
         check_grad_output(array, shape, self.reduction)
         if self.reduction == "none" and array.ndim:
-            self.add("grad_output", array)
+            self.add("grad_output", array[..., None] if self.loss.classes else array)
         else:
             self.upstream = self.as_upstream(array)
 
@@ -201,10 +207,12 @@ class Call:
 
     def make_outputs(self, wanted: tuple[str, ...]) -> list[Any]:
         """Return one array for each quantity to write: first the caller's buffers, then new arrays."""
-        check_target(self.shape, self.arrays[1].shape)  # before an array of the input's size is allocated
+        if not self.loss.classes:
+            check_target(self.shape, self.arrays[1].shape)  # before an array of the input's size is allocated
         outputs = [] if self.out is None else list(self.buffers())
         for name in wanted[len(outputs) :]:
-            outputs.append(self.empty_like(self.arrays[self.names.index(operand_of(name))]))
+            like = self.arrays[self.names.index(operand_of(name))]
+            outputs.append(self.empty_like(like[..., :1] if self.loss.classes and name == "value" else like))
         return outputs
 
     def request(self, summed: tuple[str, ...], wanted: tuple[str, ...], arrays: list[Any], validate: bool = False) -> tuple[Any, ...]:
@@ -216,11 +224,16 @@ class Call:
         layouts = tuple(map(get_layout, arrays))
         checked = self.loss.probabilities if validate else self.always_checked if wanted or summed != COUNT else ()
         names, numbers = self.names, tuple(self.numbers)
-        return self.loss.formula, self.shape, self.group_axes, summed, checked, wanted, self.parameters, numbers, names, layouts
+        return (
+            self.loss.formula, self.shape, self.group_axes, summed, checked, wanted, self.parameters, numbers, self.loss.classes, names,
+            layouts,
+        )  # fmt: skip
 
     @property
     def always_checked(self) -> tuple[str, ...]:
-        """The operands that are checked without `validate`: integer targets, where 255 is taken for a probability of 255."""
+        """The operands that are checked without `validate`: class indices, and integer targets, where 255 is no probability."""
+        if self.loss.classes:
+            return () if is_float(self.arrays[1].dtype) else TARGET
         if "target" not in self.loss.probabilities or "target_scale" in self.numbers or "target" not in self.names:
             return ()
         return TARGET if self.arrays[self.names.index("target")].dtype.kind in "iu" else ()
@@ -244,6 +257,8 @@ class Call:
     @property
     def counted(self) -> tuple[str, ...]:
         """The names of the arrays and numbers that decide which elements count."""
+        if self.loss.classes:
+            return "input", "target", "mask", "ignore_index", "weight"  # the input decides the type of the arithmetic
         return ("target", "mask", "ignore_index") if "ignore_index" in self.numbers else ("mask",)
 
     def derive(self, loss: Definition, arrays: Mapping[str, Any]) -> Call:
@@ -264,7 +279,7 @@ class Call:
         if self.must_count:
             return self.narrowed(*self.counted).run(COUNT, (), [])[0]
         if self.reduction == "mean":
-            return math.prod(self.shape)
+            return math.prod(self.entries)
         if self.reduction == "sample_mean":
-            return math.prod(self.shape[1:])
+            return math.prod(self.entries[1:])
         return self.shape[0] if self.reduction == "batchmean" else 1

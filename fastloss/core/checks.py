@@ -121,17 +121,22 @@ def can_hold(dtype: np.dtype[Any], ignored: float) -> bool:
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
-def check_arrays(arrays: Iterable[ArrayInfo], shape: tuple[int, ...], outputs: tuple[str, ...], is_scaled: bool) -> None:
-    """Raise an error for arrays that no kernel accepts, given the input's shape and whether `target_scale` was passed."""
-    arrays = list(arrays)
+def check_arrays(
+    arrays: Iterable[ArrayInfo], shape: tuple[int, ...], outputs: tuple[str, ...], is_scaled: bool, classes: bool = False
+) -> None:
+    """Raise an error for arrays that no kernel accepts, given the input's shape and whether `target_scale` was passed.
+
+    `classes` is whether the last axis is that of classes, whose length is 1 in class indices and values.
+    """
+    arrays, entries = list(arrays), (*shape[:-1], 1) if classes else shape
     dtypes = {name: dtype for name, dtype, _, _ in arrays}
     for name, dtype, found, strides in arrays:
         if name in outputs:
-            check_output("out", (dtype, found, strides), shape, dtypes[operand_of(name)])
+            check_output("out", (dtype, found, strides), entries if name == "value" else shape, dtypes[operand_of(name)])
         else:
             check_dtype(name, dtype)
         if name == "target":
-            check_target(shape, found)
+            check_target(shape if is_float(dtype) else entries, found)
     if is_scaled and is_float(dtypes["target"]):
         raise ValueError(f"target_scale multiplies integer targets, and target is {dtypes['target']}: scale it before the call")
 
@@ -142,6 +147,21 @@ def check_target(shape: tuple[int, ...], found: tuple[int, ...]) -> None:
         raise ValueError(
             f"input has shape {shape} and target {found}; they must be equal: a weight or a mask may broadcast, a target may not"
         )
+
+
+def check_class_target(shape: tuple[int, ...], found: tuple[int, ...], has_fractions: bool, takes_probabilities: bool) -> None:
+    """Raise an error if targets are neither class indices, one for each entry of an input (N, C, ...) or (C,), nor probabilities."""
+    if not shape:
+        raise ValueError("input has shape (); accepted: (N, C, ...) with C classes, or (C,)")
+    wanted = (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
+    accepted = f"class indices, of an integer dtype and shape {tuple(wanted)}"
+    if takes_probabilities:
+        accepted += f"; probabilities, of a floating-point dtype and shape {tuple(shape)}"
+        wanted = shape if has_fractions else wanted
+    elif has_fractions:
+        raise TypeError(f"target has a floating-point dtype; accepted: {accepted}")
+    if tuple(found) != tuple(wanted):
+        raise ValueError(f"input has shape {tuple(shape)} and target {tuple(found)}; accepted as targets: {accepted}")
 
 
 def check_shapes(name: str, shape: tuple[int, ...], other: str, other_shape: tuple[int, ...]) -> None:
@@ -195,6 +215,12 @@ def describe_bad_element(name: str, index: tuple[int, ...], found: Any, is_scale
     hint = "; for images stored as whole numbers pass target_scale=1/255" if found.dtype.kind in "iu" and not is_scaled else ""
     logits = "; for logits use binary_cross_entropy_with_logits" if name == "input" else ""
     return f"{name}[{', '.join(map(str, index))}] is {found!s}; accepted: {name}s in [0, 1]{hint}{logits}"
+
+
+def describe_bad_class(index: tuple[int, ...], found: Any, classes: int, ignored: float | None) -> str:
+    """Compose the error message for a class index that no class has."""
+    hint = "" if ignored is None else f", and ignore_index={ignored:g}"
+    return f"target[{', '.join(map(str, index))}] is {found!s}; accepted: class indices from 0 to {classes - 1}{hint}"
 
 
 def warn_of_empty_mean() -> None:

@@ -21,6 +21,7 @@ class Definition(NamedTuple):
     options: tuple[str, ...]  # names of the arguments accepted besides the operands
     operands: tuple[str, str] = INPUT_AND_TARGET  # the caller's names of the two arrays
     gradients: int = 1  # number of arrays in `out`
+    classes: bool = False  # whether the last axis of the input is that of classes, of which each entry of the other axes has one
 
 
 def operand_of(quantity: str) -> str:

@@ -35,6 +35,7 @@ TYPES = (
 )
 BY_CODE = {t.code: t for t in TYPES}
 FLOATS = tuple(t.name for t in TYPES if "float" in t.name)  # accepted for inputs
+FRACTIONS = tuple(t.code for t in TYPES if "float" in t.name)
 NAMES = tuple(t.name for t in TYPES)  # accepted for targets
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fastloss.core.checks import ArrayInfo, check_arrays
 from fastloss.core.definition import operand_of
-from fastloss.core.dtypes import BY_CODE, code_of
+from fastloss.core.dtypes import BY_CODE, FRACTIONS, code_of
 from fastloss.core.overlap import Distances, extent, overlap_distances, refuse_overlap, span_of
 from fastloss.formula import Formula
 
@@ -27,6 +27,7 @@ MAX_RANGES = 256
 SHORT_AXIS = 32  # elements; a shorter innermost axis is joined with the next axis to one row
 SHORT_GROUP = 32  # elements; each lane of the CPU's vectors computes a group of its own if groups have no more
 RANGE_STEP = 1024  # elements; a range is a multiple of this, except at the end of a group
+LEAST_STEP = 64  # entries; the same for a range whose entries have many classes
 # Estimated nanoseconds of one thread on the smallest range, and on the ranges that it takes at once. They must cost more than the atomic
 # counter that they are taken from.
 RANGE_WORK = 2000.0
@@ -38,6 +39,7 @@ GROUP_WORK = {"f4": 20000.0, "f8": 6000.0}
 # Estimated nanoseconds of one thread on an element in float32: for loads, stores and sums, and for each simple operation. Ten
 # losses with arrays in the cache took 0.11 to 1.1 ns on Zen 4, 0.8 to 1.3 times the estimate.
 WORK_PER_ELEMENT, WORK_PER_OPERATION = 0.1, 0.006
+CLASS_OPERATIONS = 40  # for each class of an entry
 
 
 class Operand(NamedTuple):
@@ -66,7 +68,7 @@ class Spec:
     numbers: tuple[str, ...]  # names of the options given as numbers: parameters, "target_scale", "ignore_index"
     summed: tuple[str, ...]  # quantities of the formula, and "count", the number of elements that are not excluded
     checked: tuple[str, ...]  # operands whose elements outside [0, 1] are counted
-    by_lane: bool  # whether each lane of a vector computes a group of its own, one element after another; see `Plan`
+    walk: str  # what each lane of a vector computes one after another: "" for one element alone, "group" or "classes"; see `Plan`
 
     @property
     def arrays(self) -> tuple[Operand, ...]:
@@ -97,6 +99,11 @@ class Spec:
         return tuple(name for name in self.summed if name in self.formula.logarithms(self.parameters))
 
     @property
+    def has_probabilities(self) -> bool:
+        """Whether entries with several classes have a probability of each class as targets, not the index of one."""
+        return self.walk == "classes" and self.codes["target"] in FRACTIONS
+
+    @property
     def key(self) -> str:
         """Text that is different for specs with different machine code."""
         return repr(self)
@@ -106,15 +113,17 @@ class Spec:
 class Plan:
     """One pass over memory: the kernel's spec, and sizes and strides, which the kernel takes as arguments.
 
-    Usually neighbouring lanes of a vector compute neighbouring elements of a row, and a group, which has sums of its own, is cut into
-    ranges. With `spec.by_lane` neighbouring lanes compute neighbouring groups: the entries of a row are groups, a range is a number of
-    groups, and the innermost axes outside the rows are those of a group.
+    Neighbouring lanes of a vector compute neighbouring entries of a row. An entry is an element; or a short group, whose elements the
+    lane computes one after another (`spec.walk` is "group"); or an entry that has several classes ("classes"). The axes that lanes walk
+    along are the innermost of those outside the rows. Groups of entries, which have sums of their own, are cut into ranges; short
+    groups are cut as if they were the entries of one group.
     """
 
     spec: Spec
     group_axes: int  # number of leading axes whose entries are groups, each with sums of its own
     groups: int
-    group_size: int
+    group_size: int  # entries
+    walked: int  # number of elements or classes that a lane computes for each entry
     range_size: int
     row_size: int
     inner_size: int  # length of a row's inner axis; the row's size if the row is a single axis
@@ -126,8 +135,8 @@ class Plan:
 
     @property
     def cut(self) -> tuple[int, int]:
-        """Number of parts that are cut into ranges, and their size: the groups, or all groups as one."""
-        return (1, self.groups) if self.spec.by_lane else (self.groups, self.group_size)
+        """Number of parts that are cut into ranges, and their size: the groups, or all short groups as one."""
+        return (1, self.groups) if self.spec.walk == "group" else (self.groups, self.group_size)
 
     @property
     def ranges_per_part(self) -> int:
@@ -142,7 +151,7 @@ class Plan:
     @property
     def partials(self) -> int:
         """Number of partial sums of each quantity: one for each range, or for each group that a lane computes."""
-        return self.groups if self.spec.by_lane else self.ranges
+        return self.groups if self.spec.walk == "group" else self.ranges
 
     @property
     def ranges_at_once(self) -> int:
@@ -152,7 +161,7 @@ class Plan:
     @property
     def size(self) -> int:
         """Number of elements."""
-        return self.groups * self.group_size
+        return math.prod(self.cut) * self.walked
 
     @property
     def work(self) -> float:
@@ -179,6 +188,7 @@ class Request(NamedTuple):
     outputs: tuple[str, ...]
     parameters: tuple[str, ...]
     numbers: tuple[str, ...]
+    classes: bool  # see `Definition`
     operands: tuple[str, ...]  # names of the arrays to read
     layouts: tuple[tuple[np.dtype[Any], tuple[int, ...], tuple[int, ...]], ...]  # dtype, shape and strides of the operands and the outputs
 
@@ -193,41 +203,45 @@ def make_plan(request: Request, in_lanes: bool = False) -> Plan:
 
     `in_lanes` is whether the machine can compute short groups in a lane each.
     """
-    check_arrays(request.arrays, request.shape, request.outputs, "target_scale" in request.numbers)
+    check_arrays(request.arrays, request.shape, request.outputs, "target_scale" in request.numbers, request.classes)
     shape, group_axes = request.shape, request.group_axes
     strides = [broadcast_strides(name, of, by, shape) for name, _, of, by in request.arrays]
     sizes = [dtype.itemsize for _, dtype, _, _ in request.arrays]
-    axes, starts = order_axes(list(zip(shape, zip(*strides, strict=True), strict=True)), len(strides), group_axes)
-    groups = math.prod(shape[:group_axes])
-    group_size = math.prod(shape[group_axes:])
-    by_lane = in_lanes and group_axes > 0 and 0 < group_size <= SHORT_GROUP
-    walked = merge_axes(axes[group_axes:]) if by_lane else []
-    rest, outer, inner = split_rows(merge_axes(axes[:group_axes] if by_lane else axes), sizes)
-    spec = make_spec(request, by_lane, [classify_access(inner[0], *by) for by in zip(inner[1], outer[1], sizes, strict=True)])
-    work = estimate_work(spec)
+    axes: list[Axis] = list(zip(shape, zip(*strides, strict=True), strict=True))
+    axes, classes = (axes[:-1], axes[-1:]) if request.classes else (axes, [])
+    axes, starts = order_axes(axes, len(strides), group_axes)
+    groups, group_size = (math.prod(length for length, _ in part) for part in (axes[:group_axes], axes[group_axes:]))
+    by_group = in_lanes and group_axes > 0 and 0 < group_size <= SHORT_GROUP and not classes
+    entries, along = (axes[:group_axes], merge_axes(axes[group_axes:])) if by_group else (axes, classes)
+    rest, outer, inner = split_rows(merge_axes(entries), sizes)
+    accesses = [classify_access(inner[0], *by) for by in zip(inner[1], outer[1], sizes, strict=True)]
+    spec = make_spec(request, "classes" if request.classes else "group" if by_group else "", accesses)
+    walked = math.prod(length for length, _ in along)
+    work = estimate_work(spec) * max(1, walked)
     extents = [extent(shape, by, size) for by, size in zip(strides, sizes, strict=True)]
     return Plan(
         spec=spec,
         group_axes=group_axes,
         groups=groups,
         group_size=group_size,
+        walked=walked,
         range_size=(
-            choose_range_size(groups, RANGE_WORK / (group_size * work))
-            if by_lane
-            else choose_range_size(group_size, (GROUP_WORK[spec.compute] if group_axes else RANGE_WORK) / work)
+            choose_range_size(groups, RANGE_WORK / work)
+            if by_group
+            else choose_range_size(group_size, (GROUP_WORK[spec.compute] if group_axes else RANGE_WORK) / work, walked)
         ),
         row_size=inner[0] * outer[0],
         inner_size=inner[0],
         inner_strides=inner[1],
         outer_strides=outer[1],
-        axes=tuple([*rest, *walked][::-1]),
+        axes=tuple([*rest, *along][::-1]),
         starts=starts,
         overlaps=overlap_distances(extents, len(request.operands)),
     )
 
 
-def make_spec(request: Request, by_lane: bool, accesses: list[str]) -> Spec:
-    """Make the kernel's spec, given whether each lane computes a group, and how each array is accessed along a row."""
+def make_spec(request: Request, walk: str, accesses: list[str]) -> Spec:
+    """Make the kernel's spec, given what each lane walks along, and how each array is accessed along a row."""
     codes = [code_of(dtype) for _, dtype, _, _ in request.arrays]
     arrays = tuple(Operand(*x) for x in zip(request.operands + request.outputs, codes, accesses, strict=True))
     operands = arrays[: len(request.operands)]
@@ -243,7 +257,7 @@ def make_spec(request: Request, by_lane: bool, accesses: list[str]) -> Spec:
         numbers=request.numbers,
         summed=request.summed,
         checked=request.checked,
-        by_lane=by_lane,
+        walk=walk,
     )
 
 
@@ -304,10 +318,12 @@ def classify_access(inner_size: int, stride: int, outer_stride: int, itemsize: i
 
 def estimate_work(spec: Spec) -> float:
     """Estimate the nanoseconds that one thread takes for an element."""
-    operations = spec.formula.cost(spec.parameters) if spec.trace else 0
+    has_classes = spec.walk == "classes"  # a pass that only counts has the same ranges, so that its sums of weights have the same bits
+    operations = CLASS_OPERATIONS if has_classes else spec.formula.cost(spec.parameters) if spec.trace else 0
     return (WORK_PER_ELEMENT + WORK_PER_OPERATION * operations) * BY_CODE[spec.compute].size / 4
 
 
-def choose_range_size(group_size: int, least: float) -> int:
-    """Choose the number of elements in a range, by sizes and formula alone, so that sums do not depend on the number of threads."""
-    return max(1, min(RANGE_STEP * math.ceil(max(group_size / MAX_RANGES, least) / RANGE_STEP), group_size))
+def choose_range_size(group_size: int, least: float, walked: int = 1) -> int:
+    """Choose the number of entries in a range, by sizes and formula alone, so that sums do not depend on the number of threads."""
+    step = max(LEAST_STEP, RANGE_STEP // max(1, walked) // LEAST_STEP * LEAST_STEP)
+    return max(1, min(step * math.ceil(max(group_size / MAX_RANGES, least) / step), group_size))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastloss.core.call import Call
-from fastloss.core.checks import WRITTEN, describe_bad_element, warn_of_empty_mean
+from fastloss.core.checks import WRITTEN, describe_bad_class, describe_bad_element, warn_of_empty_mean
 from fastloss.core.plan import Array, Request, make_plan
 from fastloss.cpu import memory
 from fastloss.kernel.builds import built
@@ -140,23 +140,28 @@ class HostCall(Call):
 
     def refuse_bad_element(self, checked: tuple[str, ...], has_written: bool) -> None:
         """Find the first element outside [0, 1], searching one part of the batch at a time, and raise the error that names it."""
-        shape = self.shape or (1,)
-        named = {name: np.broadcast_to(array, self.shape).reshape(shape) for name, array in zip(self.names, self.arrays, strict=True)}
+        arrays = [array[..., 0] if self.loss.classes and array.ndim else array for array in self.arrays]
+        shape = self.entries or (1,)
+        named = {name: np.broadcast_to(x, self.entries).reshape(shape) for name, x in zip(self.names, arrays, strict=True)}
         entries = max(1, SEARCHED * shape[0] // named["target"].size)
         for first in range(0, shape[0], entries):
             part = {name: array[first : first + entries] for name, array in named.items()}
             for name in checked:
                 if (bad := self.find_bad(name, part)).any():
                     where = np.unravel_index(np.argmax(bad), bad.shape)
-                    index = (int(where[0]) + first, *map(int, where[1:]))[: len(self.shape)]
-                    message = describe_bad_element(name, index, part[name][where], "target_scale" in self.numbers)
+                    index = (int(where[0]) + first, *map(int, where[1:]))[: len(self.entries)]
+                    if self.loss.classes:
+                        message = describe_bad_class(index, part[name][where], self.shape[-1], self.numbers.get("ignore_index"))
+                    else:
+                        message = describe_bad_element(name, index, part[name][where], "target_scale" in self.numbers)
                     raise ValueError(message + WRITTEN * has_written)
         raise ValueError("a target is outside [0, 1] by a rounding error of the arithmetic; accepted: targets in [0, 1]")
 
     def find_bad(self, name: str, part: dict[str, Array]) -> Any:
         """Return a bool array of the elements of a part of the batch that count and lie outside [0, 1]."""
         x = part[name] * self.numbers.get("target_scale", 1.0) if name == "target" else part[name]
-        bad = ~((x >= 0) & (x <= 1)) & part.get("mask", np.True_)
+        most = self.shape[-1] - 1 if self.loss.classes else 1
+        bad = ~((x >= 0) & (x <= most)) & part.get("mask", np.True_)
         if "ignore_index" in self.numbers:
             bad &= part["target"] != self.numbers["ignore_index"]
         return bad

@@ -76,15 +76,21 @@ def _object_code(spec: Spec) -> bytes:
 
 def _compile(spec: Spec) -> bytes:
     """Compile the kernel of a spec to an object file."""
-    from fastloss.cpu import loop, step  # import Numba, which a process that finds its kernels on disk does not need
+    # these import Numba, which a process that finds its kernels on disk does not need
+    from fastloss.cpu import class_loop, classes, loop, step
 
     _check_numba()
+    build, shape_of, emit_functions = (
+        (class_loop.build, class_loop.shape_of, classes.emit_functions)
+        if spec.walk == "classes"
+        else (loop.build, loop.shape_of, step.emit_functions)
+    )
     # the LLVM code of Numba's loop, because its machine code refers to addresses of this process
-    module = llvm.parse_assembly(loop.build(loop.shape_of(spec)))
+    module = llvm.parse_assembly(build(shape_of(spec)))
     function = next(f for f in module.functions if not (f.is_declaration or f.name.startswith("cfunc.")))
     function.name = LOOP
     function.add_function_attribute("noinline")  # else its instructions could leave the floating-point state that it runs in
-    for text in (step.emit_functions(spec), _entry()):
+    for text in (emit_functions(spec), _entry()):
         module.link_in(llvm.parse_assembly(text))
     _optimize(module)
     return bytes(_machine().emit_object(module))

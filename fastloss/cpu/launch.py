@@ -23,6 +23,7 @@ from fastloss.cpu.abi import (
     count_partials,
     frame_of,
     layout_of,
+    scratch_size,
 )
 from fastloss.cpu.compile import kernel
 from fastloss.cpu.threads import THREADS
@@ -50,6 +51,7 @@ class Launch:
         self.unpack_sums = struct.Struct(f"{numbers}d" if not self.by_group else "").unpack_from
         self.alignment = output_alignment(plan)
         self.has_sums = bool(plan.spec.summed or plan.spec.checked)
+        self.scratch = scratch_size(plan)
 
     def run(self, addresses: list[int], numbers: Iterable[float], scale: Any) -> tuple[Any, bool]:
         """Compute on arrays given by their addresses; return the sums, and whether an element lies outside [0, 1].
@@ -62,7 +64,9 @@ class Launch:
             stride, scales, number = 1, scale.ctypes.data, 0.0
         else:
             stride, scales, number = 0, ctypes.addressof(frame) + self.scale_at, scale
-        self.write(frame, 8 * COUNTERS, self.layout_at, store_mode, stride, scales, *addresses, *numbers, number)
+        scratch = np.empty(self.scratch * THREADS.count, np.uint8) if self.scratch else None
+        scratch_at = scratch.ctypes.data if scratch is not None else 0
+        self.write(frame, 8 * COUNTERS, self.layout_at, store_mode, stride, scales, scratch_at, *addresses, *numbers, number)
         if self.ranges == 1:
             self.kernel(frame)
         else:
@@ -79,7 +83,7 @@ class Launch:
 
     def sums_of_groups(self, partials: Any) -> tuple[Any, bool]:
         """Add up the partial sums of each group's ranges; return the sums, and whether an element lies outside [0, 1]."""
-        if self.plan.spec.by_lane:
+        if self.plan.spec.walk == "group":
             sums = partials.reshape(self.partials, self.plan.groups)
         elif self.ranges == self.plan.groups:
             sums = partials.reshape(self.ranges, self.partials).T
@@ -114,7 +118,7 @@ class EmptyLaunch:
 
 def output_alignment(plan: Plan) -> int:
     """Return the alignment, at most a cache line, of every step's store relative to the first; 0 if stores go into the caches."""
-    if not plan.spec.outputs or plan.spec.by_lane:
+    if not plan.spec.outputs or plan.spec.walk == "group":
         return 0
     size = min(output.size for output in plan.spec.outputs)
     lengths = [plan.group_size * size, plan.row_size * size if plan.axes else 0]

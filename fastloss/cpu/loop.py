@@ -9,7 +9,7 @@ Sums are accumulated in the type of the arithmetic within a block of a row, and 
 partial sum for each sum. The lane that adds an element depends on the arrays' layout alone, so partial sums depend neither on
 the number of threads nor on addresses.
 
-Where each lane computes a group (`Spec.by_lane`), a block is a step's width of groups. The loop calls STEP for one element of each
+Where each lane computes a group (`Spec.walk`), a block is a step's width of groups. The loop calls STEP for one element of each
 after another, and leaves the partial sums of each lane.
 """
 
@@ -52,7 +52,7 @@ class Shape(NamedTuple):
 
 def shape_of(spec: Spec) -> Shape:
     """Return the shape of the loop of a spec."""
-    lanes = lanes_of(spec), sum_lanes_of(spec), spec.by_lane
+    lanes = lanes_of(spec), sum_lanes_of(spec), spec.walk == "group"
     return Shape(spec.compute, *lanes, len(spec.arrays), len(spec.numbers), count_sums(spec), count_partials(spec))
 
 
@@ -97,13 +97,13 @@ def advance(typingctx: Any, addresses: Any, strides: Any, index: Any) -> Any:
 
 
 @intrinsic
-def fetch_add(typingctx: Any, pointer: Any, number: Any) -> Any:
-    """Add a number to `pointer[0]` atomically and return its previous value."""
+def fetch_add(typingctx: Any, pointer: Any, offset: Any, number: Any) -> Any:
+    """Add a number to `pointer[offset]` atomically and return its previous value."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", args[0], args[1], "seq_cst")
+        return builder.atomic_rmw("add", builder.gep(args[0], [args[1]]), args[2], "seq_cst")
 
-    return types.int64(pointer, types.int64), codegen
+    return types.int64(pointer, types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -112,7 +112,7 @@ def zeros(typingctx: Any, result: Any) -> Any:
     made = result.instance_type
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return context.make_tuple(builder, made, [ir.Constant(made.dtype.llvm, None)] * made.count)
+        return context.make_tuple(builder, made, [ir.Constant(item.llvm, None) for item in made])
 
     return made(result), codegen
 
@@ -134,20 +134,23 @@ def fold(typingctx: Any, totals: Any, sums: Any) -> Any:
 
 
 def calling(name: str) -> Any:
-    """Return the `codegen` of a call of a function of `step.py`. Each item of a tuple is an argument of its own."""
+    """Return the `codegen` of a call of a function of `step.py` or `classes.py`. Each item of a tuple is an argument of its own."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         result, flat = signature.return_type, [x for arg in args for x in items(builder, arg)]
-        function_type = ir.FunctionType(ir.LiteralStructType([result.dtype.llvm] * result.count), [x.type for x in flat])
+        returned = [] if result == types.void else [item.llvm for item in result]
+        function_type = ir.FunctionType(ir.LiteralStructType(returned), [x.type for x in flat])
         packed = builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), flat)
-        return context.make_tuple(builder, result, [builder.extract_value(packed, k) for k in range(result.count)])
+        if not returned:
+            return context.get_dummy_value()
+        return context.make_tuple(builder, result, [builder.extract_value(packed, k) for k in range(len(returned))])
 
     return codegen
 
 
 def items(builder: Any, value: Any) -> list[Any]:
     """Return the items of a tuple, or the value itself."""
-    return cgutils.unpack_tuple(builder, value) if isinstance(value.type, ir.ArrayType) else [value]
+    return cgutils.unpack_tuple(builder, value) if isinstance(value.type, (ir.ArrayType, ir.LiteralStructType)) else [value]
 
 
 @intrinsic
@@ -305,14 +308,14 @@ def build(shape: Shape) -> str:
 
     @cfunc(types.void(types.CPointer(types.int64)), error_model="numpy")
     def kernel(frame: Any) -> None:
-        _, layout_at, mode, scale_stride, scales_at = read(FIELDS, frame, 0)
+        _, _, layout_at, mode, scale_stride, scales_at, _ = read(FIELDS, frame, 0)
         layout, scales = pointer_at(types.int64, layout_at), pointer_at(types.float64, scales_at)
-        ranges, at_once, per_part, range_size, part_size, row_size, inner_size, walked, prefetches, axes = read(LAYOUT_FIELDS, layout, 0)
+        ranges, at_once, per_part, range_size, part_size, row_size, inner_size, walked, _, prefetches, axes = read(LAYOUT_FIELDS, layout, 0)
         inner_strides, outer_strides = read(arrays, layout, inner_at), read(arrays, layout, outer_at)
         base = advance(read(arrays, frame, addresses_at), read(arrays, layout, starts_at), 1)
         options = read(numbers, float64_pointer(frame, numbers_at), 0)
         partials = float64_pointer(frame, partials_at)
-        index = fetch_add(frame, at_once)
+        index = fetch_add(frame, 0, at_once)
         end = index + at_once
         while index < ranges:
             part = index // per_part
@@ -339,7 +342,7 @@ def build(shape: Shape) -> str:
             end_range(partials, partial_count * index, totals)
             index += 1
             if index == end:
-                index = fetch_add(frame, at_once)
+                index = fetch_add(frame, 0, at_once)
                 end = index + at_once
 
     return str(kernel.inspect_llvm())

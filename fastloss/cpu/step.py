@@ -26,6 +26,7 @@ STEP, FOLD = "fastloss_step", "fastloss_fold"  # names of the functions
 # 0.55, 0.50).
 VECTOR_BYTES = 256
 LANES_BYTES = 32  # the same if each lane computes a group, and so each sum is as long as the step
+CLASS_BYTES = 64  # the same for entries with several classes
 REGISTER_BYTES = 64 if HAS_AVX512 else 32
 PREFETCH = 2048  # bytes from a load to the cache lines that it prefetches
 # Number of steps whose elements are summed in float32: a lane adds 64 elements, with an error of 2e-7 for a constant batch. It
@@ -38,12 +39,12 @@ Values = list[ir.Value]
 
 def lanes_of(spec: Spec) -> int:
     """Return the number of elements in a step."""
-    return (LANES_BYTES if spec.by_lane else VECTOR_BYTES) // BY_CODE[spec.compute].size
+    return {"": VECTOR_BYTES, "group": LANES_BYTES, "classes": CLASS_BYTES}[spec.walk] // BY_CODE[spec.compute].size
 
 
 def sum_lanes_of(spec: Spec) -> int:
     """Return the number of lanes of a sum: those of one register of the arithmetic, or a lane for each group of a step."""
-    return lanes_of(spec) if spec.by_lane else REGISTER_BYTES // BY_CODE[spec.compute].size
+    return lanes_of(spec) if spec.walk == "group" else REGISTER_BYTES // BY_CODE[spec.compute].size
 
 
 def count_sums(spec: Spec) -> int:
@@ -313,8 +314,8 @@ def spread_number(builder: ir.IRBuilder, value: ir.Value, spec: Spec) -> Vector:
 
 
 def scale_of(builder: ir.IRBuilder, scale: ir.Value, spec: Spec) -> Vector:
-    """Convert the scale of a step to the type of the arithmetic: a number, or with `by_lane` a vector with one for each lane."""
-    if not spec.by_lane:
+    """Convert the scale of a step to the type of the arithmetic: a number, or with `walk` "group" a vector with one for each lane."""
+    if spec.walk != "group":
         return spread_number(builder, scale, spec)
     wanted = ir.VectorType(scalar_type(spec.compute), lanes_of(spec))
     return Vector(builder, scale if spec.compute == "f8" else builder.fptrunc(scale, wanted))
@@ -351,7 +352,7 @@ def emit_functions(spec: Spec) -> str:
     module, arrays = ir.Module(), [I64] * len(spec.arrays)
     sums = [ir.VectorType(scalar_type(spec.compute), sum_lanes_of(spec))] * count_sums(spec)
     totals = [ir.VectorType(DOUBLE, sum_lanes_of(spec))] * count_partials(spec)
-    scale_type = ir.VectorType(DOUBLE, lanes_of(spec)) if spec.by_lane else DOUBLE
+    scale_type = ir.VectorType(DOUBLE, lanes_of(spec)) if spec.walk == "group" else DOUBLE
     numbers = [DOUBLE] * max(1, len(spec.numbers))
 
     def step(builder: ir.IRBuilder, addresses: Values, inner_strides: Values, outer_strides: Values, inner_size: Values, start: Values,

@@ -92,6 +92,8 @@ class Launch:
     """A plan with its kernels, and the part of the kernels' arguments that is the same in every call."""
 
     def __init__(self, request: Request, outcome: Outcome) -> None:
+        if request.classes:
+            raise NotImplementedError("losses of class indices are not supported on a GPU; accepted: NumPy arrays, and tensors on the CPU")
         self.request, self.plan, self.outcome = request, make_plan(request), outcome
         self.cut, plan = cut(self.plan), self.plan
         self.number = next(_numbers)

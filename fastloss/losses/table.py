@@ -26,6 +26,7 @@ class Row:
     axes: int = 1  # least number of axes of its arrays
     reduction: str | None = None  # the reduction of all its benchmarks; None: that of the case
     is_elementwise: bool = True  # a sum over the elements of an input and a target
+    classes: bool = False  # its targets are classes
     ulp: Mapping[str, Limit] = field(default_factory=dict)  # largest errors by quantity, in units in the last place
     settings: tuple[Mapping[str, float], ...] = ({},)  # parameters at which the errors are measured
     module: str = ""  # its class in fastloss.torch, if torch.nn has none

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fastloss as fl
 from fastloss.core.accumulated import REDUCTIONS
 from fastloss.core.definition import INPUT_AND_TARGET
 from fastloss.core.docstrings import OPTIONS
+from fastloss.losses.table import LOSSES
 
 DESCRIPTION = """Compute a loss of files that may be larger than memory: of each image, and in total. An image is an entry of the
 first axis."""
@@ -19,9 +19,9 @@ OF_THIS_COMMAND = {*INPUT_AND_TARGET, "weight", "mask", "reduction", "grad_outpu
 
 
 def losses() -> dict[str, Any]:
-    """Return the losses of an input and a target, by name."""
-    found = {name: getattr(fl, name) for name in fl.__all__}
-    return {name: loss for name, loss in found.items() if getattr(loss, "operands", None) == INPUT_AND_TARGET and not inspect.isclass(loss)}
+    """Return the losses of an input and a target of the same shape, by name."""
+    found = {name: row.loss for name, row in LOSSES.items() if not row.classes}
+    return {name: loss for name, loss in found.items() if loss.operands == INPUT_AND_TARGET}
 
 
 def loss_options() -> dict[str, dict[str, Any]]:

@@ -31,13 +31,14 @@ from fastloss.torch import functional, modules
 from fastloss.torch.functional import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
+    cross_entropy,
     huber_loss,
     l1_loss,
     mse_loss,
     sigmoid_focal_loss,
     smooth_l1_loss,
 )
-from fastloss.torch.modules import BCELoss, BCEWithLogitsLoss, HuberLoss, L1Loss, MSELoss, SmoothL1Loss, VAELoss
+from fastloss.torch.modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, HuberLoss, L1Loss, MSELoss, SmoothL1Loss, VAELoss
 from fastloss.torch.patching import patch
 
 _OWN = {**modules.OWN, **{name: row.loss for name, row in LOSSES.items() if not hasattr(functional, name)}}
@@ -49,8 +50,8 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "BCELoss", "BCEWithLogitsLoss", "HuberLoss", "L1Loss", "MSELoss", "SmoothL1Loss", "VAELoss", "binary_cross_entropy",
-    "binary_cross_entropy_with_logits", "empty_cache", "huber_loss", "l1_loss", "mse_loss", "patch", "sigmoid_focal_loss",
+    "BCELoss", "BCEWithLogitsLoss", "CrossEntropyLoss", "HuberLoss", "L1Loss", "MSELoss", "SmoothL1Loss", "VAELoss", "binary_cross_entropy",
+    "binary_cross_entropy_with_logits", "cross_entropy", "empty_cache", "huber_loss", "l1_loss", "mse_loss", "patch", "sigmoid_focal_loss",
     "smooth_l1_loss",
 ]  # fmt: skip
 __all__ += list(_OWN)

@@ -108,6 +108,23 @@ def sigmoid_focal_loss(
     return compute(fastloss.sigmoid_focal_loss, inputs, targets, weight, resolve_reduction(reduction), alpha=alpha, gamma=gamma, **options)
 
 
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100,
+    reduce: bool | None = None, reduction: str = "mean", label_smoothing: float = 0.0, **options: Any
+) -> Tensor:  # fmt: skip
+    """Compute `torch.nn.functional.cross_entropy` with `fastloss.cross_entropy`. Probabilities that require a gradient are left to PyTorch.
+
+    Further options: `inplace_grad`, `mask`, `pixel_weight`. See `fastloss.cross_entropy`.
+    """
+    reduction = resolve_reduction(reduction, size_average, reduce)
+    if isinstance(target, Tensor) and target.requires_grad and not options:
+        return torch.nn.functional.cross_entropy(
+            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
+    smoothing = {"label_smoothing": label_smoothing} if label_smoothing else {}
+    return compute(fastloss.cross_entropy, input, target, weight, reduction, ignore_index=ignore_index, **smoothing, **options)
+
+
 def given(name: str, number: Any, default: float) -> dict[str, float]:
     """Return a number as an option of fastloss. The default is left out, which saves microseconds; in compiled code it may change."""
     if type(number) is float and not torch.compiler.is_compiling() and number == default:

@@ -110,6 +110,20 @@ class HuberLoss(OfInputAndTarget, torch.nn.HuberLoss):
         self.options = options
 
 
+class CrossEntropyLoss(OfInputAndTarget, torch.nn.CrossEntropyLoss):
+    """`torch.nn.CrossEntropyLoss`, computed by `fastloss.cross_entropy`; further arguments are options of that loss."""
+
+    function = staticmethod(functional.cross_entropy)
+    arguments = ("weight", "ignore_index", "reduction", "label_smoothing")
+
+    def __init__(
+        self, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100, reduce: bool | None = None,
+        reduction: str = "mean", label_smoothing: float = 0.0, **options: Any
+    ) -> None:  # fmt: skip
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.options = options
+
+
 class OwnLoss(OfInputAndTarget, _Loss):
     """A loss that PyTorch does not have, as a module. Options go to the constructor or to the call."""
 

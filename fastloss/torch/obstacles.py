@@ -23,21 +23,47 @@ from fastloss.backends.torch.memory_views import HALVES, PLAIN, STRIDED, has_pre
 DTYPES = (torch.float32, torch.float64, *(HALVES if importlib.util.find_spec("ml_dtypes") else ()))
 
 
-def find_obstacle(input: Any, target: Any, options: Collection[tuple[str, Any]], names: tuple[str, ...], is_compiling: bool) -> str:
+def find_obstacle(
+    input: Any, target: Any, options: Collection[tuple[str, Any]], names: tuple[str, ...], is_compiling: bool, has_classes: bool = False
+) -> str:
     """Return the obstacle to a call with these operands and options, or "" if fastloss supports it.
 
     `names` are the options that PyTorch's function has. While torch.compile traces the call (`is_compiling`), transforms and memory are
-    not checked: torch.compile does that itself.
+    not checked: torch.compile does that itself. `has_classes` is whether the targets are classes.
     """
     if not is_compiling and (dispatch_modes() or has_pre_dispatch_modes() or is_transform_active()):
         return name_active_mode()
     if obstacle := find_tensor_obstacle("input", input, input, is_compiling):
         return obstacle
-    if obstacle := find_tensor_obstacle("target", target, input, is_compiling):
+    if has_classes and isinstance(target, Tensor) and not target.is_floating_point():
+        if obstacle := find_index_obstacle(target, input, is_compiling):
+            return obstacle
+    elif obstacle := find_tensor_obstacle("target", target, input, is_compiling):
         return obstacle
-    if input.shape != target.shape:
+    elif input.shape != target.shape:
         return "input and target have different shapes"
-    return find_option_obstacle(options, names, input, is_compiling) if options else ""
+    if has_classes and (obstacle := find_class_obstacle(target, input)):
+        return obstacle
+    return find_option_obstacle(options, names, input, is_compiling, has_classes) if options else ""
+
+
+def find_index_obstacle(target: Any, input: Any, is_compiling: bool) -> str:
+    """Return the obstacle in class indices."""
+    if type(target) not in PLAIN and not is_compiling:
+        return f"target is a {type(target).__name__}, a subclass of torch.Tensor"
+    if target.dtype is not torch.int64 and target.dtype is not torch.uint8:  # PyTorch raises an error
+        return f"target has dtype {target.dtype}"
+    entries = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
+    return "" if tuple(target.shape) == entries else "input and target have different shapes"
+
+
+def find_class_obstacle(target: Any, input: Any) -> str:
+    """Return the obstacle in tensors of a loss of classes."""
+    if not (input.is_cpu and target.is_cpu):
+        return "losses of classes are not computed on a GPU"
+    if not input.dim():
+        return "input has no axis of classes"
+    return "target requires a gradient" if target.requires_grad else ""
 
 
 def name_active_mode() -> str:
@@ -85,8 +111,11 @@ def are_widened(x: Any, input: Any) -> bool:
     return torch.is_autocast_enabled(input.device.type) and torch.float64 not in (input.dtype, x.dtype)
 
 
-def find_option_obstacle(options: Iterable[tuple[str, Any]], names: tuple[str, ...], input: Any, is_compiling: bool) -> str:
+def find_option_obstacle(
+    options: Iterable[tuple[str, Any]], names: tuple[str, ...], input: Any, is_compiling: bool, has_classes: bool
+) -> str:
     """Return the obstacle in the arguments other than the operands."""
+    weighted = input.shape[min(1, input.dim() - 1) :][:1] if has_classes else input.shape
     for name, x in options:
         if name not in names:
             return f"{name} is not an argument of PyTorch's function"
@@ -94,18 +123,20 @@ def find_option_obstacle(options: Iterable[tuple[str, Any]], names: tuple[str, .
             if x not in ("mean", "sum", "none"):
                 return f"reduction is {x!r}" if isinstance(x, str) else "reduction is not a string"
         elif name in ("weight", "pos_weight") and x is not None:
-            if obstacle := find_tensor_obstacle(name, x, input, is_compiling) or find_weight_obstacle(name, x, input):
+            if obstacle := find_tensor_obstacle(name, x, input, is_compiling) or find_weight_obstacle(name, x, weighted):
                 return obstacle
         elif name in ("beta", "delta") and not (isinstance(x, (int, float)) and x > 0):
             return f"{name} is not a number above 0"
+        elif name == "label_smoothing" and not (isinstance(x, (int, float)) and 0 <= x <= 1):
+            return f"{name} is not a number from 0 to 1"
     return ""
 
 
-def find_weight_obstacle(name: str, weight: Any, input: Any) -> str:
-    """Return the obstacle in a weight that is a tensor like the input."""
+def find_weight_obstacle(name: str, weight: Any, shape: tuple[int, ...]) -> str:
+    """Return the obstacle in a weight that is a tensor like the input, and should broadcast to a shape."""
     if weight.requires_grad:
         return f"{name} requires a gradient"
-    return "" if broadcasts_to(weight.shape, input.shape) else f"{name} does not broadcast to the shape of input"
+    return "" if broadcasts_to(weight.shape, shape) else f"{name} does not broadcast to the shape of input"
 
 
 def broadcasts_to(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

@@ -20,7 +20,9 @@ from fastloss.core.checks import caller_level
 from fastloss.torch import functional
 from fastloss.torch.obstacles import find_obstacle
 
-NAMES = ("binary_cross_entropy", "binary_cross_entropy_with_logits", "huber_loss", "l1_loss", "mse_loss", "smooth_l1_loss")
+NAMES = (
+    "binary_cross_entropy", "binary_cross_entropy_with_logits", "cross_entropy", "huber_loss", "l1_loss", "mse_loss", "smooth_l1_loss",
+)  # fmt: skip
 
 
 class Calls:
@@ -135,13 +137,14 @@ def patch(report: bool = False) -> Patch:
 def with_fallback(original: Callable[..., Any], ours: Callable[..., Any], calls: Calls) -> Callable[..., Any]:
     """Make a function that calls fastloss's loss if it supports the arguments, and PyTorch's otherwise, and that counts both."""
     names = tuple(inspect.signature(original).parameters)[2:]
+    has_classes = ours is functional.cross_entropy
 
     @functools.wraps(original)
     def dispatch(input: Any, target: Any, *args: Any, **options: Any) -> Any:
         # PyTorch 2.6 compiles `strict=False` as `strict=True`
         given = (*zip(names, args), *options.items()) if args else options.items()  # noqa: B905
         compiling = is_compiling()
-        if not (obstacle := find_obstacle(input, target, given, names, compiling)):
+        if not (obstacle := find_obstacle(input, target, given, names, compiling, has_classes)):
             if not compiling:
                 calls.by_fastloss += 1
             return ours(input, target, *args, **options)

@@ -14,6 +14,7 @@ EDGES, BULK = "test_accuracy.py::test_edges_in_60_digits", "test_accuracy.py::te
 FUNCTIONS = "test_accuracy.py::test_functions_of_the_vocabulary"
 LIMITS = "test_accuracy.py::test_infinite_logits_have_the_limit"
 SUMS_OF_ONE = "test_half.py::test_every_sum_of_one_element_in_extended_precision"
+DIGITS = "test_classes.py::test_every_digit_in_extended_precision"
 ONCE = "test_half.py::test_float64_is_rounded_once"
 
 MUTATIONS = (
@@ -192,7 +193,7 @@ MUTATIONS = (
         "An output over its operand in another order is accepted.", ("test_errors.py::test_out_over_the_transposed_input",),
     ),
     Mutation(
-        "sample-mean-of-batch", "core/call.py", "return math.prod(self.shape[1:])", "return math.prod(self.shape)",
+        "sample-mean-of-batch", "core/call.py", "return math.prod(self.entries[1:])", "return math.prod(self.entries)",
         "The mean of a sample is divided by the size of the batch.", ("test_options.py::test_reductions",),
         select="cross_entropy_with_logits",
     ),
@@ -432,6 +433,36 @@ MUTATIONS = (
         "state-of-the-caller", "cpu/compile.py", "store i32 8064, ptr %default", "store i32 40832, ptr %default",
         "Kernels flush subnormal results to 0, whatever the state of the thread is.",
         ("test_cpu_state.py::test_flushing_subnormal_numbers_changes_nothing_and_is_kept",),
+    ),
+    # --- classes
+    Mutation(
+        "maximum-in-the-rest", "cpu/classes.py", "other = where(is_max, 0.0, e)", "other = e",
+        "The sum of the other classes has the largest logit's term too.", (DIGITS,), select="options0-cross_entropy-5",
+    ),
+    Mutation(
+        "ties-dropped", "cpu/classes.py", "(rest + low) + (ties - 1.0)", "rest + low",
+        "Further classes with the largest logit are left out.", ("test_classes.py::test_two_classes_with_equal_logits",),
+    ),
+    Mutation(
+        "rounding-of-sums-dropped", "cpu/classes.py", "low + (other - (total - rest))", "low",
+        "The rounding errors of sums over classes are not added.", (DIGITS,), select="options0-cross_entropy-1000",
+    ),
+    Mutation(
+        "rounding-of-differences-dropped", "cpu/classes.py", "elementary.exp(d.within(-inf, 0.0), low)",
+        "elementary.exp(d.within(-inf, 0.0))",
+        "The rounding error of z - m is not counted.", (DIGITS,), select="options0-cross_entropy-19-30.0",
+    ),
+    Mutation(
+        "class-weights-not-counted", "core/call.py", "(self.excludes or has_class_weights)", "self.excludes",
+        "A mean does not divide by the sum of the class weights.", ("test_classes.py::test_relations",),
+    ),
+    Mutation(
+        "gradient-of-excluded-entries", "cpu/classes.py", "where(target == NO_CLASS, 0.0, slope) if self.spec.excludes else slope", "slope",
+        "Entries that do not count have gradients.", ("test_classes.py::test_relations",),
+    ),
+    Mutation(
+        "next-block-too-early", "cpu/class_loop.py", "last = min(k + length, end_of_row)", "last = k + length",
+        "A block goes on past the end of its row.", ("test_classes.py::test_nothing_outside_the_gradient_is_written",),
     ),
     # --- data sets in parts
     Mutation(

@@ -117,7 +117,7 @@ def late_slopes(ctx: Any, upstream: Any, tensors: Sequence[Any]) -> list[Any]:
     """Compute gradients in the backward pass."""
     bound, settings, wanted, _, _, overwrites = ctx.call
     if not has_storage(upstream):  # a batch of upstream gradients
-        if bound.reduction == "none" and not bound.writes_value:
+        if bound.has_axes_of_its_own:
             raise NotImplementedError(
                 f"{bound.loss.__name__} with reduction 'none' accepts no batch of upstream gradients (is_grads_batched=True); "
                 "pass them one by one"

@@ -49,6 +49,7 @@ class BoundLoss:
         self.names = names  # of the tensors that are options
         self.dtype = dtype  # of the value
         self.writes_value = loss.writes_value(reduction)
+        self.has_axes_of_its_own = reduction == "none" and loss.definition is None  # whether the value has other axes than the input
         self.saves_operands, self.has_early_slopes = True, False
         self.apply: Any = None  # applies the autograd function of the loss
 
@@ -61,9 +62,9 @@ class BoundLoss:
         is_plain_sum = self.loss.is_piecewise_linear and not self.names and "ignore_index" not in settings
         self.saves_operands = not is_plain_sum or (has_halves and is_on_gpu(first))
         # In 16 bits the gradient of a large mean underflows to 0 unless it is computed from an upstream gradient that includes the
-        # loss scale, and a product of two rounded numbers would be rounded twice. A loss may also have a value for each channel.
-        has_axes_of_its_own = self.reduction == "none" and not self.writes_value
-        self.has_early_slopes = not (self.saves_operands and has_halves) and not has_axes_of_its_own
+        # loss scale, and a product of two rounded numbers would be rounded twice. A loss may also have a value for each channel or
+        # for each entry with several classes.
+        self.has_early_slopes = not (self.saves_operands and has_halves) and not self.has_axes_of_its_own
 
     def compute(
         self, summed: tuple[str, ...], wanted: tuple[str, ...], tensors: Sequence[Any], settings: Mapping[str, Any], **options: Any

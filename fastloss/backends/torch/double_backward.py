@@ -1,7 +1,7 @@
-"""Dice and Dice + BCE written with PyTorch's operations, which are used only for second derivatives.
+"""The Dice losses and those of classes written with PyTorch's operations, which are used only for second derivatives.
 
-The Hessian of these losses is not diagonal: every element of a region affects the gradient of all others. Ordinary training does
-not need second derivatives, so PyTorch's autograd computes them, which allocates temporaries and is less accurate.
+The Hessian of these losses is not diagonal: an element affects the gradient of all others of its region, or of its entry. Ordinary
+training does not need second derivatives, so PyTorch's autograd computes them, which allocates temporaries and is less accurate.
 """
 
 from __future__ import annotations
@@ -65,4 +65,45 @@ def dice_bce(
     return value
 
 
-FORMULAS = {"dice_with_logits_loss": dice_bce, "dice_bce_with_logits_loss": dice_bce}  # by the loss's key
+def of_classes(power: Callable[[Any, dict[str, Any]], Any]) -> Callable[..., Any]:
+    """Return a loss of class indices, given the factor of -log p as a function of p and the options."""
+
+    def compute(
+        z: Any, t: Any, reduction: str, weight: Any = None, mask: Any = None, ignore_index: float = -100, pixel_weight: Any = None,
+        label_smoothing: float = 0.0, **options: Any
+    ) -> Any:  # fmt: skip
+        axis = min(1, z.dim() - 1)
+        log_p, classes = torch.log_softmax(z, axis), z.shape[axis]
+        w = torch.ones(classes, dtype=z.dtype) if weight is None else weight.to(z.dtype)
+        weighted = log_p * w.reshape(-1, *[1] * (z.dim() - 1 - axis))
+        if t.is_floating_point():  # probabilities
+            value, count = -(t * weighted).sum(axis), torch.ones_like(log_p.select(axis, 0))
+            counted = count > 0
+        else:
+            counted = t != ignore_index
+            index = torch.where(counted, t, 0).long()
+            own, count = log_p.gather(axis, index.unsqueeze(axis)).squeeze(axis), w[index]
+            value = -count * own * power(own.exp(), options)
+        counted = counted if mask is None else counted & mask
+        if label_smoothing:
+            value = (1 - label_smoothing) * value - label_smoothing / classes * weighted.sum(axis)
+        value = torch.where(counted, value if pixel_weight is None else pixel_weight * value, 0.0)
+        count = torch.where(counted, count, 0.0)
+        if reduction == "none":
+            return value
+        if reduction.startswith("sample"):
+            value, count = (x.flatten(1).sum(1) if x.dim() > 1 else x for x in (value, count))
+        else:
+            value, count = value.sum(), count.sum()
+        divisors = {"mean": count, "sample_mean": count, "batchmean": len(z)}
+        return value / divisors.get(reduction, 1)
+
+    return compute
+
+
+FORMULAS = {
+    "cross_entropy": of_classes(lambda p, options: 1.0),
+    "focal_cross_entropy_loss": of_classes(lambda p, options: (1 - p) ** options.get("gamma", 2.0)),
+    "dice_with_logits_loss": dice_bce,
+    "dice_bce_with_logits_loss": dice_bce,
+}  # by the loss's key

@@ -20,7 +20,7 @@ from fastloss.backends.torch import double_backward
 from fastloss.backends.torch.bound_loss import BoundLoss
 from fastloss.backends.torch.memory_views import HALVES
 from fastloss.core.abstract_loss import REGISTER, AbstractLoss
-from fastloss.core.checks import check_shapes, refuse_unknown
+from fastloss.core.checks import refuse_unknown
 from fastloss.core.definition import operand_of
 
 CALL = "str loss, str reduction, Tensor first, Tensor second, Tensor[] others, str[] names, float[] numbers"
@@ -108,7 +108,7 @@ def _loss(
 ) -> Any:
     bound, settings = unpack_arguments(loss, reduction, others, names, numbers, dtype)
     computed = bound.value([first, second, *others], settings)
-    return with_declared_strides(computed, first) if bound.loss.writes_value(reduction) else computed
+    return with_declared_value(bound, computed, first)
 
 
 @torch.library.register_fake("fastloss::loss", lib=LIBRARY)
@@ -118,7 +118,7 @@ def fake_value(
     """Return a value of the shape and dtype that the operator returns."""
     bound, settings = unpack_arguments(loss, reduction, others, names, numbers, dtype)
     check_arguments(bound.loss, first, second, names)
-    if bound.loss.writes_value(reduction):
+    if bound.writes_value and not bound.has_axes_of_its_own:
         return torch.empty_like(first)
     return first.new_empty(bound.loss.value_shape(first.shape, reduction, settings), dtype=dtype)
 
@@ -131,8 +131,10 @@ def _loss_and_slopes(
 ) -> list[Any]:  # fmt: skip
     bound, settings = unpack_arguments(loss, reduction, others, names, numbers, dtype)
     computed, slopes = bound.value_and_slopes(tuple(wanted), [first, second, *others], settings, 1.0)
-    computed = with_declared_strides(computed, first) if bound.writes_value else computed
-    return [computed, *(with_declared_strides(x, operand_for(name, first, second)) for name, x in zip(wanted, slopes, strict=True))]
+    return [
+        with_declared_value(bound, computed, first),
+        *(with_declared_strides(x, operand_for(name, first, second)) for name, x in zip(wanted, slopes, strict=True)),
+    ]
 
 
 @torch.library.register_fake("fastloss::loss_and_slopes", lib=LIBRARY)
@@ -166,7 +168,7 @@ def _(
 
 def check_arguments(loss: AbstractLoss, first: Any, second: Any, names: Sequence[str]) -> None:
     """Refuse, while PyTorch traces, shapes and options that the kernels would refuse."""
-    check_shapes(loss.operands[0], first.shape, loss.operands[1], second.shape)
+    loss.check_operands(first.shape, second)
     refuse_unknown(dict.fromkeys(names), loss.options)
 
 
@@ -179,6 +181,13 @@ def with_declared_strides(computed: Any, operand: Any) -> Any:
     """Return a result with the strides that the fake implementation declared, those of `torch.empty_like`. Copy it if they differ."""
     strides = torch.empty_like(operand, device="meta").stride()
     return computed if computed.stride() == strides else torch.empty_like(operand).copy_(computed)
+
+
+def with_declared_value(bound: BoundLoss, computed: Any, first: Any) -> Any:
+    """Return a value with the strides that the fake implementation declared."""
+    if not bound.writes_value:
+        return computed
+    return computed.contiguous() if bound.has_axes_of_its_own else with_declared_strides(computed, first)
 
 
 def save_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

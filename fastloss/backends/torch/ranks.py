@@ -43,7 +43,9 @@ class JoinedLoss:
             arguments = self.bound.arguments(VALUE, wanted, tensors, self.settings)
             operands = arguments.first, arguments.second
             if len(loss.definitions) == 1:
-                self.join({"count": call.to_host(loss.count(operands, arguments.options, call))}, tensors[0])
+                self.join(
+                    {"count": call.to_host(loss.count(operands, {**arguments.options, "weight": arguments.weight}, call))}, tensors[0]
+                )
                 scaled = arguments._replace(options={**arguments.options, "grad_output": self.processes})
                 value, slopes = loss.compute_part(scaled, call, self.divisor(), "sum")
                 self.join({"value": call.to_host(value)}, tensors[0])

@@ -1,0 +1,394 @@
+"""A block of the CPU's loop over classes, in LLVM code: entries of a row, such as pixels, each with several classes.
+
+With the logits z of an entry, and m = max(z):
+
+    e = exp(z - m),  R = the sum of e over all classes but one of those where z = m
+    p = e / (1 + R),  1 - p = ((1 - e) + R) / (1 + R),  -log p = log(1 + R) + (m - z)
+
+No term is negative, so nothing cancels: where the logits are saturated, 1 - p and -log p keep their digits.
+
+The loop (`class_loop.py`) calls three functions for each block. LOAD copies the logits to scratch memory and finds the maxima, one class
+after another, so that memory is read once, and in long rows. COMPUTE walks along the classes in that memory, a vector's width of entries
+after another: it computes e and R, and evaluates the formula, which takes -log p and 1 - p of the entry's class and returns the value
+and its derivative by -log p. WRITE computes the gradient, again one class after another.
+
+With class weights w, label smoothing a, and a probability y of each class (1 for the entry's class, if there are indices), the value is the
+sum over the classes of u (-log p), u = w ((1 - a) y + a / C), and the gradient (U - u) p - u (1 - p), where U is the sum of u.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import inf, nan
+from typing import NamedTuple
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from fastloss.core.dtypes import BY_CODE
+from fastloss.core.plan import Spec
+from fastloss.cpu.abi import count_partials
+from fastloss.cpu.step import DOUBLE, I64, Row, StepEmitter, Values, define, differs_from, lanes_of, spread, spread_number
+from fastloss.cpu.vector import Vector, call, mangle, scalar_type
+from fastloss.kernel import element, elementary
+from fastloss.ops import log1p, where
+
+LOAD, COMPUTE, WRITE = "fastloss_load", "fastloss_compute", "fastloss_write"  # names of the functions
+# rows of scratch memory after those of the classes: the largest logit, the index of the entry's class, and factors of the gradient
+MAXIMUM, CLASS, FACTOR, SLOPE, SHARE = range(5)
+PROBABILITY = 5  # the first of as many rows as there are classes
+HUGE = {"f4": 2.0**126, "f8": 2.0**1022}  # logits of at least this size count as infinite; differences of smaller ones are finite
+NO_CLASS = -1.0  # the index of entries that do not count
+
+
+class Block(NamedTuple):
+    """Where the entries of a block lie, as LLVM values."""
+
+    row: Row  # at the first class
+    class_strides: Values  # of each array along the axis of classes
+    first: ir.Value  # the first entry in the row
+    last: ir.Value  # the end of the block in the row
+    scratch: ir.Value  # address of the thread's scratch memory
+    length: ir.Value  # of its rows
+    classes: ir.Value  # number of classes
+
+
+class Entries(NamedTuple):
+    """Entries of one step, before their classes are walked along."""
+
+    m: Vector  # the largest logit
+    target: Vector  # the index of the class, NO_CLASS if the entry does not count
+    logit: Vector  # of that class
+    bad: Vector  # 1 if the index is that of no class
+
+
+class Sums(NamedTuple):
+    """Sums over the classes of each entry."""
+
+    others: Vector  # R
+    weights: Vector  # the sum of w, or of u if there are probabilities; 0 if neither these nor label smoothing need it
+    spread: Vector  # the sum of the same times m - z
+
+
+class Step:
+    """A vector's width of entries of a block, at one class."""
+
+    def __init__(self, spec: Spec, builder: ir.IRBuilder, block: Block, first: ir.Value, index: ir.Value) -> None:
+        self.spec, self.builder, self.block, self.first, self.index = spec, builder, block, first, index
+        strides = zip(block.row.addresses, block.class_strides, strict=True)
+        addresses = [builder.add(address, builder.mul(stride, index)) for address, stride in strides]
+        self.memory = StepEmitter(
+            spec, builder, block.row._replace(addresses=addresses), first, builder.sub(block.last, first), prefetches=I64(0)
+        )
+        self.vector = ir.VectorType(scalar_type(spec.compute), lanes_of(spec))
+        self.size = BY_CODE[spec.compute].size
+        self.names = {op.name: k for k, op in enumerate(spec.operands)}
+
+    def pointer(self, row: ir.Value) -> ir.Value:
+        """Return the pointer to the entries in a row of the scratch memory."""
+        builder, block = self.builder, self.block
+        position = builder.add(builder.mul(row, block.length), builder.sub(self.first, block.first))
+        address = builder.add(block.scratch, builder.mul(position, I64(self.size)))
+        return builder.inttoptr(address, self.vector.as_pointer())
+
+    def row_of(self, name: int | None) -> ir.Value:
+        """Return the index of a row of scratch memory: the row of the class's logits, the one of its probabilities, or another one."""
+        if name is None:
+            return self.index
+        row = self.builder.add(self.block.classes, I64(name))
+        return self.builder.add(row, self.index) if name == PROBABILITY else row
+
+    def read(self, name: int | None = None) -> Vector:
+        """Read from a row of scratch memory."""
+        return Vector(self.builder, self.builder.load(self.pointer(self.row_of(name)), align=self.size))
+
+    def keep(self, x: Vector, name: int | None = None) -> None:
+        """Write to a row of scratch memory."""
+        self.builder.store(x.value, self.pointer(self.row_of(name)), align=self.size)
+
+    def constant(self, number: float) -> Vector:
+        """Return a number in every lane."""
+        return Vector(self.builder, ir.Constant(self.vector, [number] * self.vector.count))
+
+    def whole(self, number: ir.Value) -> Vector:
+        """Return a whole number in every lane, in the type of the arithmetic."""
+        return spread_number(self.builder, self.builder.sitofp(number, DOUBLE), self.spec)
+
+    def raw(self, *names: str) -> dict[str, Vector]:
+        """Load operands as they are stored, those that are there."""
+        chosen, operands, memory = [self.names[name] for name in names if name in self.names], self.spec.operands, self.memory
+        loaded = memory.branch_on_full(
+            lambda: [memory.load(k, operands[k], None) for k in chosen],
+            lambda: [memory.load(k, operands[k], memory.row_mask()) for k in chosen],
+        )
+        return {operands[k].name: Vector(self.builder, x) for k, x in zip(chosen, loaded, strict=True)}
+
+    def convert(self, raw: Vector, name: str) -> Vector:
+        """Convert an operand to the type of the arithmetic."""
+        return self.memory.convert(raw, self.spec.codes[name], self.spec.compute)
+
+    def load(self, name: str) -> Vector | None:
+        """Load an operand in the type of the arithmetic; None if it is not there."""
+        return self.convert(self.raw(name)[name], name) if name in self.names else None
+
+    def store(self, name: str, x: Vector, mode: ir.Value) -> None:
+        """Store to an output."""
+        for k, output in enumerate(self.spec.outputs, len(self.spec.operands)):
+            if output.name == name:
+                self.memory.store(k, output, self.memory.convert(x, self.spec.compute, output.code).value, mode)
+
+    def gather(self, code: str, first: ir.Value, stride: ir.Value, index: Vector, lane_stride: int) -> Vector:
+        """Load for each lane the element at `first + index * stride + lane * lane_stride`, or 0 if the index is negative."""
+        builder, lanes = self.builder, self.vector.count
+        wide, vector = ir.VectorType(I64, lanes), ir.VectorType(scalar_type(code), lanes)
+        whole = builder.fptosi(index.value, wide)
+        own = ir.Constant(wide, [lane * lane_stride for lane in range(lanes)])
+        address = builder.add(builder.add(spread(builder, first, lanes), own), builder.mul(whole, spread(builder, stride, lanes)))
+        pointers = builder.inttoptr(address, ir.VectorType(vector.element.as_pointer(), lanes))
+        mask = builder.icmp_signed(">=", whole, ir.Constant(wide, None))
+        name = f"llvm.masked.gather.{mangle(vector)}.v{lanes}p0"
+        size = ir.IntType(32)(BY_CODE[code].size)
+        return Vector(builder, call(builder, name, vector, pointers, size, mask, ir.Constant(vector, None)))
+
+    def prefetch_next_block(self) -> None:
+        """Prefetch the logits that the next block will load: memory would be idle while the classes are walked along."""
+        k, builder = self.names["input"], self.builder
+        operand = self.spec.operands[k]
+        if operand.access == "contiguous":
+            first = builder.ptrtoint(self.memory.first_pointer(k, operand), I64)
+            ahead = builder.add(first, builder.mul(self.block.length, I64(operand.size)))
+            pointer = builder.inttoptr(ahead, ir.IntType(8).as_pointer())
+            call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *[ir.IntType(32)(n) for n in (0, 2, 1)])  # to read, L2, data
+
+
+class BlockEmitter:
+    """Emits the functions of a block."""
+
+    def __init__(self, spec: Spec, builder: ir.IRBuilder, block: Block, numbers: dict[str, ir.Value]) -> None:
+        self.spec, self.builder, self.block, self.numbers = spec, builder, block, numbers
+        self.huge = HUGE[spec.compute]
+        self.has_logits = spec.trace != ""
+        self.has_gradient = any(op.name != "value" for op in spec.outputs)
+        self.is_smoothed = "label_smoothing" in spec.numbers
+
+    def step(self, first: ir.Value, index: ir.Value) -> Step:
+        """Return the step from an entry on, at a class."""
+        return Step(self.spec, self.builder, self.block, first, index)
+
+    @contextmanager
+    def steps(self) -> Iterator[ir.Value]:
+        """Emit a loop over the first entries of the steps of the block."""
+        with cgutils.for_range_slice(self.builder, self.block.first, self.block.last, I64(lanes_of(self.spec)), I64) as (first, _):
+            yield first
+
+    @contextmanager
+    def steps_by_class(self) -> Iterator[Step]:
+        """Emit a loop over the classes and, inside, over the steps of the block."""
+        with cgutils.for_range(self.builder, self.block.classes, intp=I64) as classes, self.steps() as first:
+            yield self.step(first, classes.index)
+
+    def number(self, name: str) -> Vector:
+        """Return an option in every lane."""
+        return spread_number(self.builder, self.numbers[name], self.spec)
+
+    def emit_load(self) -> None:
+        """Copy the logits to the scratch memory, and find the maxima."""
+        if not self.has_logits:
+            return
+        with self.steps_by_class() as step:
+            z = step.load("input")
+            assert z is not None
+            z = where(z < -self.huge, -self.huge, where(z > self.huge, self.huge, z))
+            step.keep(z)
+            # selecting the first class here also keeps LLVM from making this a masked store, which takes much longer
+            is_first = self.builder.icmp_signed("==", step.index, I64(0))
+            m = z.like(self.builder.select(is_first, step.constant(-self.huge).value, step.read(MAXIMUM).value))
+            step.keep(where(z > m, z, m), MAXIMUM)
+            if self.spec.has_probabilities:
+                y = step.load("target")
+                assert y is not None
+                step.keep(y, PROBABILITY)
+
+    def emit_compute(self, scale: ir.Value, mode: ir.Value, totals: list[Vector]) -> list[Vector]:
+        """Compute the values of the entries, and the factors of their gradients; return the new sums of the range."""
+        places = [cgutils.alloca_once_value(self.builder, x.value) for x in totals]
+        with self.steps() as first:
+            step = self.step(first, I64(0))
+            entries = self.find_entries(step)
+            terms = self.terms(step, entries, scale)
+            if "value" in terms:
+                step.store("value", terms["value"], mode)
+            added = [terms[name] for name in self.spec.summed] + [entries.bad]
+            for place, x in zip(places, step.memory.zero_past_row(added), strict=True):
+                wide = x.value if self.spec.compute == "f8" else self.builder.fpext(x.value, ir.VectorType(DOUBLE, x.type.count))
+                self.builder.store(self.builder.fadd(self.builder.load(place), wide), place)
+        return [Vector(self.builder, self.builder.load(place)) for place in places]
+
+    def find_entries(self, step: Step) -> Entries:
+        """Find out about each entry what does not depend on its other classes."""
+        has_indices = not self.spec.has_probabilities
+        raw = step.raw("target", "mask") if has_indices else step.raw("mask")
+        target = step.convert(raw["target"], "target") if has_indices else step.constant(0.0)
+        counted = Vector(self.builder, step.memory.all, step.vector)
+        if "mask" in raw:
+            counted = counted & (raw["mask"] != 0)
+        if "ignore_index" in self.numbers:
+            counted = counted & differs_from(step.memory, raw["target"], target, self.numbers["ignore_index"])
+        is_class = (target >= 0.0) & (target < step.whole(self.block.classes))
+        index, bad = (
+            where(counted & is_class, target, NO_CLASS),
+            where(counted & ~is_class, step.constant(float("target" in self.spec.checked)), 0.0),
+        )
+        if not self.has_logits:
+            return Entries(index, index, index, bad)
+        first, stride = self.builder.ptrtoint(step.pointer(I64(0)), I64), self.builder.mul(self.block.length, I64(step.size))
+        return Entries(step.read(MAXIMUM), index, step.gather(self.spec.compute, first, stride, index, step.size), bad)
+
+    def terms(self, step: Step, entries: Entries, scale: ir.Value) -> dict[str, Vector]:
+        """Return the terms of the sums: "count", by which a mean divides, and "value"."""
+        counted = entries.target != NO_CLASS
+        w = None if self.spec.has_probabilities else self.weight_of_class(step, entries)
+        found = {"count": step.constant(1.0) if w is None else w}
+        if self.has_logits:
+            own = step.load("pixel_weight")
+            factor = element.multiply(element.multiply(own, step.load("grad_output")), spread_number(self.builder, scale, self.spec))
+            found["value"] = element.multiply(own, self.evaluate(step, entries, w, factor))
+        return {name: where(counted, x, 0.0) for name, x in found.items()}
+
+    def weight_of_class(self, step: Step, entries: Entries) -> Vector | None:
+        """Return the weight of each entry's class; None without class weights."""
+        if "weight" not in step.names:
+            return None
+        k = step.names["weight"]
+        raw = step.gather(self.spec.operands[k].code, self.block.row.addresses[k], self.block.class_strides[k], entries.target, 0)
+        return step.convert(raw, "weight")
+
+    def walk(self, first: ir.Value, m: Vector) -> Sums:
+        """Walk along the classes of the entries of a step: keep e in the scratch memory, and add it up.
+
+        The rounding errors of the sum are added up too (Kahan): with 1,000 classes the gradient was off by 34 ulp without.
+        """
+        builder, count = self.builder, m.type.count
+        ties_type = ir.VectorType(ir.IntType(m.bits), count)
+        kinds = m.type, m.type, ties_type, m.type, m.type
+        places = [cgutils.alloca_once_value(builder, ir.Constant(kind, None)) for kind in kinds]
+        for place in places:
+            builder.store(ir.Constant(place.allocated_type, None), place)
+        with cgutils.for_range(builder, self.block.classes, intp=I64) as classes:
+            step = self.step(first, classes.index)
+            rest, low, ties, weights, spread_ = [m.like(builder.load(place)) for place in places]
+            step.prefetch_next_block()
+            z = step.read()
+            e, is_max = exp_of_difference(z, m), z == m
+            if self.has_gradient:
+                step.keep(e)
+            other = where(is_max, 0.0, e)
+            total = rest + other
+            new = [total, low + (other - (total - rest)), ties.like(builder.add(ties.value, builder.sext(is_max.value, ties_type)))]
+            if self.spec.has_probabilities or self.is_smoothed:
+                u = self.share_of_class(step) if self.spec.has_probabilities else step.load("weight")
+                far = distance(m, z, self.huge)
+                new += [weights + (1.0 if u is None else u), spread_ + (far if u is None else where(u == 0.0, 0.0, u * far))]
+            for place, x in zip(places, new, strict=False):
+                builder.store(x.value, place)
+        rest, low, ties, weights, spread_ = [m.like(builder.load(place)) for place in places]
+        ties = -ties.to_float()  # the classes where z = m
+        is_undefined = (m.intrinsic("fabs") == self.huge) & (ties != 1.0)  # several infinite logits have no limit
+        return Sums(where(is_undefined, nan, (rest + low) + (ties - 1.0)), weights, spread_)
+
+    def share_of_class(self, step: Step) -> Vector:
+        """Return u of the step's class, where there are probabilities."""
+        y = step.read(PROBABILITY)
+        if self.is_smoothed:
+            smoothing = self.number("label_smoothing")
+            y = (1.0 - smoothing) * y + smoothing / step.whole(self.block.classes)
+        share: Vector = element.multiply(step.load("weight"), y)
+        return share
+
+    def evaluate(self, step: Step, entries: Entries, w: Vector | None, factor: Vector) -> Vector:
+        """Return the value of each entry, and keep the factors of its gradient."""
+        sums = self.walk(step.first, entries.m)
+        log_norm, inverse = log1p(sums.others.within(0.0, inf)), 1.0 / (sums.others + 1.0)
+        if self.spec.has_probabilities:
+            self.keep_factors(step, entries.target, factor * inverse, sums.others, sums.weights)
+            return sums.weights * log_norm + sums.spread
+        below, e = distance(entries.m, entries.logit, self.huge), exp_of_difference(entries.logit, entries.m)
+        rest = (1.0 - e) + sums.others
+        if not self.is_smoothed:
+            parameters = {name: self.number(name) for name in self.spec.parameters}
+            found = self.spec.formula.quantities(log_norm + below, rest * inverse, parameters, {})
+            rate = element.multiply(w, factor * found["slope"]) * inverse
+            self.keep_factors(step, entries.target, rate, -(rest * rate))
+            return element.multiply(w, factor.match(found["value"]))
+        smoothing = self.number("label_smoothing")
+        each, own = smoothing / step.whole(self.block.classes), element.multiply(w, 1.0 - smoothing)
+        total = own + each * sums.weights
+        slope = each * (sums.weights - (1.0 if w is None else w)) * (e * inverse) - (own + element.multiply(w, each)) * (rest * inverse)
+        self.keep_factors(step, entries.target, factor * total * inverse, factor * slope, factor * each)
+        return total * log_norm + (where(own == 0.0, 0.0, own * below) + each * sums.spread)
+
+    def keep_factors(self, step: Step, *factors: Vector) -> None:
+        """Keep the rows CLASS, FACTOR, SLOPE and SHARE of the scratch memory, from which WRITE computes the gradient."""
+        if self.has_gradient:
+            for name, x in zip((CLASS, FACTOR, SLOPE, SHARE), factors, strict=False):
+                step.keep(x, name)
+
+    def emit_write(self, mode: ir.Value) -> None:
+        """Compute and store the gradient."""
+        if not self.has_gradient:
+            return
+        with self.steps_by_class() as step:
+            target, e, factor = step.read(CLASS), step.read(), step.read(FACTOR)
+            if self.spec.has_probabilities:
+                u = self.share_of_class(step)
+                slope = factor * ((step.read(SHARE) - u) * e - u * ((1.0 - e) + step.read(SLOPE)))
+            else:
+                slope = e * factor
+                if self.is_smoothed:
+                    slope = slope - element.multiply(step.load("weight"), step.read(SHARE))
+                slope = where(target == step.whole(step.index), step.read(SLOPE), slope)
+            step.store("slope", where(target == NO_CLASS, 0.0, slope) if self.spec.excludes else slope, mode)
+
+
+def exp_of_difference(z: Vector, m: Vector) -> Vector:
+    """Return exp(z - m) for z <= m. The rounding error of z - m (Knuth) counts: it would change the result by |z - m| / 2 ulp."""
+    d = z - m
+    part = z - d
+    low = where(d < elementary.FORMATS[z.bits].exp_range[0], 0.0, (z - (d + part)) + (part - m))  # it may be large where exp is 0
+    e: Vector = elementary.exp(d.within(-inf, 0.0), low)
+    return e
+
+
+def distance(m: Vector, z: Vector, huge: float) -> Vector:
+    """Return m - z, which is 0 for the largest logit, and infinite between others and an infinite one."""
+    far = where((m == huge) | (z == -huge), inf, m - z)
+    return where(z == m, 0.0, far)
+
+
+# --- functions that the loop calls -------------------------------------------------------------------------------------
+
+
+def emit_functions(spec: Spec) -> str:
+    """Return the LLVM code of LOAD, COMPUTE and WRITE."""
+    module, arrays, one = ir.Module(), [I64] * len(spec.arrays), [I64]
+    totals = [ir.VectorType(DOUBLE, lanes_of(spec))] * count_partials(spec)
+    shared = [arrays, arrays, arrays, arrays, one, one, one, [DOUBLE] * max(1, len(spec.numbers)), one, one, one]
+
+    def function(name: str, own: list[Sequence[ir.Type]], results: list[ir.Type], emit: Callable[..., list[Vector] | None]) -> None:
+        def build(builder: ir.IRBuilder, addresses: Values, inner_strides: Values, outer_strides: Values, class_strides: Values,
+                  inner_size: Values, first: Values, last: Values, numbers: Values, scratch: Values, length: Values, classes: Values,
+                  *rest: Values) -> list[Vector]:  # fmt: skip
+            row = Row(addresses, inner_strides, outer_strides, inner_size[0])
+            block = Block(row, class_strides, first[0], last[0], scratch[0], length[0], classes[0])
+            return emit(BlockEmitter(spec, builder, block, dict(zip(spec.numbers, numbers, strict=False))), *rest) or []
+
+        define(module, name, [*shared, *map(list, own)], results, build)
+
+    function(LOAD, [], [], lambda block: block.emit_load())
+    function(
+        COMPUTE, [[DOUBLE], one, totals], totals,
+        lambda block, scale, mode, sums: block.emit_compute(scale[0], mode[0], [Vector(block.builder, x) for x in sums]),
+    )  # fmt: skip
+    function(WRITE, [one], [], lambda block, mode: block.emit_write(mode[0]))
+    return str(module)

@@ -1,0 +1,239 @@
+"""Losses of entries that belong to one of several classes each, such as pixels or images, from class indices as they are stored.
+
+A formula takes -log p and 1 - p, for the probability p that the softmax of an entry's logits gives to its class. Both keep their digits
+where the logits are saturated; see `fastloss/cpu/classes.py`. The formula returns the value and its derivative by -log p. The gradient by
+the logit of each class follows from the derivative of -log p, which is p - 1 for the entry's class and p for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import inf
+from typing import Any
+
+import numpy as np
+
+from fastloss.backends.find import find_backend
+from fastloss.core.abstract_loss import AbstractLoss, signature
+from fastloss.core.call import Arguments, Call
+from fastloss.core.checks import check_class_target, is_none, refuse_grad_output, to_bounded
+from fastloss.core.definition import Bounds, Definition
+from fastloss.core.docstrings import OPTIONS, complete
+from fastloss.core.dtypes import is_float
+from fastloss.core.plan import Array
+from fastloss.formula import Formula
+from fastloss.loss import SLOPE, VALUE
+from fastloss.losses.table import row
+from fastloss.ops import exp, pow, where
+
+__all__ = ["cross_entropy", "focal_cross_entropy_loss"]
+
+_IGNORED = -100  # the default of PyTorch
+_OPTIONS: dict[str, Any] = {"ignore_index": _IGNORED, "mask": None, "pixel_weight": None, "grad_output": None, "out": None}
+_SMOOTHING = {"label_smoothing": 0.0}
+_OPERANDS = {
+    "input": "Shape (N, C, ...) or (C,), any strides; float16, bfloat16 (`ml_dtypes`), float32 or float64.",
+    "target": "The shape of the input without the axis of classes; bool or integers of 8 to 64 bits.",
+}
+_OWN = {
+    "weight": "array (C,) with the weight of each class. It multiplies value and gradient, and a mean divides by the sum of the "
+    "weights of the entries' classes.",
+    "ignore_index": "target value whose entries are excluded as if by `mask`.",
+    "mask": "bool array that broadcasts against `target`. Entries where it is False have gradient 0 and do not count, also in the number "
+    "that a mean divides by.",
+    "pixel_weight": "array that broadcasts against `target`. It multiplies value and gradient; a mean does not divide by it.",
+    "out": 'array for the gradient, or with reduction "none" for the value. It may be the input, which is then overwritten by the '
+    "gradient, and may not overlap any other array.",
+    "label_smoothing": "a in [0, 1]; each entry belongs to its class by 1 - a + a / C, and to each other class by a / C.",
+}
+_ROW: dict[str, Any] = {
+    "input": "logits, (N, C, ...)", "arrays": ("logits", "classes"), "axes": 2, "reduction": "mean", "is_elementwise": False,
+    "classes": True,
+}  # fmt: skip
+_RETURNS = (
+    "The call itself returns a float64 number, or arrays for the reductions that keep an axis. `grad` returns an array of the input's "
+    "shape and dtype; `value_and_grad` returns the value and the gradient."
+)
+
+
+class ClassLoss(AbstractLoss):
+    """A loss between logits of several classes and class indices. `grad` and `value_and_grad` take the arguments of a call."""
+
+    def __init__(self, function: Callable[..., Any], bounds: Bounds, settings: Mapping[str, Any], takes_probabilities: bool) -> None:
+        self.takes_probabilities = takes_probabilities
+        formula = Formula(function, ("value", "slope"))
+        self.__name__ = self.__qualname__ = function.__name__
+        self.__module__ = function.__module__
+        self.settings = dict(settings)
+        own = {**formula.defaults, **settings, **_OPTIONS}
+        self.by_class = Definition(formula, bounds, (), (*own, "weight", "reduction"), classes=True)
+        self.__signature__ = signature(self.operands, "mean", own)
+        example = f"value, grad = fastloss.{self.__name__}.value_and_grad(input, target)"
+        listed = ("weight", "reduction", *settings, *_OPTIONS)
+        self.__doc__ = complete(function.__doc__, listed, example, (), _OPERANDS, OPTIONS | _OWN, _RETURNS)
+        self.register(self.by_class)
+
+    def __call__(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Any:
+        """Return the loss: a float64 number, one number for each sample, or with reduction "none" an array of the target's shape."""
+        refuse_grad_output(options)
+        if is_none(reduction):
+            return self.on(input, Arguments((), VALUE, input, target, weight, reduction, options))[1][0]
+        if options.get("out") is not None:
+            raise ValueError(
+                f"out takes an array of the target's shape, and with reduction {reduction!r} the value is none; use grad or value_and_grad"
+            )
+        return self.on(input, Arguments(VALUE, (), input, target, weight, reduction, options))[0]
+
+    def grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Array:
+        """Return the gradient with respect to the input, in the input's dtype."""
+        gradient: Array = self.on(input, Arguments((), SLOPE, input, target, weight, reduction, options))[1][0]
+        return gradient
+
+    def value_and_grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> tuple[Any, Array]:
+        """Return the loss and its gradient with respect to the input, from one pass over memory."""
+        if is_none(reduction):
+            slope, value = self.on(input, Arguments((), (*SLOPE, *VALUE), input, target, weight, reduction, options))[1]
+            return value, slope
+        value, outputs = self.on(input, Arguments(VALUE, SLOPE, input, target, weight, reduction, options))
+        return value, outputs[0]
+
+    def on(self, input: Any, arguments: Arguments) -> tuple[Any, list[Any]]:
+        """Compute with the backend of the input's framework."""
+        backend = find_backend(input)
+        if backend.is_lazy:
+            raise NotImplementedError(f"{self.__name__} takes no Dask arrays; accepted: their blocks, by an fastloss.Accumulator")
+        computed: tuple[Any, list[Any]] = backend.compute(self, arguments)
+        return computed
+
+    def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
+        """Compute the requested quantities in one pass."""
+        value, outputs = self.bind(arguments, call).compute()
+        return value, [x[..., 0] if name == "value" else classes_second(x) for name, x in zip(arguments.wanted, outputs, strict=True)]
+
+    def bind(self, arguments: Arguments, call: type[Call]) -> Call:
+        """Make the call of a pass, on views of the arrays whose last axis is that of classes."""
+        options = {"ignore_index": _IGNORED, **arguments.options}
+        first, second = (call.as_array(name, x) for name, x in zip(self.operands, arguments[2:4], strict=True))
+        self.check_operands(first.shape, second)
+        has_indices = is_integer(second.dtype)
+        if not has_indices and options.pop("ignore_index") != _IGNORED:
+            raise ValueError("ignore_index excludes class indices, and target has probabilities; accepted: mask")
+        own = {name: to_bounded(name, options.pop(name, default), (0.0, 1.0)) for name, default in self.settings.items()}
+        entry_weight = options.pop("pixel_weight", None)
+        if options.get("mask") is not None:
+            options["mask"] = append_axis(call.as_array("mask", options["mask"]))
+        if (out := options.get("out")) is not None:
+            call.check_buffer("out", out)
+            options["out"] = append_axis(out) if arguments.wanted == VALUE else classes_last(out)
+        made = call(
+            self.by_class,
+            arguments._replace(
+                first=classes_last(first), second=append_axis(second) if has_indices else classes_last(second), options=options
+            ),
+        )
+        if entry_weight is not None:
+            made.add("pixel_weight", append_axis(call.as_array("pixel_weight", entry_weight)))
+        made.numbers.update({name: x for name, x in own.items() if x})
+        return made
+
+    def count(self, operands: Sequence[Any], options: Mapping[str, Any], call: Any) -> Any:
+        """Return the number that a mean divides by, for each sample; see `Accumulated`."""
+        given = dict(options)
+        arguments = Arguments((), (), operands[0], operands[1], given.pop("weight", None), "sample_mean", given)
+        counted = self.bind(arguments, call).count()
+        return counted * len(operands[0]) if isinstance(counted, int) else counted
+
+    def value_shape(self, shape: tuple[int, ...], reduction: str, options: Mapping[str, Any]) -> tuple[int, ...]:
+        """Return the shape of the loss's value for operands of a given shape."""
+        return super().value_shape((*shape[:1], *shape[2:]) if len(shape) > 1 else (), reduction, options)
+
+    def check_operands(self, first: tuple[int, ...], second: Any) -> None:
+        """Raise an error if the targets are not class indices that fit the shape of the input."""
+        check_class_target(first, second.shape, not is_integer(second.dtype), self.takes_probabilities)
+
+    def require(self, quantity: str) -> None:
+        """Raise NotImplementedError: targets are class indices."""
+        raise NotImplementedError(f"{self.__name__} has no {quantity}; it is differentiable by the input")
+
+
+def is_integer(dtype: Any) -> bool:
+    """Whether a dtype, of NumPy or of PyTorch, is that of class indices."""
+    return not dtype.is_floating_point if hasattr(dtype, "is_floating_point") else not is_float(dtype)
+
+
+def append_axis(x: Any) -> Any:
+    """Return a view with an axis of length 1 at the end."""
+    return x[..., np.newaxis]
+
+
+def classes_last(x: Any) -> Any:
+    """Return a view with the axis of classes moved to the end."""
+    return np.moveaxis(x, min(1, x.ndim - 1), -1)
+
+
+def classes_second(x: Any) -> Any:
+    """Return a view with the axis of classes moved back."""
+    return np.moveaxis(x, -1, min(1, x.ndim - 1))
+
+
+def class_loss(
+    bounds: Bounds | None = None, settings: Mapping[str, Any] | None = None, takes_probabilities: bool = False
+) -> Callable[[Callable[..., Any]], ClassLoss]:
+    """Make a loss of classes from a formula; the bounds are those of its parameters.
+
+    A loss that takes probabilities of the classes as targets is a sum over the classes, and its formula returns -log p and 1.
+    """
+    return lambda function: ClassLoss(function, bounds or {}, settings or {}, takes_probabilities)
+
+
+@row("cross-entropy", "each image or pixel belongs to one of several classes", ulp={"value": 3, "slope": 4}, **_ROW)
+@class_loss(settings=_SMOOTHING, takes_probabilities=True)
+def cross_entropy(surprise: Any, missed: Any) -> Any:
+    """Cross-entropy between the softmax of logits and class indices.
+
+    With p the softmax of an entry's logits along the axis of classes, t its class, and w the class weights:
+
+        value = w[t] (-log p[t])
+        slope = w[t] (p - 1) for the entry's class, w[t] p for the others
+
+    With label smoothing a, the value is the sum over the classes of w ((1 - a) [c = t] + a / C) (-log p); with a probability y of each
+    class as target, y takes the place of [c = t], and a mean divides by the number of entries. Neither softmax nor one-hot arrays are
+    formed. -log p and 1 - p are computed from sums of positive terms, so that saturated logits keep their digits; -inf and
+    +inf as logits have the limits.
+
+    Args:
+        input: logits.
+        target: class indices; or probabilities, of the input's shape and a floating-point dtype.
+
+    Source: Good, "Rational Decisions", 1952; smoothing: Szegedy and others, "Rethinking the Inception Architecture", 2016.
+    """
+    return surprise, 1.0
+
+
+@row(
+    "focal cross-entropy", "the same, where most entries are easy and would outweigh the few hard ones",
+    ulp={"value": 9, "slope": 10}, module="FocalCrossEntropyLoss", **_ROW,
+)  # fmt: skip
+@class_loss(bounds={"gamma": (0.0, inf)})
+def focal_cross_entropy_loss(surprise: Any, missed: Any, gamma: Any = 2.0) -> Any:
+    """Cross-entropy that counts an entry less, the better it is classified.
+
+    With p the softmax of an entry's logits along the axis of classes, t its class, and w the class weights:
+
+        value = w[t] (1 - p[t])**gamma (-log p[t])
+        slope = r (p - 1) for the entry's class, r p for the others
+                with r = w[t] ((1 - p[t])**gamma + gamma (1 - p[t])**(gamma - 1) p[t] (-log p[t]))
+
+    1 - p is a sum of positive terms and keeps its digits where p is close to 1. With gamma = 0 this is `cross_entropy`.
+
+    Args:
+        input: logits.
+        target: class indices.
+        gamma: how strongly well classified entries are discounted, 0 or more.
+
+    Source: Lin, Goyal, Girshick, He and Dollár, "Focal Loss for Dense Object Detection", 2017.
+    """
+    power = pow(missed, gamma)
+    # p (-log p) / (1 - p), which is between 0 and 1: 1 at p = 1, and 0 at p = 0, where -log p is infinite
+    share = where(missed == 0.0, 1.0, where(surprise == inf, 0.0, exp(-surprise) * surprise / missed))
+    return where(power == 0.0, 0.0, power * surprise), power * (1.0 + gamma * share)

@@ -1,0 +1,285 @@
+"""Losses of class indices: against definitions in extended precision, PyTorch's, and their relations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+
+import fastloss as fl
+from fastloss.cpu.abi import LEAST_BLOCK
+from tests.ulp import SUM, ULP, assert_close, ulp_error
+
+CE, FOCAL = fl.cross_entropy, fl.focal_cross_entropy_loss
+REDUCTIONS = ("mean", "sum", "none", "batchmean", "sample_mean", "sample_sum")
+CASES = (
+    (CE, {}, "cross_entropy"),
+    (CE, {"label_smoothing": 0.1}, "cross_entropy, label_smoothing"),
+    (FOCAL, {}, "focal_cross_entropy_loss"),
+    (FOCAL, {"gamma": 0.5}, "focal_cross_entropy_loss"),
+)
+SHAPES = {
+    "pixels": (3, 5, 7, 11), "one pixel": (2, 19, 1), "samples": (300, 10), "one sample": (5,), "volume": (2, 3, 4, 5, 6),
+    "many classes": (7, 1000), "two classes": (4, 2, 33), "one class": (4, 1, 9), "a long row": (1, 19, 2000), "short rows": (70, 4, 3),
+}  # fmt: skip
+
+
+def softmax_terms(z):
+    """Return e, R and m of `fastloss.cpu.classes` with the classes last, in extended precision."""
+    z = z.astype(np.longdouble)
+    m = z.max(axis=-1, keepdims=True)
+    e = np.exp(z - m)
+    return e, e.sum(axis=-1, keepdims=True) - 1, m - z
+
+
+def oracle(z, t, *, weight=None, label_smoothing=0.0, gamma=0.0):
+    """Return value and slope of every entry from the textbook, with the classes last, and the magnitude of the slope's larger term."""
+    e, _, below = softmax_terms(z)
+    classes = z.shape[-1]
+    is_class = np.arange(classes) == t[..., None]
+    top = np.zeros_like(is_class)
+    np.put_along_axis(top, z.argmax(axis=-1)[..., None], True, axis=-1)
+    rest = np.where(top, 0, e).sum(axis=-1, keepdims=True)
+    p, q, surprise = e / (1 + rest), ((1 - e) + rest) / (1 + rest), np.log1p(rest) + below
+    w = np.ones(classes, np.longdouble) if weight is None else weight.astype(np.longdouble)
+    u = w * ((1 - np.longdouble(label_smoothing)) * is_class + np.longdouble(label_smoothing) / classes)
+    total = u.sum(axis=-1, keepdims=True)
+    value = np.where(u == 0, 0, u * surprise)
+    slope, magnitude = (total - u) * p - u * q, np.maximum((total - u) * p, u * q)
+    if gamma:
+        miss, own = (np.where(is_class, x, 0).sum(axis=-1, keepdims=True) for x in (q, surprise))
+        value = value * miss**gamma
+        rate = miss**gamma + np.where(miss == 0, 0, gamma * miss ** (gamma - 1) * np.exp(-own) * own)
+        slope, magnitude = slope * rate, magnitude * rate
+    return value.sum(axis=-1), slope, magnitude
+
+
+def last(x):
+    """Move the classes to the end."""
+    return np.moveaxis(x, min(1, x.ndim - 1), -1)
+
+
+def draw(rng, shape, dtype=np.float32, targets=np.uint8, scale=3.0):
+    """Return logits and class indices."""
+    classes, entries = (shape[1], (shape[0], *shape[2:])) if len(shape) > 1 else (shape[0], ())
+    targets = targets if classes <= np.iinfo(targets).max else np.int64
+    return (scale * rng.standard_normal(shape)).astype(dtype), rng.integers(0, classes, entries).astype(targets)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("classes", [2, 5, 19, 150, 1000])
+@pytest.mark.parametrize(("loss", "options", "name"), CASES)
+def test_every_digit_in_extended_precision(loss, options, name, classes, scale, dtype, rng):
+    z, t = draw(rng, (4, classes, 300 if classes < 1000 else 50), dtype, scale=scale)
+    value, grad = loss.value_and_grad(z, t, reduction="none", **options)
+    gamma = options.get("gamma", 2.0) if loss is FOCAL else 0.0
+    want, slope, magnitude = oracle(last(z), t, gamma=gamma, label_smoothing=options.get("label_smoothing", 0.0))
+    tiny = np.finfo(dtype).tiny
+    assert ulp_error(value, want, want, dtype)[want > tiny].max() <= ULP[name, "value"]
+    assert ulp_error(last(grad), slope, magnitude, dtype)[magnitude > tiny].max() <= ULP[name, "slope"]
+
+
+@pytest.mark.parametrize("case", SHAPES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_reductions_of_every_shape(case, reduction, dtype, rng):
+    z, t = draw(rng, SHAPES[case], dtype)
+    is_large = t[:1].size > 9 if t.ndim else False  # so that no mean is one of no entries
+    weight, ignored = rng.uniform(0.5, 2, z.shape[min(1, z.ndim - 1)]).astype(dtype), 1 if is_large else -100
+    mask, own = rng.random(t.shape) < (0.8 if is_large else 1.0), rng.uniform(0.5, 2, t.shape).astype(dtype)
+    if not t.shape and reduction not in ("mean", "sum", "none"):
+        with pytest.raises(ValueError, match="needs a first axis"):
+            CE(z, t, reduction=reduction)
+        return
+    counted = mask & (t != ignored)
+    divisors = np.where(counted, weight[t], 0).astype(np.longdouble)
+    values, slopes, _ = oracle(last(z), t, weight=weight)
+    values = np.where(counted, values * own, 0)
+    along = tuple(range(1, t.ndim)) if reduction.startswith("sample") else None
+    divisor = {"mean": divisors.sum(axis=along), "sample_mean": divisors.sum(axis=along), "batchmean": len(z)}.get(reduction, 1)
+    want = (values if reduction == "none" else values.sum(axis=along)) / divisor
+    factor = np.reshape(divisor, np.shape(divisor) + (1,) * (t.ndim - np.ndim(divisor)))
+    want_slopes = np.where(counted[..., None], slopes * (own / factor)[..., None], 0)
+    options = {"ignore_index": ignored, "mask": mask, "pixel_weight": own, "reduction": reduction}
+    value, grad = CE.value_and_grad(z, t, weight, **options)
+    assert_close(value, want, SUM[np.dtype(dtype)])
+    assert_close(last(grad), want_slopes, SUM[np.dtype(dtype)])
+    np.testing.assert_array_equal(CE.grad(z, t, weight, **options), grad)
+    np.testing.assert_array_equal(CE(z, t, weight, **options), value)
+
+
+ORDERS = {
+    "classes last": lambda z: np.moveaxis(np.moveaxis(z, 1, -1).copy(), -1, 1),
+    "samples last": np.asfortranarray,
+    "classes reversed": lambda z: z[:, ::-1].copy()[:, ::-1],
+    "rows reversed": lambda z: z[..., ::-1].copy()[..., ::-1],
+    "every other": lambda z: np.repeat(z, 2, axis=-1)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("shape", [(3, 5, 9, 40), (130, 7, 3)])
+def test_any_memory_order(order, shape, dtype, rng):
+    z, t = draw(rng, shape, dtype)
+    want = CE.value_and_grad(z, t, reduction="sample_sum")
+    given = ORDERS[order](z)
+    value, grad = CE.value_and_grad(given, t, reduction="sample_sum", out=ORDERS[order](np.empty_like(z)))
+    assert_close(value, want[0], SUM[np.dtype(dtype)])
+    np.testing.assert_array_equal(grad, want[1])
+    in_place = CE.grad(given, t, reduction="sample_sum", out=given)
+    assert in_place.base is given or in_place is given or np.shares_memory(in_place, given)
+    np.testing.assert_array_equal(given, want[1])
+
+
+@pytest.mark.parametrize("targets", [np.uint8, np.int8, np.uint16, np.int32, np.uint64, np.int64, bool])
+def test_indices_of_any_integer_type(targets, rng):
+    z, t = draw(rng, (3, 2 if targets is bool else 7, 50))
+    np.testing.assert_array_equal(CE.grad(z, t.astype(targets)), CE.grad(z, t))
+
+
+@pytest.mark.parametrize("half", [np.float16, bfloat16])
+def test_16_bits_are_rounded_once(half, rng):
+    z, t = draw(rng, (3, 5, 200), half)
+    value, grad = CE.value_and_grad(z, t)
+    want, exact = CE.value_and_grad(z.astype(np.float32), t)
+    assert value == want
+    np.testing.assert_array_equal(grad, exact.astype(half))
+
+
+def test_infinite_logits_have_the_limits(dtype):
+    inf, nan = np.inf, np.nan
+    z = np.array([[-inf, 0, 1], [inf, 0, 1], [inf, inf, 0], [-inf, -inf, -inf], [nan, 0, 1], [-inf, -inf, 2]], dtype)
+    t = np.array([0, 0, 0, 0, 1, 2])
+    value, grad = CE.value_and_grad(z, t, reduction="none")
+    np.testing.assert_array_equal(value, [inf, 0, nan, nan, nan, 0])
+    p = 1 / (1 + math.exp(-1))
+    wanted = np.array([[-1, 1 - p, p], [0, 0, 0], [nan] * 3, [nan] * 3, [nan] * 3, [0, 0, 0]], dtype)
+    np.testing.assert_array_equal(np.isnan(grad), np.isnan(wanted))
+    assert_close(np.nan_to_num(grad), np.nan_to_num(wanted), SUM[np.dtype(dtype)])
+    others = CE.value_and_grad(z, np.array([1, 1, 2, 1, 0, 0]), reduction="none")
+    np.testing.assert_array_equal(others[0][[1, 5]], [inf, inf])
+    np.testing.assert_array_equal(others[1][[1, 5]], [[1, -1, 0], [-1, 0, 1]])
+    mask = np.isfinite(value)
+    assert np.isfinite(CE.grad(z, t, mask=mask)).all()
+
+
+@pytest.mark.parametrize("gap", [20.0, 60.0, 80.0])
+def test_saturated_logits_keep_their_digits(gap, dtype):
+    z = np.array([[gap, 0.0, 0.5]], dtype)
+    value, grad = CE.value_and_grad(z, [0])
+    rest = math.exp(-gap) + math.exp(0.5 - gap)
+    assert_close(value, math.log1p(rest), SUM[np.dtype(dtype)])
+    p = np.array([[-rest, math.exp(-gap), math.exp(0.5 - gap)]]) / (1 + rest)
+    assert_close(grad, p, SUM[np.dtype(dtype)])
+
+
+def test_two_classes_are_the_sigmoid_losses_of_the_difference(dtype, rng):
+    z, t = draw(rng, (50, 2, 40), dtype)
+    difference = z[:, 1] - z[:, 0]
+    z = np.stack([np.zeros_like(difference), difference], axis=1)
+    assert_close(CE(z, t), fl.binary_cross_entropy_with_logits(difference, t), SUM[np.dtype(dtype)])
+    focal = fl.sigmoid_focal_loss(difference, t, alpha=-1, gamma=1.5, reduction="mean")
+    assert_close(FOCAL(z, t, gamma=1.5), focal, SUM[np.dtype(dtype)])
+
+
+def test_two_classes_with_equal_logits(dtype):
+    value, grad = CE.value_and_grad(np.array([[1.5, 1.5, -60.0]], dtype), [1])
+    assert_close(value, math.log(2), SUM[np.dtype(dtype)])
+    assert_close(grad, [[0.5, -0.5, math.exp(-61.5) / 2]], SUM[np.dtype(dtype)])
+
+
+def test_relations(dtype, rng):
+    z, t = draw(rng, (4, 6, 300), dtype)
+    weight, mask = rng.random(6).astype(dtype), t != 3
+    np.testing.assert_array_equal(FOCAL.grad(z, t, weight, gamma=0), CE.grad(z, t, weight))
+    np.testing.assert_array_equal(CE.grad(z, t, weight, ignore_index=3), CE.grad(z, t, weight, mask=mask))
+    np.testing.assert_array_equal(CE.grad(z, t, weight, mask=mask), CE.grad(z, np.where(mask, t, 255), weight, ignore_index=255))
+    own = mask.astype(dtype)
+    np.testing.assert_array_equal(CE.grad(z, t, reduction="sum", pixel_weight=own), CE.grad(z, t, reduction="sum", mask=mask))
+    assert CE(z, t, ignore_index=3) == CE(z, t, mask=mask)
+    value, grad = CE.value_and_grad(z, t, weight)
+    total = weight[t].sum(dtype=np.float64)
+    assert_close(value, CE(z, t, weight, "sum") / total, SUM[np.dtype(dtype)])
+    assert_close(grad, CE.grad(z, t, weight, "sum") / total, SUM[np.dtype(dtype)])
+
+
+def test_threads_and_batches_do_not_change_a_bit(rng):
+    z, t = draw(rng, (6, 19, 90, 70))
+    before = fl.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        fl.set_num_threads(count)
+        results.append((CE(z, t), *CE.value_and_grad(z, t, reduction="sample_sum")))
+    fl.set_num_threads(before)
+    for result in results[1:]:
+        for got, want in zip(result, results[0], strict=True):
+            np.testing.assert_array_equal(got, want)
+    weight = rng.random(19).astype(np.float32)
+    totals = [fl.Accumulator(CE, ignore_index=4, weight=weight) for _ in range(2)]
+    for total, cuts in zip(totals, ([0, 6], [0, 1, 4, 6]), strict=True):
+        for a, b in itertools.pairwise(cuts):
+            total.update(z[a:b], t[a:b])
+    assert totals[0].compute() == totals[1].compute()
+    assert_close(totals[0].compute(), CE(z, t, weight, ignore_index=4), SUM[np.dtype(np.float32)])
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, LEAST_BLOCK, LEAST_BLOCK + 1, 1000])
+def test_nothing_outside_the_gradient_is_written(length, dtype, rng):
+    z, t = draw(rng, (2, 150, length), dtype)
+    fenced = np.full((2, 150, length + 40), 7, dtype)
+    CE.grad(z, t, reduction="sum", out=fenced[:, :, 20 : 20 + length])
+    np.testing.assert_array_equal(fenced[:, :, 20 : 20 + length], CE.grad(z, t, reduction="sum"))
+    fenced[:, :, 20 : 20 + length] = 7
+    assert (fenced == 7).all()
+
+
+def test_grad_output_is_the_chain_rule(dtype, rng):
+    z, t = draw(rng, (3, 5, 20), dtype)
+    upstream = rng.random(t.shape)
+    slopes = CE.grad(z, t, reduction="sum")
+    assert_close(CE.grad(z, t, reduction="none", grad_output=upstream), slopes * upstream[:, None], SUM[np.dtype(dtype)])
+    per_sample = rng.random(3)
+    got = CE.grad(z, t, reduction="sample_sum", grad_output=per_sample)
+    assert_close(got, slopes * per_sample[:, None, None], SUM[np.dtype(dtype)])
+    np.testing.assert_array_equal(CE.grad(z, t, reduction="sum", grad_output=2.0), 2 * slopes)
+
+
+def test_empty_and_excluded_batches():
+    assert CE(np.zeros((0, 3)), np.zeros(0, int), reduction="sum") == 0
+    with pytest.warns(RuntimeWarning, match="mean of no elements"):
+        assert math.isnan(CE(np.zeros((0, 3)), np.zeros(0, int)))
+    with pytest.warns(RuntimeWarning, match="mean of no elements"):
+        value, grad = CE.value_and_grad(np.ones((2, 3)), np.full(2, -100))
+    assert math.isnan(value)
+    assert not grad.any()
+
+
+Z, T = np.zeros((2, 3, 4), np.float32), np.zeros((2, 4), np.int64)
+WRONG = {
+    "a class too many": (ValueError, r"target\[1, 2\] is 3; accepted: class indices from 0 to 2, and ignore_index=-100",
+        lambda: CE(Z, np.where(np.arange(8).reshape(2, 4) == 6, 3, 0))),
+    "a negative class": (ValueError, r"target\[0, 0\] is -1", lambda: CE.grad(Z, T - 1)),
+    "written": (ValueError, r"already been written", lambda: CE.grad(Z, T + 9, out=Z.copy())),
+    "shape": (ValueError, r"target \(2, 5\); accepted as targets: class indices, .* shape \(2, 4\); probabilities, .* shape \(2, 3, 4\)",
+        lambda: CE(Z, np.zeros((2, 5), int))),
+    "fractions": (ValueError, r"target \(2, 4\); accepted as targets: class indices, of an integer dtype", lambda: CE(Z, T.astype(float))),
+    "probabilities": (TypeError, "target has a floating-point dtype; accepted: class indices, of an integer dtype", lambda: FOCAL(Z, Z)),
+    "weights": (ValueError, r"weight has shape \(4,\)", lambda: CE(Z, T, np.ones(4))),
+    "smoothing": (ValueError, "label_smoothing is 1.5; accepted: from 0 to 1", lambda: CE(Z, T, label_smoothing=1.5)),
+    "gamma": (ValueError, "gamma is -1; accepted: 0 or more", lambda: FOCAL(Z, T, gamma=-1)),
+    "option": (TypeError, "unknown option beta", lambda: CE(Z, T, beta=1)),
+    "no axis": (ValueError, r"input has shape \(\); accepted: \(N, C, ...\)", lambda: CE(np.float32(1), 0)),
+    "out": (ValueError, "the value is none", lambda: CE(Z, T, out=Z.copy())),
+    "small out": (ValueError, r"out has shape", lambda: CE.grad(Z, T, out=np.empty((2, 4, 3), np.float32))),
+    "overlap": (ValueError, "out shares memory with input", lambda: CE.grad(Z[:, :, :3], T[:, :3], out=Z[:, :, 1:])),
+    "curvature of a target": (NotImplementedError, "has no target_slope", lambda: CE.require("target_slope")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_use(case):
+    error, message, make = WRONG[case]
+    with pytest.raises(error, match=message):
+        make()
