@@ -64,13 +64,14 @@ class Launch:
             stride, scales, number = 1, scale.ctypes.data, 0.0
         else:
             stride, scales, number = 0, ctypes.addressof(frame) + self.scale_at, scale
-        scratch = np.empty(self.scratch * THREADS.count, np.uint8) if self.scratch else None
+        threads = min(self.ranges, THREADS.count)  # at most; another thread may change the count
+        scratch = np.empty(self.scratch * threads, np.uint8) if self.scratch else None
         scratch_at = scratch.ctypes.data if scratch is not None else 0
         self.write(frame, 8 * COUNTERS, self.layout_at, store_mode, stride, scales, scratch_at, *addresses, *numbers, number)
         if self.ranges == 1:
             self.kernel(frame)
         else:
-            THREADS.run(self.kernel, frame, self.ranges, self.work)
+            THREADS.run(self.kernel, frame, threads, self.work)
         if self.by_group:
             return self.sums_of_groups(np.frombuffer(memoryview(frame), np.float64, offset=self.partials_at))
         if not self.has_sums:

@@ -25,9 +25,8 @@ STEP, FOLD = "fastloss_step", "fastloss_fold"  # names of the functions
 # with arrays in the cache, in ns an element, at 128, 256 and 512 bytes: AVX-512 0.50, 0.47, 0.51; at 64 to 256 bytes: AVX2 0.71,
 # 0.55, 0.50).
 VECTOR_BYTES = 256
-LANES_BYTES = 32  # the same if each lane computes a group, and so each sum is as long as the step
 CLASS_BYTES = 64  # the same for entries with several classes
-REGISTER_BYTES = 64 if HAS_AVX512 else 32
+REGISTER_BYTES = 64 if HAS_AVX512 else 32  # the same if each lane computes a group, and so each sum is as long as the step
 PREFETCH = 2048  # bytes from a load to the cache lines that it prefetches
 # Number of steps whose elements are summed in float32: a lane adds 64 elements, with an error of 2e-7 for a constant batch. It
 # also multiplies 64 factors of at most 2, whose product must stay below 2**127.
@@ -39,7 +38,7 @@ Values = list[ir.Value]
 
 def lanes_of(spec: Spec) -> int:
     """Return the number of elements in a step."""
-    return {"": VECTOR_BYTES, "group": LANES_BYTES, "classes": CLASS_BYTES}[spec.walk] // BY_CODE[spec.compute].size
+    return {"": VECTOR_BYTES, "group": REGISTER_BYTES, "classes": CLASS_BYTES}[spec.walk] // BY_CODE[spec.compute].size
 
 
 def sum_lanes_of(spec: Spec) -> int:

@@ -34,12 +34,12 @@ class Threads:
         self.team: Team | None = None
         self.searches = default_choice() != "pool"  # whether to look for a team in the next call
 
-    def run(self, kernel: Any, frame: Any, ranges: int, work: float) -> None:
-        """Call `kernel(frame)` on as many threads as the work is worth, the caller's among them; return when all ranges are finished."""
+    def run(self, kernel: Any, frame: Any, most: int, work: float) -> None:
+        """Call `kernel(frame)` on as many threads as the work is worth, at most `most`, the caller's among them; return when all are done."""
         if self.searches and "torch" in sys.modules:
             self.search()
         team = self.team
-        count = min(self.count, ranges, 1 + int(work / (POOL_WORK if team is None else TEAM_WORK)))
+        count = min(self.count, most, 1 + int(work / (POOL_WORK if team is None else TEAM_WORK)))
         if team is not None:
             count = min(count, team.limit())
         if count == 1:

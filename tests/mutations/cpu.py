@@ -400,7 +400,7 @@ MUTATIONS = (
         ("test_threads.py::test_pytorchs_team_computes_with_at_most_its_number_of_threads",),
     ),
     Mutation(
-        "limit-of-threads", "cpu/threads.py", "count = min(self.count, ranges,", "count = min(ranges,",
+        "limit-of-threads", "cpu/threads.py", "count = min(self.count, most,", "count = min(most,",
         "A call ignores set_num_threads.", ("test_threads.py::test_pytorchs_team_computes_with_at_most_its_number_of_threads",),
     ),
     Mutation(
