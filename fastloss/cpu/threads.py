@@ -35,7 +35,7 @@ class Threads:
         self.searches = default_choice() != "pool"  # whether to look for a team in the next call
 
     def run(self, kernel: Any, frame: Any, most: int, work: float) -> None:
-        """Call `kernel(frame)` on as many threads as the work is worth, at most `most`, the caller's among them; return when all are done."""
+        """Call `kernel(frame)` on as many threads as the work is worth, at most `most`, the caller's among them, and wait for all."""
         if self.searches and "torch" in sys.modules:
             self.search()
         team = self.team
