@@ -164,6 +164,14 @@ def check_class_target(shape: tuple[int, ...], found: tuple[int, ...], has_fract
         raise ValueError(f"input has shape {tuple(shape)} and target {tuple(found)}; accepted as targets: {accepted}")
 
 
+def check_class_weight(shape: tuple[int, ...], classes: int) -> None:
+    """Raise ValueError unless weights have one number for each class."""
+    if tuple(shape) != (classes,):
+        raise ValueError(
+            f"weight has shape {tuple(shape)}; accepted: ({classes},), a weight for each class; pixel_weight is one for each entry"
+        )
+
+
 def check_shapes(name: str, shape: tuple[int, ...], other: str, other_shape: tuple[int, ...]) -> None:
     """Raise ValueError if two arrays have different shapes."""
     if shape != other_shape:

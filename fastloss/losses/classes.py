@@ -16,7 +16,7 @@ import numpy as np
 from fastloss.backends.find import find_backend
 from fastloss.core.abstract_loss import AbstractLoss, signature
 from fastloss.core.call import Arguments, Call
-from fastloss.core.checks import check_class_target, is_none, refuse_grad_output, to_bounded
+from fastloss.core.checks import check_class_target, check_class_weight, is_none, refuse_grad_output, to_bounded
 from fastloss.core.definition import Bounds, Definition
 from fastloss.core.docstrings import OPTIONS, complete
 from fastloss.core.dtypes import is_float
@@ -101,7 +101,7 @@ class ClassLoss(AbstractLoss):
         """Compute with the backend of the input's framework."""
         backend = find_backend(input)
         if backend.is_lazy:
-            raise NotImplementedError(f"{self.__name__} takes no Dask arrays; accepted: their blocks, by an fastloss.Accumulator")
+            raise NotImplementedError(f"{self.__name__} takes no Dask arrays; accepted: their blocks, by a fastloss.Accumulator")
         computed: tuple[Any, list[Any]] = backend.compute(self, arguments)
         return computed
 
@@ -116,10 +116,13 @@ class ClassLoss(AbstractLoss):
         first, second = (call.as_array(name, x) for name, x in zip(self.operands, arguments[2:4], strict=True))
         self.check_operands(first.shape, second)
         has_indices = is_integer(second.dtype)
-        if not has_indices and options.pop("ignore_index") != _IGNORED:
+        if not has_indices and options.pop("ignore_index") not in (None, _IGNORED):
             raise ValueError("ignore_index excludes class indices, and target has probabilities; accepted: mask")
         own = {name: to_bounded(name, options.pop(name, default), (0.0, 1.0)) for name, default in self.settings.items()}
-        entry_weight = options.pop("pixel_weight", None)
+        entry_weight, weight = options.pop("pixel_weight", None), arguments.weight
+        if weight is not None:
+            weight = call.as_array("weight", weight)
+            check_class_weight(weight.shape, classes_last(first).shape[-1])
         if options.get("mask") is not None:
             options["mask"] = append_axis(call.as_array("mask", options["mask"]))
         if (out := options.get("out")) is not None:
@@ -128,7 +131,10 @@ class ClassLoss(AbstractLoss):
         made = call(
             self.by_class,
             arguments._replace(
-                first=classes_last(first), second=append_axis(second) if has_indices else classes_last(second), options=options
+                first=classes_last(first),
+                second=append_axis(second) if has_indices else classes_last(second),
+                weight=weight,
+                options=options,
             ),
         )
         if entry_weight is not None:
