@@ -75,6 +75,13 @@ def test_results_are_arrays_of_the_device(cp, rng):
 
 
 @asks_the_stand_in
+@pytest.mark.parametrize("method", ["__call__", "grad", "value_and_grad"])
+def test_losses_of_classes_are_refused(cp, rng, method):
+    z, t = cp.asarray(rng.random((4, 3, 5)).astype(np.float32)), cp.asarray(rng.integers(0, 3, (4, 5)).astype(np.uint8))
+    with pytest.raises(NotImplementedError, match="losses of class indices are not supported on a GPU; accepted: NumPy arrays"):
+        getattr(fl.cross_entropy, method)(z, t)
+
+
 def test_the_host_never_waits(cp, rng):
     _, _, z, t = batch(cp, rng, (4, 3, 50))
     mask, out = cp.asarray(rng.random((4, 3, 50)) < 0.5), cp.empty_like(z)
