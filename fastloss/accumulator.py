@@ -30,7 +30,8 @@ class Accumulator:
     merged, and on any number of threads, if all batches have the same memory order. On a GPU, a sample's own sum depends on the size
     of its batch in the last bits, and `update` waits for the device.
 
-    An accumulator holds a few hundred bytes and can be pickled. With PyTorch, no gradient flows through it.
+    A pickled accumulator has a few hundred bytes; one that is in use also holds the sums of its last samples, up to 8,192. With
+    PyTorch, no gradient flows through it.
 
     Args:
         loss: a loss of fastloss, or one that `elementwise_loss` has made.
@@ -67,16 +68,20 @@ class Accumulator:
     @property
     def _sums(self) -> Sums:
         """The sums over all samples."""
-        if self._waiting:
-            self._sums = joined(self._added, exact(*self._waiting))
+        self._add_waiting()
         return self._added
 
     @_sums.setter
     def _sums(self, sums: Sums) -> None:
         self._added, self._waiting, self._waiting_samples = sums, [], 0
 
+    def _add_waiting(self) -> None:
+        """Add the sums that wait."""
+        if self._waiting:
+            self._sums = joined(self._added, exact(*self._waiting))
+
     def __getstate__(self) -> dict[str, Any]:
-        self._sums = self._sums
+        self._add_waiting()
         return vars(self)
 
     @property
@@ -122,7 +127,7 @@ class Accumulator:
         self._waiting.append(found)
         self._waiting_samples += samples
         if self._waiting_samples >= MOST_WAITING:
-            self._sums = self._sums
+            self._add_waiting()
 
     def merge_state(self, *others: Self) -> None:
         """Add the batches that other accumulators of the same loss and options have seen.

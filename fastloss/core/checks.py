@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastloss.core.definition import operand_of
+from fastloss.core.definition import entries_of, operand_of
 from fastloss.core.dtypes import FLOATS, NAMES, is_float
 
 REDUCTIONS = ("mean", "sum", "none", "batchmean", "sample_mean", "sample_sum")
@@ -153,8 +153,8 @@ def check_class_target(shape: tuple[int, ...], found: tuple[int, ...], has_fract
     """Raise an error if targets are neither class indices, one for each entry of an input (N, C, ...) or (C,), nor probabilities."""
     if not shape:
         raise ValueError("input has shape (); accepted: (N, C, ...) with C classes, or (C,)")
-    wanted = (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
-    accepted = f"class indices, of an integer dtype and shape {tuple(wanted)}"
+    wanted = entries_of(shape)
+    accepted = f"class indices, of an integer dtype and shape {wanted}"
     if takes_probabilities:
         accepted += f"; probabilities, of a floating-point dtype and shape {tuple(shape)}"
         wanted = shape if has_fractions else wanted

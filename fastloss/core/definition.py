@@ -24,6 +24,17 @@ class Definition(NamedTuple):
     classes: bool = False  # whether the last axis of the input is that of classes, of which each entry of the other axes has one
 
 
+def class_axis(axes: int) -> int:
+    """Return the axis of classes of an input with so many axes: (N, C, ...), or (C,)."""
+    return min(1, axes - 1)
+
+
+def entries_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of an input (N, C, ...) or (C,) without its axis of classes."""
+    axis = class_axis(len(shape))
+    return (*shape[:axis], *shape[axis + 1 :])
+
+
 def operand_of(quantity: str) -> str:
     """Return the name of the operand whose shape and dtype a quantity has, and whose memory the quantity may overwrite."""
     return "target" if quantity.startswith("target_") else "input"

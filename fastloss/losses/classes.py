@@ -17,7 +17,7 @@ from fastloss.backends.find import find_backend
 from fastloss.core.abstract_loss import AbstractLoss, signature
 from fastloss.core.call import Arguments, Call
 from fastloss.core.checks import check_class_target, check_class_weight, is_none, refuse_grad_output, to_bounded
-from fastloss.core.definition import Bounds, Definition
+from fastloss.core.definition import Bounds, Definition, class_axis, entries_of
 from fastloss.core.docstrings import OPTIONS, complete
 from fastloss.core.dtypes import is_float
 from fastloss.core.plan import Array
@@ -115,14 +115,14 @@ class ClassLoss(AbstractLoss):
         options = {"ignore_index": _IGNORED, **arguments.options}
         first, second = (call.as_array(name, x) for name, x in zip(self.operands, arguments[2:4], strict=True))
         self.check_operands(first.shape, second)
-        has_indices = is_integer(second.dtype)
+        logits, has_indices = classes_last(first), is_integer(second.dtype)
         if not has_indices and options.pop("ignore_index") not in (None, _IGNORED):
             raise ValueError("ignore_index excludes class indices, and target has probabilities; accepted: mask")
         own = {name: to_bounded(name, options.pop(name, default), (0.0, 1.0)) for name, default in self.settings.items()}
         entry_weight, weight = options.pop("pixel_weight", None), arguments.weight
         if weight is not None:
             weight = call.as_array("weight", weight)
-            check_class_weight(weight.shape, classes_last(first).shape[-1])
+            check_class_weight(weight.shape, logits.shape[-1])
         if options.get("mask") is not None:
             options["mask"] = append_axis(call.as_array("mask", options["mask"]))
         if (out := options.get("out")) is not None:
@@ -131,7 +131,7 @@ class ClassLoss(AbstractLoss):
         made = call(
             self.by_class,
             arguments._replace(
-                first=classes_last(first),
+                first=logits,
                 second=append_axis(second) if has_indices else classes_last(second),
                 weight=weight,
                 options=options,
@@ -151,7 +151,7 @@ class ClassLoss(AbstractLoss):
 
     def value_shape(self, shape: tuple[int, ...], reduction: str, options: Mapping[str, Any]) -> tuple[int, ...]:
         """Return the shape of the loss's value for operands of a given shape."""
-        return super().value_shape((*shape[:1], *shape[2:]) if len(shape) > 1 else (), reduction, options)
+        return super().value_shape(entries_of(shape), reduction, options)
 
     def check_operands(self, first: tuple[int, ...], second: Any) -> None:
         """Raise an error if the targets are not class indices that fit the shape of the input."""
@@ -174,12 +174,12 @@ def append_axis(x: Any) -> Any:
 
 def classes_last(x: Any) -> Any:
     """Return a view with the axis of classes moved to the end."""
-    return np.moveaxis(x, min(1, x.ndim - 1), -1)
+    return np.moveaxis(x, class_axis(x.ndim), -1)
 
 
 def classes_second(x: Any) -> Any:
     """Return a view with the axis of classes moved back."""
-    return np.moveaxis(x, -1, min(1, x.ndim - 1))
+    return np.moveaxis(x, -1, class_axis(x.ndim))
 
 
 def class_loss(

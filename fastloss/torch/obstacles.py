@@ -19,6 +19,7 @@ from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch.autograd import forward_ad
 
 from fastloss.backends.torch.memory_views import HALVES, PLAIN, STRIDED, has_pre_dispatch_modes, is_on_gpu, is_transform_active
+from fastloss.core.definition import class_axis, entries_of
 
 DTYPES = (torch.float32, torch.float64, *(HALVES if importlib.util.find_spec("ml_dtypes") else ()))
 
@@ -53,8 +54,7 @@ def find_index_obstacle(target: Any, input: Any, is_compiling: bool) -> str:
         return f"target is a {type(target).__name__}, a subclass of torch.Tensor"
     if target.dtype is not torch.int64 and target.dtype is not torch.uint8:  # PyTorch raises an error
         return f"target has dtype {target.dtype}"
-    entries = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
-    return "" if tuple(target.shape) == entries else "input and target have different shapes"
+    return "" if tuple(target.shape) == entries_of(tuple(input.shape)) else "input and target have different shapes"
 
 
 def find_class_obstacle(target: Any, input: Any) -> str:
@@ -115,7 +115,7 @@ def find_option_obstacle(
     options: Iterable[tuple[str, Any]], names: tuple[str, ...], input: Any, is_compiling: bool, has_classes: bool
 ) -> str:
     """Return the obstacle in the arguments other than the operands."""
-    weighted = input.shape[min(1, input.dim() - 1) :][:1] if has_classes else input.shape
+    weighted = input.shape[class_axis(input.dim()) :][:1] if has_classes else input.shape
     for name, x in options:
         if name not in names:
             return f"{name} is not an argument of PyTorch's function"

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fastloss.core.definition import class_axis
+
 
 def second_derivatives(
     formula: Callable[..., Any],
@@ -72,7 +74,7 @@ def of_classes(power: Callable[[Any, dict[str, Any]], Any]) -> Callable[..., Any
         z: Any, t: Any, reduction: str, weight: Any = None, mask: Any = None, ignore_index: float = -100, pixel_weight: Any = None,
         label_smoothing: float = 0.0, **options: Any
     ) -> Any:  # fmt: skip
-        axis = min(1, z.dim() - 1)
+        axis = class_axis(z.dim())
         log_p, classes = torch.log_softmax(z, axis), z.shape[axis]
         w = torch.ones(classes, dtype=z.dtype) if weight is None else weight.to(z.dtype)
         weighted = log_p * w.reshape(-1, *[1] * (z.dim() - 1 - axis))
