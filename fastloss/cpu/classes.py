@@ -30,7 +30,7 @@ from fastloss.core.dtypes import BY_CODE
 from fastloss.core.plan import Spec
 from fastloss.cpu.abi import count_partials
 from fastloss.cpu.step import DOUBLE, I64, Row, StepEmitter, Values, define, differs_from, lanes_of, spread, spread_number
-from fastloss.cpu.vector import Vector, call, mangle, scalar_type
+from fastloss.cpu.vector import Vector, call, gather, scalar_type
 from fastloss.kernel import element, elementary
 from fastloss.ops import log1p, where
 
@@ -115,22 +115,13 @@ class Step:
         """Return a whole number in every lane, in the type of the arithmetic."""
         return spread_number(self.builder, self.builder.sitofp(number, DOUBLE), self.spec)
 
-    def raw(self, *names: str) -> dict[str, Vector]:
-        """Load operands as they are stored, those that are there."""
-        chosen, operands, memory = [self.names[name] for name in names if name in self.names], self.spec.operands, self.memory
-        loaded = memory.branch_on_full(
-            lambda: [memory.load(k, operands[k], None) for k in chosen],
-            lambda: [memory.load(k, operands[k], memory.row_mask()) for k in chosen],
-        )
-        return {operands[k].name: Vector(self.builder, x) for k, x in zip(chosen, loaded, strict=True)}
-
     def convert(self, raw: Vector, name: str) -> Vector:
         """Convert an operand to the type of the arithmetic."""
         return self.memory.convert(raw, self.spec.codes[name], self.spec.compute)
 
     def load(self, name: str) -> Vector | None:
         """Load an operand in the type of the arithmetic; None if it is not there."""
-        return self.convert(self.raw(name)[name], name) if name in self.names else None
+        return self.convert(self.memory.load_all((name,))[name], name) if name in self.names else None
 
     def store(self, name: str, x: Vector, mode: ir.Value) -> None:
         """Store to an output."""
@@ -147,9 +138,7 @@ class Step:
         address = builder.add(builder.add(spread(builder, first, lanes), own), builder.mul(whole, spread(builder, stride, lanes)))
         pointers = builder.inttoptr(address, ir.VectorType(vector.element.as_pointer(), lanes))
         mask = builder.icmp_signed(">=", whole, ir.Constant(wide, None))
-        name = f"llvm.masked.gather.{mangle(vector)}.v{lanes}p0"
-        size = ir.IntType(32)(BY_CODE[code].size)
-        return Vector(builder, call(builder, name, vector, pointers, size, mask, ir.Constant(vector, None)))
+        return Vector(builder, gather(builder, vector, pointers, BY_CODE[code].size, mask))
 
     def prefetch_next_block(self) -> None:
         """Prefetch the logits that the next block will load: memory would be idle while the classes are walked along."""
@@ -228,7 +217,7 @@ class BlockEmitter:
     def find_entries(self, step: Step) -> Entries:
         """Find out about each entry what does not depend on its other classes."""
         has_indices = not self.spec.has_probabilities
-        raw = step.raw("target", "mask") if has_indices else step.raw("mask")
+        raw = step.memory.load_all(("target", "mask") if has_indices else ("mask",))
         target = step.convert(raw["target"], "target") if has_indices else step.constant(0.0)
         counted = Vector(self.builder, step.memory.all, step.vector)
         if "mask" in raw:

@@ -27,8 +27,8 @@ from numba.extending import intrinsic, register_jitable
 
 from fastloss.core.plan import Spec
 from fastloss.cpu.abi import FIELDS, LAYOUT_FIELDS, count_partials, frame_of
-from fastloss.cpu.step import BLOCK, DOUBLE, FOLD, I64, STEP, count_sums, lanes_of, spread, sum_lanes_of
-from fastloss.cpu.vector import Vector, call, scalar_type
+from fastloss.cpu.step import BLOCK, DOUBLE, FOLD, I64, STEP, count_sums, first_lanes, lane_ids, lanes_of, spread, sum_lanes_of
+from fastloss.cpu.vector import Vector, call, gather, scalar_type
 from fastloss.kernel import element
 
 
@@ -221,21 +221,15 @@ def read_scales(typingctx: Any, lanes: Any, scales: Any, stride: Any, part: Any,
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vector, (_, scales, stride, _, entry, count) = result.llvm, args
-        ids, mask = lane_ids(builder, count, vector.count)
         size = builder.mul(stride, I64(8))
         first = builder.add(builder.ptrtoint(scales, I64), builder.mul(entry, size))
-        address = builder.add(spread(builder, first, vector.count), builder.mul(ids, spread(builder, size, vector.count)))
+        address = builder.add(
+            spread(builder, first, vector.count), builder.mul(lane_ids(vector.count), spread(builder, size, vector.count))
+        )
         pointers = builder.inttoptr(address, ir.VectorType(DOUBLE.as_pointer(), vector.count))
-        name = f"llvm.masked.gather.v{vector.count}f64.v{vector.count}p0"
-        return call(builder, name, vector, pointers, ir.IntType(32)(8), mask, ir.Constant(vector, None))
+        return gather(builder, vector, pointers, 8, first_lanes(builder, count, vector.count))
 
     return result(lanes, scales, stride, part, entry, count), codegen
-
-
-def lane_ids(builder: Any, count: Any, lanes: int) -> tuple[Any, Any]:
-    """Return the index of each lane, and the mask of the first `count` lanes."""
-    ids = ir.Constant(ir.VectorType(I64, lanes), list(range(lanes)))
-    return ids, builder.icmp_signed("<", ids, spread(builder, count, lanes))
 
 
 @intrinsic
@@ -252,7 +246,7 @@ def store_lanes(typingctx: Any, partials: Any, entry: Any, count: Any, distance:
         pointer = builder.gep(args[0], [args[1]])
         for vector in cgutils.unpack_tuple(builder, args[4]):
             lanes = vector.type.count
-            at, (_, mask) = builder.bitcast(pointer, vector.type.as_pointer()), lane_ids(builder, args[2], lanes)
+            at, mask = builder.bitcast(pointer, vector.type.as_pointer()), first_lanes(builder, args[2], lanes)
             call(builder, f"llvm.masked.store.v{lanes}f64.p0", ir.VoidType(), vector, at, ir.IntType(32)(8), mask)
             pointer = builder.gep(pointer, [args[3]])
         return ir.Constant(args[4].type, None)

@@ -7,7 +7,7 @@ loop (`loop.py`) calls the functions that `emit_functions` writes, and LLVM inli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -15,7 +15,7 @@ from llvmlite import ir
 from fastloss.core.dtypes import BY_CODE
 from fastloss.core.plan import Operand, Spec
 from fastloss.cpu.abi import CACHED, LINE, NONTEMPORAL_LINES, NONTEMPORAL_SHIFTED_LINES, PIECE, count_partials
-from fastloss.cpu.vector import HAS_AVX512, Vector, call, indices, mangle, scalar_type
+from fastloss.cpu.vector import HAS_AVX512, Vector, call, gather, indices, mangle, scalar_type
 from fastloss.kernel import element, elementary
 from fastloss.ops import where
 
@@ -66,13 +66,13 @@ class StepEmitter:
     def __init__(self, spec: Spec, builder: ir.IRBuilder, row: Row, start: ir.Value, left: ir.Value, prefetches: ir.Value) -> None:
         self.spec, self.builder, self.row, self.start, self.left, self.prefetches = spec, builder, row, start, left, prefetches
         self.lanes = lanes_of(spec)
-        self.ids = ir.Constant(ir.VectorType(I64, self.lanes), list(range(self.lanes)))
+        self.ids = lane_ids(self.lanes)
         self.all = ir.Constant(ir.VectorType(I1, self.lanes), [1] * self.lanes)
         self.is_full = builder.icmp_signed(">=", left, I64(self.lanes))
 
     def row_mask(self) -> ir.Value:
         """Return the mask of the lanes that lie before the end of the row."""
-        return self.builder.icmp_signed("<", self.ids, spread(self.builder, self.left, self.lanes))
+        return first_lanes(self.builder, self.left, self.lanes)
 
     def branch_on_full(self, full_step: Callable[[], list[ir.Value]], end_of_row: Callable[[], list[ir.Value]]) -> list[ir.Value]:
         """Emit a branch that computes the same values in two ways: for a full step, and for a step past the end of a row.
@@ -92,9 +92,9 @@ class StepEmitter:
             phi.add_incoming(y, b_block)
         return joined
 
-    def load_all(self) -> dict[str, Vector]:
-        """Load a vector of each operand."""
-        operands = list(enumerate(self.spec.operands))
+    def load_all(self, names: Container[str] | None = None) -> dict[str, Vector]:
+        """Load a vector of each operand, or of those among them that are named."""
+        operands = [(k, op) for k, op in enumerate(self.spec.operands) if names is None or op.name in names]
 
         def load_full() -> list[ir.Value]:
             with self.builder.if_then(self.builder.icmp_signed("!=", self.prefetches, I64(0))):
@@ -159,8 +159,7 @@ class StepEmitter:
         if operand.access == "strided" and mask is None:
             return self.load_each(k, vector)
         if operand.access != "contiguous":
-            name = f"llvm.masked.gather.{mangle(vector)}.v{self.lanes}p0"
-            return call(builder, name, vector, self.lane_pointers(k, element), align, mask or self.all, zero)
+            return gather(builder, vector, self.lane_pointers(k, element), operand.size, mask or self.all)
         pointer = self.first_pointer(k, operand)
         vector_pointer = builder.bitcast(pointer, vector.as_pointer())
         if mask is not None:
@@ -267,6 +266,16 @@ def spread(builder: ir.IRBuilder, scalar: ir.Value, count: int) -> ir.Value:
     vector = ir.VectorType(scalar.type, count)
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.IntType(32)(0))
     return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), count), None))
+
+
+def lane_ids(lanes: int) -> ir.Constant:
+    """Return the index of each lane."""
+    return ir.Constant(ir.VectorType(I64, lanes), list(range(lanes)))
+
+
+def first_lanes(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
+    """Return the mask of the first `count` lanes."""
+    return builder.icmp_signed("<", lane_ids(lanes), spread(builder, count, lanes))
 
 
 def emit_step(step: StepEmitter, numbers: dict[str, ir.Value], scale: ir.Value, mode: ir.Value, sums: list[Vector]) -> list[Vector]:

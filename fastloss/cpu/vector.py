@@ -44,6 +44,12 @@ def call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> 
     return builder.call(function, args)
 
 
+def gather(builder: ir.IRBuilder, vector: ir.VectorType, pointers: ir.Value, size: int, mask: ir.Value) -> ir.Value:
+    """Load an element of `size` bytes for each lane from its own pointer, or 0 where the mask is False."""
+    name = f"llvm.masked.gather.{mangle(vector)}.v{vector.count}p0"
+    return call(builder, name, vector, pointers, ir.IntType(32)(size), mask, ir.Constant(vector, None))
+
+
 def indices(first: int, count: int) -> ir.Constant:
     """Return the shuffle mask that selects `count` lanes from `first` on."""
     return ir.Constant(ir.VectorType(ir.IntType(32), count), list(range(first, first + count)))

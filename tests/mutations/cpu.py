@@ -20,7 +20,7 @@ ONCE = "test_half.py::test_float64_is_rounded_once"
 MUTATIONS = (
     # --- the loop
     Mutation(
-        "row-mask-inclusive", "cpu/step.py", 'icmp_signed("<", self.ids, spread(', 'icmp_signed("<=", self.ids, spread(',
+        "row-mask-inclusive", "cpu/step.py", 'icmp_signed("<", lane_ids(lanes), ', 'icmp_signed("<=", lane_ids(lanes), ',
         "The masks at the end of a row have one lane too many.", (OUTSIDE,),
     ),
     Mutation(
