@@ -1,7 +1,7 @@
 """Losses on large image batches, and their gradients: as fast as memory allows, no temporaries, right to the last digits."""
 
 # the families in the order of the table of losses
-from fastloss.losses import logistic, regression, latent, vae, segmentation, classes  # isort: skip
+from fastloss.losses import logistic, regression, latent, vae, segmentation, classes, segmentation_classes  # isort: skip
 from fastloss.accumulator import Accumulator
 from fastloss.backends.find import raise_deferred
 from fastloss.cpu.memory import empty_cache
@@ -12,6 +12,7 @@ from fastloss.losses.latent import *
 from fastloss.losses.logistic import *
 from fastloss.losses.regression import *
 from fastloss.losses.segmentation import *
+from fastloss.losses.segmentation_classes import *
 from fastloss.losses.vae import *
 from fastloss.ops import FormulaError
 from fastloss.version import __version__ as __version__
@@ -25,4 +26,5 @@ __all__ += latent.__all__
 __all__ += vae.__all__
 __all__ += segmentation.__all__
 __all__ += classes.__all__
+__all__ += segmentation_classes.__all__
 __all__.sort()

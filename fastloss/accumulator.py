@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from fastloss.backends.find import find_backend
-from fastloss.core.accumulated import Sums, check_channels, exact, joined, rounded
+from fastloss.core.accumulated import Sums, channels_of, check_channels, exact, joined, rounded
 from fastloss.core.checks import check_reduction, refuse_unknown, warn_of_empty_mean
 
 MOST_WAITING = 1 << 13  # samples whose sums wait to be added, because adding those of many batches at once takes less time
@@ -120,7 +120,7 @@ class Accumulator:
 
     def _add(self, found: dict[str, Any], samples: int) -> None:
         """Add the sums of a batch's samples."""
-        channels = 1 if isinstance(found["count"], int) else math.prod(found["count"].shape[1:])
+        channels = max(math.prod(np.shape(x)[1:]) for x in found.values())
         if self._channels is not None:
             check_channels(self._channels, channels)
         self._channels, self.samples = channels, self.samples + samples
@@ -143,7 +143,7 @@ class Accumulator:
                 raise ValueError(f"merge_state got {other!r} with {other.options}; this is {self!r} with {self.options}")
         sums = functools.reduce(joined, [other._sums for other in others], self._sums)
         self._sums, self.samples = sums, self.samples + sum(other.samples for other in others)
-        self._channels = len(sums["count"].units) if sums else None
+        self._channels = channels_of(sums) if sums else None
 
     def compute(self) -> Any:
         """Return the loss of all batches together, a float64 number; for `vae_loss` a `VAEValue`.

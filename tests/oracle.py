@@ -173,20 +173,28 @@ def _round(x):
     return np.array([parts(number) for number in np.ravel(x)], np.longdouble).reshape(np.shape(x))
 
 
-def dice_with_logits_loss(z, t, weight=1, smooth=1, per_channel=True, per_sample=True):
-    """Return 1 - (2 sum(p t) + smooth) / (sum(p) + sum(t) + smooth) of each region, and the slopes of their sum."""
+def dice_with_logits_loss(z, t, weight=1, smooth=1, per_channel=True, per_sample=True, alpha=0.5, beta=0.5, smooth_denominator=None):
+    """Return 1 - (2 sum(p t) + smooth) / (2 sum(p t) + missed + smooth) of each region, and the slopes of their sum.
+
+    missed is 2 alpha sum(p (1 - t)) + 2 beta sum((1 - p) t).
+    """
     outer = 2 if per_channel else 1
     axes = (() if per_sample else (0,)) + tuple(range(outer if per_channel or per_sample else 1, z.ndim))
     with mpmath.workdps(_ENOUGH):
         w = _numbers(np.broadcast_to(weight, z.shape))
         z, t = _numbers(z), _numbers(t)
         p, q = 1 / (1 + _exp(-z)), 1 / (1 + _exp(z))
-        right = np.sum(2 * w * p * t, axis=axes, keepdims=True) + mpmath.mpf(smooth)
-        size = np.sum(w * p + w * t, axis=axes, keepdims=True) + mpmath.mpf(smooth)
-        value = np.squeeze(1 - right / size, axis=axes)
+        false_positive, false_negative = 2 * mpmath.mpf(alpha), 2 * mpmath.mpf(beta)
+        smooth, more = mpmath.mpf(smooth), mpmath.mpf(smooth if smooth_denominator is None else smooth_denominator)
+        overlap = np.sum(2 * w * p * t, axis=axes, keepdims=True)
+        missed = np.sum(w * (false_positive * p * (1 - t) + false_negative * q * t), axis=axes, keepdims=True)
+        size = overlap + missed + more
+        value, score, magnitude = 1 - (overlap + smooth) / size, (overlap + smooth) / size, _most(missed, abs(more - smooth)) / size
         rate = w * p * q / size
-        slope, most = rate * (right / size - 2 * t), rate * _most(right / size, 2 * t)
-        return (_round(value), _round(value)), (_round(slope), _round(most))
+        pull, push = false_positive * score * (1 - t), (false_negative * score + 2 * value) * t
+        slope, most = rate * (pull - push), rate * _most(score, _most(pull, push))
+        value, magnitude = (np.squeeze(x, axis=axes) for x in (value, magnitude))
+        return (_round(value), _round(magnitude)), (_round(slope), _round(most))
 
 
 def gaussian_kl_loss(mu, logvar):

@@ -144,6 +144,7 @@ def test_gradcheck_with_options(name, loss, option):
         ("sigmoid_focal_loss", {"alpha": 0.7, "gamma": 3}),
         ("dice_with_logits_loss", {"per_channel": False, "smooth": 0.5}),
         ("dice_with_logits_loss", {"per_sample": False}),
+        ("dice_with_logits_loss", {"alpha": 0.3, "beta": 0.8, "smooth_denominator": 0.5}),
         ("dice_bce_with_logits_loss", {"per_channel": False, "per_sample": False, "bce_weight": 0.3}),
     ],
 )

@@ -97,6 +97,37 @@ def test_memory_orders_and_the_gradient_in_place(batch):
     assert_tensor(x.grad, grad)
 
 
+DICE_CASES = [
+    {}, {"per_channel": False, "background": False}, {"per_sample": False, "zero_absent": True}, {"squared": True, "background": False},
+    {"alpha": 0.3, "beta": 0.8, "smooth_denominator": 0.5, "per_channel": False, "per_sample": False},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", DICE_CASES, ids=str)
+@pytest.mark.parametrize("loss", [fl.dice_softmax_loss, fl.dice_cross_entropy_loss], ids=["Dice", "both"])
+def test_first_and_second_derivatives_of_dice(loss, options, batch):
+    z, t, weight, mask, own = batch
+    weight = weight if options.get("per_channel", True) else None
+    for reduction in ("mean", "sum", *(("sample_mean", "batchmean") if options.get("per_sample", True) else ())):
+
+        def call(z, reduction=reduction):
+            return loss(z, t, weight, reduction, mask=mask, pixel_weight=own, ignore_index=1, **options)
+
+        assert torch.autograd.gradcheck(call, (z,))
+        assert torch.autograd.gradgradcheck(call, (z,))
+    if loss is fl.dice_softmax_loss:
+        assert torch.autograd.gradcheck(lambda z: loss(z, t, weight, "none", **options), (z,))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_dice(reduction, batch):
+    z, t, weight, *_ = batch
+    given = {"weight": weight, "ignore_index": 2, "reduction": reduction, "background": False, "smooth": 1e-5}
+    compiled = torch.compile(lambda z: fl.dice_softmax_loss(z * 2, t, **given), fullgraph=True)
+    for a, b in zip(derivatives(compiled, z), derivatives(lambda z: fl.dice_softmax_loss(z * 2, t, **given), z), strict=True):
+        assert_tensor(a, b)
+
+
 def test_module(batch):
     z, t, weight, mask, _ = batch
     made = {"weight": weight, "ignore_index": 3, "label_smoothing": 0.25}

@@ -101,8 +101,13 @@ def joined(these: Sums, those: Sums) -> Sums:
     """Return the sums of two sets of samples, of which one may be empty. Raise ValueError if they have different channels."""
     if not these or not those:
         return these or those
-    check_channels(len(these["count"].units), len(those["count"].units))
+    check_channels(channels_of(these), channels_of(those))
     return {name: x.plus(those[name]) for name, x in these.items()}
+
+
+def channels_of(sums: Sums) -> int:
+    """Return the number of channels: some sums have a number for each."""
+    return max(len(x.units) for x in sums.values())
 
 
 def check_channels(before: int, found: int) -> None:

@@ -40,6 +40,7 @@ GROUP_WORK = {"f4": 20000.0, "f8": 6000.0}
 # losses with arrays in the cache took 0.11 to 1.1 ns on Zen 4, 0.8 to 1.3 times the estimate.
 WORK_PER_ELEMENT, WORK_PER_OPERATION = 0.1, 0.006
 CLASS_OPERATIONS = 40  # for each class of an entry
+SUMS_BY_CLASS = ("overlap", "false_positives", "false_negatives", "truth")  # sums that a group has for each class, not one
 
 
 class Operand(NamedTuple):
@@ -79,6 +80,16 @@ class Spec:
     def codes(self) -> dict[str, str]:
         """Code of each operand's element type, by name."""
         return {op.name: op.code for op in self.operands}
+
+    @property
+    def sums_by_class(self) -> tuple[str, ...]:
+        """The sums of which a group has one for each class."""
+        return tuple(name for name in self.summed if name in SUMS_BY_CLASS) if self.walk == "classes" else ()
+
+    @property
+    def sums_by_entry(self) -> tuple[str, ...]:
+        """The sums of which a group has one."""
+        return tuple(name for name in self.summed if name not in self.sums_by_class)
 
     @property
     def excludes(self) -> bool:

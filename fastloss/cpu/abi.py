@@ -5,7 +5,7 @@ The frame of a call consists of
     the store mode (see below), 1 if each group has a scale of its own or 0, and the addresses of the scales and of the scratch memory;
     the address of each array; the options that are numbers; one scale;
     and for each range its partial sums and its number of bad elements; or if each lane computes a group, the same for each group, where
-    those of one quantity lie side by side.
+    those of one quantity lie side by side; then for each range and class, its partial sums of quantities with one for each class.
 
 The layout of a plan consists of
     eleven fields: the number of ranges, how many of them a thread takes at once, the number of ranges in a part (a group, or all groups
@@ -37,7 +37,7 @@ LAYOUT_FIELDS = 11  # fields of the layout before the strides
 # long enough to read memory at full speed.
 NEAR, FURTHER = 16 << 10, 128 << 10  # bytes
 LONG_ENOUGH, LEAST_BLOCK, MOST_BLOCK = 128, 64, 1024  # entries
-SCRATCH_ROWS = 5  # besides those of the classes
+SCRATCH_ROWS = 7  # besides those of the classes
 
 
 class Frame(NamedTuple):
@@ -57,7 +57,7 @@ def frame_of(arrays: int, numbers: int) -> Frame:
 
 def count_partials(spec: Spec) -> int:
     """Return the number of partial sums of a range, or of a lane's group: the requested sums, and the number of bad elements."""
-    return len(spec.summed) + 1
+    return len(spec.sums_by_entry) + 1
 
 
 def block_of(plan: Plan) -> int:

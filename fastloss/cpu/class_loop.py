@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 from fastloss.core.plan import Spec
 from fastloss.cpu.abi import FIELDS, LAYOUT_FIELDS, count_partials, frame_of
-from fastloss.cpu.classes import COMPUTE, LOAD, WRITE
+from fastloss.cpu.classes import COMPUTE, LOAD, SUM, WRITE
 from fastloss.cpu.loop import Lanes, advance, calling, fetch_add, float64_pointer, locate, pointer_at, read, store_sums, zeros
 from fastloss.cpu.step import DOUBLE, lanes_of
 
@@ -29,11 +29,12 @@ class Shape(NamedTuple):
     arrays: int
     numbers: int  # options given as numbers
     totals: int  # of a range
+    class_totals: int  # of a range and a class
 
 
 def shape_of(spec: Spec) -> Shape:
     """Return the shape of the loop of a spec."""
-    return Shape(lanes_of(spec), len(spec.arrays), len(spec.numbers), count_partials(spec))
+    return Shape(lanes_of(spec), len(spec.arrays), len(spec.numbers), count_partials(spec), len(spec.sums_by_class))
 
 
 def function_of(name: str) -> Any:
@@ -52,20 +53,20 @@ def function_of(name: str) -> Any:
     return invoke
 
 
-load_logits, compute_entries, write_gradient = map(function_of, (LOAD, COMPUTE, WRITE))
+load_logits, compute_entries, add_sums_of_classes, write_gradient = map(function_of, (LOAD, COMPUTE, SUM, WRITE))
 
 
 @cache
 def build(shape: Shape) -> str:
     """Compile a loop, and return its LLVM code. The function is called as that of `loop.py` is."""
-    arrays, partial_count = shape.arrays, shape.totals
+    arrays, partial_count, class_totals = shape.arrays, shape.totals, shape.class_totals
     range_totals = types.UniTuple(Lanes(ir.VectorType(DOUBLE, shape.lanes)), shape.totals)
     addresses_at, numbers_at, _, partials_at = frame_of(arrays, shape.numbers)
     numbers = max(1, shape.numbers)  # Numba has no empty homogeneous tuples; without numbers, one unused field is read
     inner_at, outer_at, starts_at, classes_at = (LAYOUT_FIELDS + k * arrays for k in range(4))
     axes_at = classes_at + 1 + arrays  # of the axes after that of classes
 
-    for name in (LOAD, COMPUTE, WRITE):
+    for name in (LOAD, COMPUTE, SUM, WRITE):
         llvm.add_symbol(name, 1)  # Numba loads the loop, but nothing calls it
 
     @cfunc(types.void(types.CPointer(types.int64)), error_model="numpy")
@@ -87,6 +88,7 @@ def build(shape: Shape) -> str:
             stop = min(at + range_size, (part + 1) * part_size)
             scale = scales[part * scale_stride]
             totals = zeros(range_totals)
+            by_class = float64_pointer(frame, partials_at + partial_count * ranges + class_totals * classes * index)
             while at < stop:
                 row = at // row_size
                 column = at - row * row_size
@@ -98,6 +100,7 @@ def build(shape: Shape) -> str:
                     totals = compute_entries(
                         range_totals, here, inner, outer, along, inner_size, k, last, options, scratch, length, classes, scale, mode, totals
                     )
+                    add_sums_of_classes(None, here, inner, outer, along, inner_size, k, last, options, scratch, length, classes, by_class)
                     write_gradient(None, here, inner, outer, along, inner_size, k, last, options, scratch, length, classes, mode)
                 at += end_of_row - column
             store_sums(partials, partial_count * index, totals)

@@ -7,13 +7,23 @@ With the logits z of an entry, and m = max(z):
 
 No term is negative, so nothing cancels: where the logits are saturated, 1 - p and -log p keep their digits.
 
-The loop (`class_loop.py`) calls three functions for each block. LOAD copies the logits to scratch memory and finds the maxima, one class
+The loop (`class_loop.py`) calls four functions for each block. LOAD copies the logits to scratch memory and finds the maxima, one class
 after another, so that memory is read once, and in long rows. COMPUTE walks along the classes in that memory, a vector's width of entries
 after another: it computes e and R, and evaluates the formula, which takes -log p and 1 - p of the entry's class and returns the value
-and its derivative by -log p. WRITE computes the gradient, again one class after another.
+and its derivative by -log p. SUM adds up sums that have a number for each class. WRITE computes the gradient. Both go one class after
+another again.
 
 With class weights w, label smoothing a, and a probability y of each class (1 for the entry's class, if there are indices), the value is the
 sum over the classes of u (-log p), u = w ((1 - a) y + a / C), and the gradient (U - u) p - u (1 - p), where U is the sum of u.
+
+Losses of regions, such as Dice, take two passes. In the first, SUM applies the formula to p and 1 - p of each class. In the second, a
+formula gives the derivatives of the loss by p: h <= 0 for the entry's class t, and d[c] >= 0 for another class c, from which the same
+number may be subtracted everywhere. With A, the sum of d p over the other classes, the gradient is
+
+    p (h (1 - p) - A)           for the entry's class
+    p (d - A - p[t] h)          for the others
+
+If p is close to 1 for a wrong class, d - A would cancel: there it is d (1 - p) minus the sum over the classes besides.
 """
 
 from __future__ import annotations
@@ -34,10 +44,10 @@ from fastloss.cpu.vector import Vector, call, gather, scalar_type
 from fastloss.kernel import element, elementary
 from fastloss.ops import log1p, where
 
-LOAD, COMPUTE, WRITE = "fastloss_load", "fastloss_compute", "fastloss_write"  # names of the functions
+LOAD, COMPUTE, SUM, WRITE = "fastloss_load", "fastloss_compute", "fastloss_sum", "fastloss_write"  # names of the functions
 # rows of scratch memory after those of the classes: the largest logit, the index of the entry's class, and factors of the gradient
-MAXIMUM, CLASS, FACTOR, SLOPE, SHARE = range(5)
-PROBABILITY = 5  # the first of as many rows as there are classes
+MAXIMUM, CLASS, FACTOR, SLOPE, SHARE, TOP, LIMIT = range(7)
+PROBABILITY = 7  # the first of as many rows as there are classes
 HUGE = {"f4": 2.0**126, "f8": 2.0**1022}  # logits of at least this size count as infinite; differences of smaller ones are finite
 NO_CLASS = -1.0  # the index of entries that do not count
 
@@ -67,8 +77,11 @@ class Sums(NamedTuple):
     """Sums over the classes of each entry."""
 
     others: Vector  # R
-    weights: Vector  # the sum of w, or of u if there are probabilities; 0 if neither these nor label smoothing need it
-    spread: Vector  # the sum of the same times m - z
+    # the sum of w, or of u if there are probabilities; 0 if neither these nor label smoothing need it. With slopes of regions, the sum of
+    # e d over the classes that are neither the entry's nor have e = 1
+    weights: Vector
+    spread: Vector  # the sum of the same times m - z. With slopes of regions, the sum of d over the other classes that have e = 1
+    tops: Vector  # the number of classes with z = m, or with regions e = 1
 
 
 class Step:
@@ -91,6 +104,13 @@ class Step:
         position = builder.add(builder.mul(row, block.length), builder.sub(self.first, block.first))
         address = builder.add(block.scratch, builder.mul(position, I64(self.size)))
         return builder.inttoptr(address, self.vector.as_pointer())
+
+    def lane_pointers(self) -> ir.Value:
+        """Return a pointer for each lane to its logit of the first class in the scratch memory."""
+        builder, lanes = self.builder, self.vector.count
+        first = spread(builder, builder.ptrtoint(self.pointer(I64(0)), I64), lanes)
+        sizes = ir.Constant(ir.VectorType(I64, lanes), [lane * self.size for lane in range(lanes)])
+        return builder.inttoptr(builder.add(first, sizes), ir.VectorType(self.vector.element.as_pointer(), lanes))
 
     def row_of(self, name: int | None) -> ir.Value:
         """Return the index of a row of scratch memory: the row of the class's logits, the one of its probabilities, or another one."""
@@ -129,13 +149,12 @@ class Step:
             if output.name == name:
                 self.memory.store(k, output, self.memory.convert(x, self.spec.compute, output.code).value, mode)
 
-    def gather(self, code: str, first: ir.Value, stride: ir.Value, index: Vector, lane_stride: int) -> Vector:
-        """Load for each lane the element at `first + index * stride + lane * lane_stride`, or 0 if the index is negative."""
+    def gather(self, code: str, firsts: ir.Value, stride: ir.Value, index: Vector) -> Vector:
+        """Load the element `index * stride` bytes after the pointer of each lane, or 0 if the index is negative."""
         builder, lanes = self.builder, self.vector.count
         wide, vector = ir.VectorType(I64, lanes), ir.VectorType(scalar_type(code), lanes)
         whole = builder.fptosi(index.value, wide)
-        own = ir.Constant(wide, [lane * lane_stride for lane in range(lanes)])
-        address = builder.add(builder.add(spread(builder, first, lanes), own), builder.mul(whole, spread(builder, stride, lanes)))
+        address = builder.add(builder.ptrtoint(firsts, wide), builder.mul(whole, spread(builder, stride, lanes)))
         pointers = builder.inttoptr(address, ir.VectorType(vector.element.as_pointer(), lanes))
         mask = builder.icmp_signed(">=", whole, ir.Constant(wide, None))
         return Vector(builder, gather(builder, vector, pointers, BY_CODE[code].size, mask))
@@ -160,6 +179,9 @@ class BlockEmitter:
         self.has_logits = spec.trace != ""
         self.has_gradient = any(op.name != "value" for op in spec.outputs)
         self.is_smoothed = "label_smoothing" in spec.numbers
+        self.has_regions = bool({"overlap", "own"} & set(spec.formula.names))
+        self.has_region_slopes = self.has_regions and self.has_gradient
+        self.is_squared = "others_by_p" in spec.formula.names
 
     def step(self, first: ir.Value, index: ir.Value) -> Step:
         """Return the step from an entry on, at a class."""
@@ -208,8 +230,8 @@ class BlockEmitter:
             terms = self.terms(step, entries, scale)
             if "value" in terms:
                 step.store("value", terms["value"], mode)
-            added = [terms[name] for name in self.spec.summed] + [entries.bad]
-            for place, x in zip(places, step.memory.zero_past_row(added), strict=True):
+            added = [terms[name] for name in self.spec.sums_by_entry] + [entries.bad]
+            for place, x in zip(places, added, strict=True):
                 wide = x.value if self.spec.compute == "f8" else self.builder.fpext(x.value, ir.VectorType(DOUBLE, x.type.count))
                 self.builder.store(self.builder.fadd(self.builder.load(place), wide), place)
         return [Vector(self.builder, self.builder.load(place)) for place in places]
@@ -219,7 +241,7 @@ class BlockEmitter:
         has_indices = not self.spec.has_probabilities
         raw = step.memory.load_all(("target", "mask") if has_indices else ("mask",))
         target = step.convert(raw["target"], "target") if has_indices else step.constant(0.0)
-        counted = Vector(self.builder, step.memory.all, step.vector)
+        counted = Vector(self.builder, step.memory.row_mask(), step.vector)
         if "mask" in raw:
             counted = counted & (raw["mask"] != 0)
         if "ignore_index" in self.numbers:
@@ -231,60 +253,68 @@ class BlockEmitter:
         )
         if not self.has_logits:
             return Entries(index, index, index, bad)
-        first, stride = self.builder.ptrtoint(step.pointer(I64(0)), I64), self.builder.mul(self.block.length, I64(step.size))
-        return Entries(step.read(MAXIMUM), index, step.gather(self.spec.compute, first, stride, index, step.size), bad)
+        logit = step.gather(self.spec.compute, step.lane_pointers(), self.builder.mul(self.block.length, I64(step.size)), index)
+        return Entries(step.read(MAXIMUM), index, logit, bad)
 
     def terms(self, step: Step, entries: Entries, scale: ir.Value) -> dict[str, Vector]:
         """Return the terms of the sums: "count", by which a mean divides, and "value"."""
         counted = entries.target != NO_CLASS
-        w = None if self.spec.has_probabilities else self.weight_of_class(step, entries)
+        w = None if self.spec.has_probabilities else self.of_class(step, "weight", entries.target)
         found = {"count": step.constant(1.0) if w is None else w}
         if self.has_logits:
             own = step.load("pixel_weight")
             factor = element.multiply(element.multiply(own, step.load("grad_output")), spread_number(self.builder, scale, self.spec))
-            found["value"] = element.multiply(own, self.evaluate(step, entries, w, factor))
+            found["entropy" if self.has_regions else "value"] = element.multiply(own, self.evaluate(step, entries, w, factor))
         return {name: where(counted, x, 0.0) for name, x in found.items()}
 
-    def weight_of_class(self, step: Step, entries: Entries) -> Vector | None:
-        """Return the weight of each entry's class; None without class weights."""
-        if "weight" not in step.names:
+    def of_class(self, step: Step, name: str, index: Vector) -> Vector | None:
+        """Return an operand at the class of each entry, or 0 for entries that do not count; None if it is not there."""
+        if name not in step.names:
             return None
-        k = step.names["weight"]
-        raw = step.gather(self.spec.operands[k].code, self.block.row.addresses[k], self.block.class_strides[k], entries.target, 0)
-        return step.convert(raw, "weight")
+        k = step.names[name]
+        code = self.spec.operands[k].code
+        return step.convert(step.gather(code, step.memory.lane_pointers(k, scalar_type(code)), self.block.class_strides[k], index), name)
 
-    def walk(self, first: ir.Value, m: Vector) -> Sums:
+    def walk(self, first: ir.Value, entries: Entries) -> Sums:
         """Walk along the classes of the entries of a step: keep e in the scratch memory, and add it up.
 
         The rounding errors of the sum are added up too (Kahan): with 1,000 classes the gradient was off by 34 ulp without.
         """
-        builder, count = self.builder, m.type.count
+        builder, m = self.builder, entries.m
+        count = m.type.count
         ties_type = ir.VectorType(ir.IntType(m.bits), count)
-        kinds = m.type, m.type, ties_type, m.type, m.type
+        kinds = m.type, m.type, ties_type, m.type, m.type, m.type
         places = [cgutils.alloca_once_value(builder, ir.Constant(kind, None)) for kind in kinds]
         for place in places:
             builder.store(ir.Constant(place.allocated_type, None), place)
         with cgutils.for_range(builder, self.block.classes, intp=I64) as classes:
             step = self.step(first, classes.index)
-            rest, low, ties, weights, spread_ = [m.like(builder.load(place)) for place in places]
+            rest, low, ties, weights, spread_, low_pull = [m.like(builder.load(place)) for place in places]
             step.prefetch_next_block()
             z = step.read()
             e, is_max = exp_of_difference(z, m), z == m
-            if self.has_gradient:
+            if self.has_gradient or self.spec.sums_by_class:
                 step.keep(e)
+            if self.has_region_slopes:
+                is_max = e == 1.0
             other = where(is_max, 0.0, e)
-            total = rest + other
-            new = [total, low + (other - (total - rest)), ties.like(builder.add(ties.value, builder.sext(is_max.value, ties_type)))]
+            total, low = add_exactly(rest, other, low)
+            new = [total, low, ties.like(builder.add(ties.value, builder.sext(is_max.value, ties_type)))]
             if self.spec.has_probabilities or self.is_smoothed:
                 u = self.share_of_class(step) if self.spec.has_probabilities else step.load("weight")
                 far = distance(m, z, self.huge)
                 new += [weights + (1.0 if u is None else u), spread_ + (far if u is None else where(u == 0.0, 0.0, u * far))]
+            if self.has_region_slopes:
+                pull = where(entries.target == step.whole(step.index), 0.0, self.slope_of_others(step, e) * e)
+                total, low_pull = add_exactly(weights, where(is_max, 0.0, pull), low_pull)
+                new += [total, spread_ + where(is_max, pull, 0.0), low_pull]
             for place, x in zip(places, new, strict=False):
                 builder.store(x.value, place)
-        rest, low, ties, weights, spread_ = [m.like(builder.load(place)) for place in places]
+        rest, low, ties, weights, spread_, low_pull = [m.like(builder.load(place)) for place in places]
+        weights = weights + low_pull if self.has_region_slopes else weights
         ties = -ties.to_float()  # the classes where z = m
         is_undefined = (m.intrinsic("fabs") == self.huge) & (ties != 1.0)  # several infinite logits have no limit
-        return Sums(where(is_undefined, nan, (rest + low) + (ties - 1.0)), weights, spread_)
+        return Sums(where(is_undefined, nan, (rest + low) + (ties - 1.0)), weights, spread_, ties)
 
     def share_of_class(self, step: Step) -> Vector:
         """Return u of the step's class, where there are probabilities."""
@@ -297,13 +327,16 @@ class BlockEmitter:
 
     def evaluate(self, step: Step, entries: Entries, w: Vector | None, factor: Vector) -> Vector:
         """Return the value of each entry, and keep the factors of its gradient."""
-        sums = self.walk(step.first, entries.m)
+        sums = self.walk(step.first, entries)
         log_norm, inverse = log1p(sums.others.within(0.0, inf)), 1.0 / (sums.others + 1.0)
         if self.spec.has_probabilities:
             self.keep_factors(step, entries.target, factor * inverse, sums.others, sums.weights)
             return sums.weights * log_norm + sums.spread
         below, e = distance(entries.m, entries.logit, self.huge), exp_of_difference(entries.logit, entries.m)
         rest = (1.0 - e) + sums.others
+        if self.has_regions:
+            self.keep_regions(step, entries, sums, (e * inverse, rest * inverse), inverse, w, factor)
+            return element.multiply(w, log_norm + below)
         if not self.is_smoothed:
             parameters = {name: self.number(name) for name in self.spec.parameters}
             found = self.spec.formula.quantities(log_norm + below, rest * inverse, parameters, {})
@@ -318,10 +351,83 @@ class BlockEmitter:
         return total * log_norm + (where(own == 0.0, 0.0, own * below) + each * sums.spread)
 
     def keep_factors(self, step: Step, *factors: Vector) -> None:
-        """Keep the rows CLASS, FACTOR, SLOPE and SHARE of the scratch memory, from which WRITE computes the gradient."""
-        if self.has_gradient:
-            for name, x in zip((CLASS, FACTOR, SLOPE, SHARE), factors, strict=False):
+        """Keep the rows from CLASS on of the scratch memory, from which SUM computes sums and WRITE the gradient."""
+        if self.has_gradient or self.spec.sums_by_class:
+            for name, x in zip((CLASS, FACTOR, SLOPE, SHARE, TOP, LIMIT), factors, strict=False):
                 step.keep(x, name)
+
+    def keep_regions(
+        self, step: Step, entries: Entries, sums: Sums, own: tuple[Vector, Vector], inverse: Vector, w: Vector | None, factor: Vector
+    ) -> None:
+        """Keep what the sums of regions, or their gradient, need to know about each entry. `own` holds p and 1 - p of its class."""
+        if not self.has_gradient:
+            share = step.load("pixel_weight")
+            self.keep_factors(step, entries.target, inverse, sums.others, *([] if share is None else [share]))
+            return
+        p, q = own
+        slope = self.region_slopes(step, p, q, own=entries.target)["own"]
+        by_p = inverse * inverse if self.is_squared else inverse
+        pull, top, besides = sums.weights * by_p, sums.spread * by_p, p * slope
+        own_slope, rest = factor * (p * (slope * q - (pull + top))), -(factor * (pull + top + besides))
+        largest = factor * (top * sums.others - (pull + besides))  # of the class with e = 1, if there is one, and it is wrong
+        if (entropy_rate := step.load("entropy_rate")) is not None:
+            entropy = element.multiply(w, factor * entropy_rate)
+            own_slope, rest, largest = own_slope - entropy * q, rest + entropy, largest + entropy
+        limit = where(sums.tops == 1.0, 1.0, 2.0)
+        self.keep_factors(step, entries.target, factor * by_p, own_slope, rest * inverse, largest * inverse, limit)
+
+    def region_slopes(self, step: Step, p: Vector, q: Vector, own: Vector | None = None) -> dict[str, Vector]:
+        """Evaluate the slopes of a loss of regions: at the step's class, or at each entry's class, if its index is given."""
+        parameters = {}
+        for name in self.spec.parameters:
+            if name.startswith("own"):
+                parameters[name] = step.constant(0.0) if own is None else self.of_class(step, name, own)
+            else:
+                parameters[name] = step.constant(0.0) if own is not None else step.load(name)
+        found: dict[str, Vector] = self.spec.formula.quantities(p, q, parameters, {})
+        return found
+
+    def slope_of_others(self, step: Step, e: Vector) -> Vector:
+        """Return the slope by p of the step's class, where it is not the entry's, at e instead of p."""
+        found = self.region_slopes(step, e, e)
+        return e.match(found["others_by_p" if self.is_squared else "others"])
+
+    def emit_sum(self, sums: ir.Value) -> None:
+        """Add the block's sums of each class to those of the range."""
+        names = self.spec.sums_by_class
+        if not names:
+            return
+        builder = self.builder
+        with cgutils.for_range(builder, self.block.classes, intp=I64) as classes:
+            zero = ir.Constant(ir.VectorType(scalar_type(self.spec.compute), lanes_of(self.spec)), None)
+            places = [cgutils.alloca_once_value(builder, zero) for _ in names]
+            for place in places:
+                builder.store(zero, place)
+            with self.steps() as first:
+                terms = self.terms_of_class(self.step(first, classes.index))
+                for place, name in zip(places, names, strict=True):
+                    builder.store((terms[name].like(builder.load(place)) + terms[name]).value, place)
+            for k, place in enumerate(places):
+                lanes = Vector(builder, builder.load(place)).convert(self.spec.compute, "f8")
+                while lanes.type.count > 1:
+                    lanes = element.accumulate(*lanes.halves(), as_factors=False)
+                at = builder.gep(sums, [builder.add(builder.mul(classes.index, I64(len(names))), I64(k))])
+                added = builder.extract_element(lanes.value, ir.IntType(32)(0))
+                builder.store(builder.fadd(builder.load(at), added), at)
+
+    def terms_of_class(self, step: Step) -> dict[str, Vector]:
+        """Return the terms that the step's class adds to the sums that have a number for each class."""
+        target, e, inverse, others = step.read(CLASS), step.read(), step.read(FACTOR), step.read(SLOPE)
+        share = step.read(SHARE) if "pixel_weight" in step.names else None
+        is_own = target == step.whole(step.index)
+        found = self.spec.formula.quantities(e * inverse, ((1.0 - e) + others) * inverse, {}, {})
+        found = {name: element.multiply(share, x) for name, x in found.items()}
+        return {
+            "overlap": where(is_own, found["overlap"], 0.0),
+            "false_positives": where(is_own | (target == NO_CLASS), 0.0, found["false_positives"]),
+            "false_negatives": where(is_own, found["false_negatives"], 0.0),
+            "truth": where(is_own, step.constant(1.0), 0.0),
+        }
 
     def emit_write(self, mode: ir.Value) -> None:
         """Compute and store the gradient."""
@@ -334,10 +440,19 @@ class BlockEmitter:
                 slope = factor * ((step.read(SHARE) - u) * e - u * ((1.0 - e) + step.read(SLOPE)))
             else:
                 slope = e * factor
+                if self.has_region_slopes:
+                    slope = e * (self.slope_of_others(step, e) * factor + step.read(SHARE))
+                    slope = where(e >= step.read(LIMIT), step.read(TOP), slope)
                 if self.is_smoothed:
                     slope = slope - element.multiply(step.load("weight"), step.read(SHARE))
                 slope = where(target == step.whole(step.index), step.read(SLOPE), slope)
             step.store("slope", where(target == NO_CLASS, 0.0, slope) if self.spec.excludes else slope, mode)
+
+
+def add_exactly(total: Vector, x: Vector, low: Vector) -> tuple[Vector, Vector]:
+    """Add a number, of which none is negative, to a total and the rounding error to those before (Kahan); return both."""
+    added = total + x
+    return added, low + (x - (added - total))
 
 
 def exp_of_difference(z: Vector, m: Vector) -> Vector:
@@ -359,7 +474,7 @@ def distance(m: Vector, z: Vector, huge: float) -> Vector:
 
 
 def emit_functions(spec: Spec) -> str:
-    """Return the LLVM code of LOAD, COMPUTE and WRITE."""
+    """Return the LLVM code of LOAD, COMPUTE, SUM and WRITE."""
     module, arrays, one = ir.Module(), [I64] * len(spec.arrays), [I64]
     totals = [ir.VectorType(DOUBLE, lanes_of(spec))] * count_partials(spec)
     shared = [arrays, arrays, arrays, arrays, one, one, one, [DOUBLE] * max(1, len(spec.numbers)), one, one, one]
@@ -379,5 +494,6 @@ def emit_functions(spec: Spec) -> str:
         COMPUTE, [[DOUBLE], one, totals], totals,
         lambda block, scale, mode, sums: block.emit_compute(scale[0], mode[0], [Vector(block.builder, x) for x in sums]),
     )  # fmt: skip
+    function(SUM, [[DOUBLE.as_pointer()]], [], lambda block, sums: block.emit_sum(sums[0]))
     function(WRITE, [one], [], lambda block, mode: block.emit_write(mode[0]))
     return str(module)

@@ -47,7 +47,7 @@ class Launch:
         self.scale_at, self.partials_at = 8 * frame.scale, 8 * frame.partials
         self.partials = count_partials(plan.spec)
         numbers = self.partials * plan.partials
-        self.frame_type = ctypes.c_int64 * (frame.partials + numbers)
+        self.frame_type = ctypes.c_int64 * (frame.partials + numbers + len(plan.spec.sums_by_class) * plan.walked * plan.ranges)
         self.unpack_sums = struct.Struct(f"{numbers}d" if not self.by_group else "").unpack_from
         self.alignment = output_alignment(plan)
         self.has_sums = bool(plan.spec.summed or plan.spec.checked)
@@ -73,7 +73,8 @@ class Launch:
         else:
             THREADS.run(self.kernel, frame, threads, self.work)
         if self.by_group:
-            return self.sums_of_groups(np.frombuffer(memoryview(frame), np.float64, offset=self.partials_at))
+            partials = np.frombuffer(memoryview(frame), np.float64, offset=self.partials_at)
+            return self.sums_of_classes(partials) if self.plan.spec.sums_by_class else self.sums_of_groups(partials)
         if not self.has_sums:
             return NO_SUMS
         sums = self.unpack_sums(frame, self.partials_at)
@@ -92,6 +93,15 @@ class Launch:
             with np.errstate(all="ignore"):
                 sums = partials.reshape(self.plan.groups, -1, self.partials).sum(axis=1).T
         return sums[:-1], self.plan.spec.checked != () and bool(sums[-1].any())
+
+    def sums_of_classes(self, partials: Any) -> tuple[list[Any], bool]:
+        """Add up partial sums of which some have a number for each class; return the sums as `sums_of_groups` does."""
+        spec, groups = self.plan.spec, self.plan.groups
+        by_entry, bad = self.sums_of_groups(partials[: self.partials * self.ranges])
+        rest = partials[self.partials * self.ranges :].reshape(groups, -1, self.plan.walked, len(spec.sums_by_class))
+        by_class = np.moveaxis(rest.sum(axis=1), -1, 0)
+        named = dict(zip((*spec.sums_by_entry, *spec.sums_by_class), (*by_entry, *by_class), strict=True))
+        return [named[name] for name in spec.summed], bad
 
     def choose_store_mode(self, addresses: list[int]) -> int:
         """Choose the store mode. An output that overwrites its operand is stored into the caches, which already hold its lines."""

@@ -29,13 +29,13 @@ from fastloss.ops import exp, pow, where
 __all__ = ["cross_entropy", "focal_cross_entropy_loss"]
 
 _IGNORED = -100  # the default of PyTorch
-_OPTIONS: dict[str, Any] = {"ignore_index": _IGNORED, "mask": None, "pixel_weight": None, "grad_output": None, "out": None}
+OPTIONS_OF_CLASSES: dict[str, Any] = {"ignore_index": _IGNORED, "mask": None, "pixel_weight": None, "grad_output": None, "out": None}
 _SMOOTHING = {"label_smoothing": 0.0}
-_OPERANDS = {
+OPERANDS = {
     "input": "Shape (N, C, ...) or (C,), any strides; float16, bfloat16 (`ml_dtypes`), float32 or float64.",
     "target": "The shape of the input without the axis of classes; bool or integers of 8 to 64 bits.",
 }
-_OWN = {
+OWN = {
     "weight": "array (C,) with the weight of each class. It multiplies value and gradient, and a mean divides by the sum of the "
     "weights of the entries' classes.",
     "ignore_index": "target value whose entries are excluded as if by `mask`.",
@@ -46,7 +46,7 @@ _OWN = {
     "gradient, and may not overlap any other array.",
     "label_smoothing": "a in [0, 1]; each entry belongs to its class by 1 - a + a / C, and to each other class by a / C.",
 }
-_ROW: dict[str, Any] = {
+ROW: dict[str, Any] = {
     "input": "logits, (N, C, ...)", "arrays": ("logits", "classes"), "axes": 2, "reduction": "mean", "is_elementwise": False,
     "classes": True,
 }  # fmt: skip
@@ -65,12 +65,12 @@ class ClassLoss(AbstractLoss):
         self.__name__ = self.__qualname__ = function.__name__
         self.__module__ = function.__module__
         self.settings = dict(settings)
-        own = {**formula.defaults, **settings, **_OPTIONS}
+        own = {**formula.defaults, **settings, **OPTIONS_OF_CLASSES}
         self.by_class = Definition(formula, bounds, (), (*own, "weight", "reduction"), classes=True)
         self.__signature__ = signature(self.operands, "mean", own)
         example = f"value, grad = fastloss.{self.__name__}.value_and_grad(input, target)"
-        listed = ("weight", "reduction", *settings, *_OPTIONS)
-        self.__doc__ = complete(function.__doc__, listed, example, (), _OPERANDS, OPTIONS | _OWN, _RETURNS)
+        listed = ("weight", "reduction", *settings, *OPTIONS_OF_CLASSES)
+        self.__doc__ = complete(function.__doc__, listed, example, (), OPERANDS, OPTIONS | OWN, _RETURNS)
         self.register(self.by_class)
 
     def __call__(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Any:
@@ -112,33 +112,9 @@ class ClassLoss(AbstractLoss):
 
     def bind(self, arguments: Arguments, call: type[Call]) -> Call:
         """Make the call of a pass, on views of the arrays whose last axis is that of classes."""
-        options = {"ignore_index": _IGNORED, **arguments.options}
-        first, second = (call.as_array(name, x) for name, x in zip(self.operands, arguments[2:4], strict=True))
-        self.check_operands(first.shape, second)
-        logits, has_indices = classes_last(first), is_integer(second.dtype)
-        if not has_indices and options.pop("ignore_index") not in (None, _IGNORED):
-            raise ValueError("ignore_index excludes class indices, and target has probabilities; accepted: mask")
+        options = dict(arguments.options)
         own = {name: to_bounded(name, options.pop(name, default), (0.0, 1.0)) for name, default in self.settings.items()}
-        entry_weight, weight = options.pop("pixel_weight", None), arguments.weight
-        if weight is not None:
-            weight = call.as_array("weight", weight)
-            check_class_weight(weight.shape, logits.shape[-1])
-        if options.get("mask") is not None:
-            options["mask"] = append_axis(call.as_array("mask", options["mask"]))
-        if (out := options.get("out")) is not None:
-            call.check_buffer("out", out)
-            options["out"] = append_axis(out) if arguments.wanted == VALUE else classes_last(out)
-        made = call(
-            self.by_class,
-            arguments._replace(
-                first=logits,
-                second=append_axis(second) if has_indices else classes_last(second),
-                weight=weight,
-                options=options,
-            ),
-        )
-        if entry_weight is not None:
-            made.add("pixel_weight", append_axis(call.as_array("pixel_weight", entry_weight)))
+        made = call_of_classes(self, self.by_class, arguments._replace(options=options), call)
         made.numbers.update({name: x for name, x in own.items() if x})
         return made
 
@@ -160,6 +136,30 @@ class ClassLoss(AbstractLoss):
     def require(self, quantity: str) -> None:
         """Raise NotImplementedError: targets are class indices."""
         raise NotImplementedError(f"{self.__name__} has no {quantity}; it is differentiable by the input")
+
+
+def call_of_classes(loss: AbstractLoss, definition: Definition, arguments: Arguments, call: type[Call]) -> Call:
+    """Make a call on views of the arrays whose last axis is that of classes."""
+    options = {"ignore_index": _IGNORED, **arguments.options}
+    first, second = (call.as_array(name, x) for name, x in zip(loss.operands, arguments[2:4], strict=True))
+    loss.check_operands(first.shape, second)
+    logits, has_indices = classes_last(first), is_integer(second.dtype)
+    if not has_indices and options.pop("ignore_index") not in (None, _IGNORED):
+        raise ValueError("ignore_index excludes class indices, and target has probabilities; accepted: mask")
+    entry_weight, weight = options.pop("pixel_weight", None), arguments.weight
+    if weight is not None:
+        weight = call.as_array("weight", weight)
+        check_class_weight(weight.shape, logits.shape[-1])
+    if options.get("mask") is not None:
+        options["mask"] = append_axis(call.as_array("mask", options["mask"]))
+    if (out := options.get("out")) is not None:
+        call.check_buffer("out", out)
+        options["out"] = append_axis(out) if arguments.wanted == VALUE else classes_last(out)
+    second = append_axis(second) if has_indices else classes_last(second)
+    made = call(definition, arguments._replace(first=logits, second=second, weight=weight, options=options))
+    if entry_weight is not None:
+        made.add("pixel_weight", append_axis(call.as_array("pixel_weight", entry_weight)))
+    return made
 
 
 def is_integer(dtype: Any) -> bool:
@@ -192,7 +192,7 @@ def class_loss(
     return lambda function: ClassLoss(function, bounds or {}, settings or {}, takes_probabilities)
 
 
-@row("cross-entropy", "each image or pixel belongs to one of several classes", ulp={"value": 3, "slope": 4}, **_ROW)
+@row("cross-entropy", "each image or pixel belongs to one of several classes", ulp={"value": 3, "slope": 4}, **ROW)
 @class_loss(settings=_SMOOTHING, takes_probabilities=True)
 def cross_entropy(surprise: Any, missed: Any) -> Any:
     """Cross-entropy between the softmax of logits and class indices.
@@ -218,7 +218,7 @@ def cross_entropy(surprise: Any, missed: Any) -> Any:
 
 @row(
     "focal cross-entropy", "the same, where most entries are easy and would outweigh the few hard ones",
-    ulp={"value": 9, "slope": 10}, module="FocalCrossEntropyLoss", **_ROW,
+    ulp={"value": 9, "slope": 10}, module="FocalCrossEntropyLoss", **ROW,
 )  # fmt: skip
 @class_loss(bounds={"gamma": (0.0, inf)})
 def focal_cross_entropy_loss(surprise: Any, missed: Any, gamma: Any = 2.0) -> Any:

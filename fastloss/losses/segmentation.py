@@ -1,44 +1,26 @@
-"""The Dice losses for segmentation: functions of sums over a region, on which the slope of each of its elements depends.
-
-They take two passes over memory, with the same loops as other losses. The first computes the sums. The second writes the
-gradient; its formula receives numbers computed from the sums as parameters that broadcast.
-"""
+"""The Dice losses for segmentation, of the sigmoids of logits and a target for each channel."""
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from fastloss.backends.find import find_backend
-from fastloss.core.abstract_loss import AbstractLoss, signature
+from fastloss.core.abstract_loss import signature
 from fastloss.core.call import Arguments
-from fastloss.core.checks import (
-    LARGEST,
-    REDUCTIONS,
-    check_flag,
-    check_grad_output,
-    check_reduction,
-    refuse_grad_output,
-    to_bounded,
-    to_float,
-)
 from fastloss.core.definition import Definition
 from fastloss.core.docstrings import OPERANDS, complete
 from fastloss.core.plan import Array
 from fastloss.formula import OPTIONS, Formula
-from fastloss.loss import SLOPE, VALUE
 from fastloss.losses.logistic import probability_missed, tail, times, variance
+from fastloss.losses.regions import SETTINGS, SETTINGS_DOC, Passes, RegionLoss, leading_axes
 from fastloss.losses.table import row
 from fastloss.ops import abs, add_log1p, where
 
 __all__ = ["dice_bce_with_logits_loss", "dice_with_logits_loss"]
 
-_SETTINGS: dict[str, Any] = {"smooth": 1.0, "per_channel": True, "per_sample": True}
 _WEIGHTS: dict[str, Any] = {"dice_weight": 1.0, "bce_weight": 1.0}
 _OPERANDS = {"input": OPERANDS["input"].replace("Any shape and", "Shape (N, C, ...), any"), "target": OPERANDS["target"]}
 _OWN = {
@@ -53,25 +35,39 @@ _RETURNS = (
 )
 
 
-def _sums(z: Any, t: Any) -> Any:
-    """Return p t, the probability missed t (1 - p) + (1 - t) p, and the binary cross-entropy."""
+def _sums(z: Any, t: Any, alpha: Any = None, beta: Any = None) -> Any:
+    """Return p t, the probability missed t (1 - p) + (1 - t) p, and the binary cross-entropy.
+
+    With parameters, the probability missed is 2 beta t (1 - p) + 2 alpha (1 - t) p.
+    """
     e, s = tail(z)
     wrong = where(z > 0.0, 1.0 - t, t)
-    return where(z > 0.0, 1.0 - s, s) * t, probability_missed(s, wrong), add_log1p(times(abs(z), wrong), e)
+    p = where(z > 0.0, 1.0 - s, s)
+    if alpha is None or beta is None:
+        missed = probability_missed(s, wrong)
+    else:
+        missed = 2.0 * (alpha * (1.0 - t) * p + beta * t * where(z > 0.0, s, 1.0 - s))
+    return p * t, missed, add_log1p(times(abs(z), wrong), e)
 
 
-def _slopes(z: Any, t: Any, score: Any = None, rate: Any = None, entropy_rate: Any = None) -> Any:
+def _slopes(
+    z: Any, t: Any, miss_rate: Any = None, hit_rate: Any = None, target_miss_rate: Any = None, target_hit_rate: Any = None,
+    entropy_rate: Any = None
+) -> Any:  # fmt: skip
     """Return the slopes by the input and by the target, without the parts whose rates are None.
 
-    By the input they are rate p (1 - p) (score - 2 t) and entropy_rate (p - t); by the target, rate (score - 2 p) and
-    -entropy_rate z.
+    By the input they are p (1 - p) ((1 - t) miss_rate + t hit_rate) and entropy_rate (p - t); by the target,
+    (1 - p) target_miss_rate + p target_hit_rate, whose rates are the same if they are None, and -entropy_rate z.
     """
     _, s = tail(z)
     slope: Any = 0.0
     target_slope: Any = 0.0
-    if score is not None and rate is not None:
-        slope = rate * variance(s) * (score - 2.0 * t)
-        target_slope = rate * (score - 2.0 * where(z > 0.0, 1.0 - s, s))
+    if miss_rate is not None and hit_rate is not None:
+        slope = variance(s) * ((1.0 - t) * miss_rate + t * hit_rate)
+        target_miss_rate = miss_rate if target_miss_rate is None else target_miss_rate
+        target_hit_rate = hit_rate if target_hit_rate is None else target_hit_rate
+        p, q = where(z > 0.0, 1.0 - s, s), where(z > 0.0, s, 1.0 - s)
+        target_slope = q * target_miss_rate + p * target_hit_rate
     if entropy_rate is not None:
         slope = slope + entropy_rate * where(z > 0.0, (1.0 - t) - s, s - t)
         target_slope = target_slope - entropy_rate * z
@@ -81,35 +77,12 @@ def _slopes(z: Any, t: Any, score: Any = None, rate: Any = None, entropy_rate: A
 _SUMS, _SLOPES = Formula(_sums, ("overlap", "missed", "entropy")), Formula(_slopes, ("slope", "target_slope"))
 
 
-class _Dice(NamedTuple):
-    """Results of the first pass, one number for each region: a channel of a sample, a sample, a channel, or the batch."""
-
-    loss: Array  # missed / size
-    score: Array  # 1 - loss, computed from its own sum and not as a difference
-    size: Array  # sum(p) + sum(t) + smooth
-
-
-def _dice(overlap: Array, missed: Array, count: Array, smooth: float) -> tuple[_Dice, Array]:
-    """Return the Dice losses of regions, given their sums, and whether each region has any element; one without does not count."""
-    right, present = 2 * overlap + smooth, count > 0
-    with np.errstate(all="ignore"):
-        loss = np.where(present, missed / (missed + right), 0.0)
-        return _Dice(loss, right / (missed + right), missed + right), present
-
-
-def _add_parts(settings: Mapping[str, Any], dice: Any, entropy: Any) -> Any:
-    """Return the weighted sum of the Dice loss and the cross-entropy. A part of weight 0 does not count, even where it is infinite."""
-    weights = settings.get("dice_weight", 1.0), settings.get("bce_weight", 0.0)
-    terms = [weight * part for weight, part in zip(weights, (dice, entropy), strict=True) if weight]
-    return functools.reduce(operator.add, terms or [np.zeros_like(dice)])
-
-
-class DiceLoss(AbstractLoss):
-    """A Dice loss, alone or with cross-entropy. `grad` and `value_and_grad` take the arguments of a call."""
+class DiceLoss(RegionLoss):
+    """A Dice loss of sigmoids, alone or with cross-entropy."""
 
     def __init__(self, name: str, doc: str, with_entropy: bool) -> None:
         self.__name__ = self.__qualname__ = name
-        self.settings = {**_SETTINGS, **(_WEIGHTS if with_entropy else {})}
+        self.settings = {**SETTINGS, **(_WEIGHTS if with_entropy else {})}
         self.with_entropy = with_entropy
         options = (*self.settings, "weight", "reduction", *OPTIONS)
         self.first = Definition(_SUMS, {}, ("target",), options)
@@ -120,230 +93,52 @@ class DiceLoss(AbstractLoss):
         self.__doc__ = complete(doc, ("weight", "reduction", *OPTIONS), example, ("target",), _OPERANDS, own, _RETURNS)
         self.register(self.first, self.second)
 
-    def __call__(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Any:
-        """Return the loss: a float64 number, or an array with one number for each sample or region."""
-        refuse_grad_output(options)
-        if options.get("out") is not None:
-            raise ValueError("out takes the gradient, and the value alone has none: use grad or value_and_grad")
-        return find_backend(input).compute(self, Arguments(VALUE, (), input, target, weight, reduction, options))[0]
+    def first_call(self, arguments: Arguments, call: Any, settings: Mapping[str, Any]) -> Any:
+        """Make the call of the first pass."""
+        if not is_plain(settings):
+            arguments.options.update({name: settings[name] for name in ("alpha", "beta")})
+        made = call(self.first, arguments)
+        made.group_axes = min(leading_axes(settings), len(made.shape))
+        return made
 
-    def grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Array:
-        """Return the gradient with respect to the input, in the input's dtype."""
-        return find_backend(input).compute(self, Arguments((), SLOPE, input, target, weight, reduction, options))[1][0]
-
-    def value_and_grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> tuple[Any, Array]:
-        """Return the loss and its gradient with respect to the input, from two passes over memory."""
-        value, outputs = find_backend(input).compute(self, Arguments(VALUE, SLOPE, input, target, weight, reduction, options))
-        return value, outputs[0]
-
-    def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
-        """Compute the requested quantities: sums in one pass, gradients in a second."""
-        passes = _Passes(self, arguments._replace(options=dict(arguments.options)), call)
-        return passes.value() if arguments.summed else None, passes.slopes(arguments.wanted) if arguments.wanted else []
-
-    def writes_value(self, reduction: str) -> bool:
-        """Return False: even with reduction "none" the value is made of sums, one number for each group."""
-        return False
-
-    def value_shape(self, shape: tuple[int, ...], reduction: str, options: Mapping[str, Any]) -> tuple[int, ...]:
-        """Return the shape of the value; with reduction "none" it is (N, C), (N,), (C,) or ()."""
-        own = {**self.settings, **options}
-        if reduction != "none":
-            return shape[:1] if reduction.startswith("sample") else ()
-        regions = shape[: leading_axes(own)]
-        return regions if own["per_sample"] else regions[1:]
-
-    def accumulated_reductions(self, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the reductions that have a value over a data set: "none" too where the whole data set is one image."""
-        has_regions = not self.take_settings(dict(options))["per_sample"] and not self.with_entropy
-        return (*super().accumulated_reductions(options), *(("none",) if has_regions else ()))
-
-    def sample_sums(self, operands: Sequence[Any], options: Mapping[str, Any], call: Any) -> dict[str, Any]:
-        """Return the sums of the samples; see `Accumulated`. If the data set is one image, they are those that its Dice losses need."""
-        options, is_one_image = dict(options), not self.take_settings(dict(options))["per_sample"]
-        weight, options["per_sample"] = options.pop("weight", None), True
-        passes = _Passes(self, Arguments(VALUE, (), operands[0], operands[1], weight, "mean", options), call)
-        if is_one_image:
-            return passes.sums
-        regions = {"dice": passes.dice.loss, "present": passes.present, **{name: passes.sums[name] for name in ("entropy", "count")}}
-        return {name: x.reshape(-1) for name, x in regions.items()}
-
-    def value_of_sums(self, sums: Mapping[str, Any], samples: int, reduction: str, options: Mapping[str, Any]) -> Any:
-        """Return the loss, given the sums; see `Accumulated`."""
-        settings = self.take_settings(dict(options))
-        sums = sums or dict.fromkeys(("dice", "present", "overlap", "missed", "entropy", "count"), np.zeros(1))
-        if settings["per_sample"]:
-            dice, present = sums["dice"], sums["present"]
-        else:
-            found, present = _dice(sums["overlap"], sums["missed"], sums["count"], settings["smooth"])
-            dice = found.loss
-        if reduction == "none":
-            return dice if settings["per_channel"] else dice[0]
-        divisors = {"mean": (present.sum(axis=-1), sums["count"].sum(axis=-1)), "sum": (1, 1), "batchmean": (samples, samples)}[reduction]
-        return _add_parts(settings, dice.sum(axis=-1) / divisors[0], sums["entropy"].sum(axis=-1) / divisors[1])
-
-    def gradients_of_part(self, arguments: Arguments, call: Any, sums: Mapping[str, Any], samples: int) -> list[Any]:
-        """Return the gradients of a part with respect to the loss of all parts, given the sums and the number of samples of all."""
-        passes = _Passes(self, arguments._replace(options=dict(arguments.options)), call, sums, samples)
-        return passes.slopes(arguments.wanted)
-
-    def take_settings(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Remove the settings from the options, check them, and return them with the defaults of those that are missing."""
-        own = {name: options.pop(name, default) for name, default in self.settings.items()}
-        for name, value in own.items():
-            if name.startswith("per_"):
-                check_flag(name, value)
-            else:
-                own[name] = to_bounded(name, value, (0.0, LARGEST))
-        return own
-
-
-def leading_axes(settings: Mapping[str, Any]) -> int:
-    """Return the number of leading axes for whose entries the first pass computes separate sums."""
-    return 2 if settings["per_channel"] else 1 if settings["per_sample"] else 0
-
-
-class _Passes:
-    """One call: the first pass, made at once, and from its sums the value and the second pass.
-
-    If the arrays are a part of a batch, the sums and the number of samples of the whole batch are given; see `Accumulated`.
-    """
-
-    def __init__(
-        self, loss: DiceLoss, arguments: Arguments, call: Any, whole: Mapping[str, Any] | None = None, samples: int | None = None
-    ) -> None:
-        self.loss, self.settings, self.reduction = loss, loss.take_settings(arguments.options), arguments.reduction
-        upstream = arguments.options.pop("grad_output", None)
-        self.call = call(loss.first, arguments._replace(reduction="sum"))
-        self.shape = self.call.shape
-        self.call.group_axes = self.leading_axes()
-        self.check_reduction()
-        self.upstream = 1.0 if upstream is None else self.take_upstream(upstream)
-        self.samples = samples
-        if whole is None or self.settings["per_sample"]:
-            self.take_sums(self.sum())
-        else:
-            self.take_sums({name: x.reshape((1, -1) if self.settings["per_channel"] else ()) for name, x in whole.items()})
-        self.counts = whole if whole is not None and self.settings["per_sample"] else {"present": self.present, **self.sums}
-
-    def leading_axes(self) -> int:
-        """Return the number of group axes of the first pass. Raise ValueError if the input has fewer axes."""
-        needed = leading_axes(self.settings)
-        if len(self.shape) < needed:
-            axes, instead = ("two leading axes, samples and channels", "per_channel") if needed == 2 else ("a first axis", "per_sample")
-            raise ValueError(f"input has shape {self.shape}; it needs {axes}; or pass {instead}=False")
-        return needed
-
-    def check_reduction(self) -> None:
-        """Raise ValueError for a reduction that these regions do not have."""
-        accepted = [r for r in REDUCTIONS if self.settings["per_sample"] or not r.startswith("sample")]
-        accepted = [r for r in accepted if r in ("mean", "sum", "none") or self.shape]
-        accepted = [r for r in accepted if r != "none" or not self.loss.with_entropy]
-        check_reduction(self.reduction, accepted)
-
-    def take_upstream(self, grad_output: Any) -> Any:
-        """Convert the upstream gradient: a number, or an array of the loss's shape."""
-        if self.call.is_number(grad_output):
-            return to_float("grad_output", grad_output)
-        array = self.call.as_array("grad_output", grad_output)
-        check_grad_output(array, self.shape_of_value(), self.reduction)
-        return array.astype(np.float64)
-
-    def shape_of_value(self) -> tuple[int, ...]:
-        """Return the shape of the value."""
-        return self.loss.value_shape(self.shape, self.reduction, self.settings)
-
-    def sum(self) -> dict[str, Array]:
+    def sums(self, call: Any, settings: Mapping[str, Any]) -> dict[str, Array]:
         """Make the first pass, and return its sums over each region of each sample."""
-        names = ("overlap", "missed", *(("entropy",) if self.loss.with_entropy else ()), *(("count",) if self.call.excludes else ()))
-        sums = self.call.run(names, (), [], validate=self.call.validate)
-        named = {name: np.reshape(x, self.shape[: self.call.group_axes]) for name, x in zip(names, sums, strict=False)}
+        names = ("overlap", "missed", *(("entropy",) if self.with_entropy else ()), *(("count",) if call.excludes else ()))
+        sums = call.run(names, (), [], validate=call.validate)
+        named = {name: np.reshape(x, call.shape[: call.group_axes]) for name, x in zip(names, sums, strict=False)}
         if "count" not in named:
-            named["count"] = np.full_like(named["missed"], float(prod(self.shape[self.call.group_axes :])))
+            named["count"] = np.full_like(named["missed"], float(prod(call.shape[call.group_axes :])))
         named.setdefault("entropy", named["count"])  # which has no weight then
-        return named
+        return {**named, "elements": named["count"]}
 
-    def take_sums(self, named: dict[str, Array]) -> None:
-        """Take the sums over the regions: find the Dice losses, and whether each region has any element."""
-        self.sums = named
-        overlap, missed, counted = (self.over_batch(named[name]) for name in ("overlap", "missed", "count"))
-        self.dice, self.present = _dice(overlap, missed, counted, self.settings["smooth"])
-
-    def over_batch(self, x: Array) -> Array:
-        """Add up the samples if a region is a channel of the whole batch."""
-        return x.sum(axis=0) if self.settings["per_channel"] and not self.settings["per_sample"] else x
-
-    def value(self) -> Any:
-        """Return the reduced value."""
-        if self.reduction == "none":
-            return self.dice.loss[()]
-        self.call.warn_of_empty_mean(self.divisor("count"))
-        with np.errstate(all="ignore"):
-            dice, entropy = self.reduced(self.dice.loss, "present"), self.reduced(self.sums["entropy"], "count")
-            return _add_parts(self.settings, dice, entropy)[()]
-
-    def reduced(self, sums: Array, counted: str) -> Any:
-        """Return the sum of the regions' sums, divided by the number of regions or elements that the reduction counts."""
-        return np.divide(self.over_groups(sums), self.divisor(counted))
-
-    def over_groups(self, x: Array) -> Any:
-        """Add up regions: all of them, or those of each sample."""
-        return np.sum(x, axis=tuple(range(1, x.ndim)) if self.reduction.startswith("sample") else None)
-
-    def divisor(self, counted: str) -> Any:
-        """Return the number that the reduction divides by, where it counts "present" regions or elements by "count"."""
-        if self.reduction in ("mean", "sample_mean"):
-            return self.over_groups(self.counts[counted])
-        if self.reduction != "batchmean":
-            return 1
-        return self.shape[0] if self.samples is None else self.samples
-
-    def slopes(self, wanted: tuple[str, ...]) -> list[Array]:
-        """Make the second pass and return the gradients."""
-        with np.errstate(all="ignore"):
-            call = self.call.derive(self.loss.second, self.slope_parameters())
-        outputs: list[Array] = call.make_outputs(wanted)
-        call.run((), wanted, outputs)
-        return outputs
-
-    def slope_parameters(self) -> dict[str, Array]:
-        """Return the parameters of the slope's formula, computed from the sums and shaped to broadcast against the input."""
+    def slope_call(self, passes: Passes) -> Any:
+        """Make the call of the second pass, whose parameters broadcast against the input."""
         parameters = {}
-        if weight := self.settings.get("dice_weight", 1.0):
-            each = self.spread(np.divide(self.upstream, self.divisor("present")))
-            # the slope of an empty region is 0; without the limit, p (1 - p) = 0 would be multiplied by infinity
-            steepness = np.minimum(1.0 / self.spread_groups(self.dice.size), self.largest_number())
-            parameters = {"score": self.spread_groups(self.dice.score), "rate": weight * each * steepness}
-        if weight := self.settings.get("bce_weight", 0.0):
-            parameters["entropy_rate"] = self.spread(weight * np.divide(self.upstream, self.divisor("count")))
-        return parameters
-
-    def largest_number(self) -> float:
-        """Return the largest number of the arithmetic."""
-        wide = np.float64 in (self.call.arrays[0].dtype, self.call.arrays[1].dtype)
-        return float(np.finfo(np.float64 if wide else np.float32).max)
-
-    def spread(self, x: Any) -> Any:
-        """Shape numbers that belong to the value, one for all, for each sample or for each region, to broadcast against the input."""
-        return self.spread_groups(x) if self.reduction == "none" else self.append_axes(x)
-
-    def spread_groups(self, x: Any) -> Any:
-        """Shape numbers that belong to the regions to broadcast against the input."""
-        by_channel = self.settings["per_channel"] and not self.settings["per_sample"]
-        return self.append_axes(x[np.newaxis] if by_channel and np.ndim(x) else x)
-
-    def append_axes(self, x: Any) -> Any:
-        """Append axes of length 1 to an array until it has as many axes as the input."""
-        if isinstance(x, np.floating):
-            x = self.call.as_array("rate", x)
-        return x.reshape(x.shape + (1,) * (len(self.shape) - x.ndim))
+        by_channel = passes.settings["per_channel"] and not passes.settings["per_sample"]
+        if (rate := passes.rate()) is not None:
+            misses, others, overlap = passes.rates(rate)
+            regions = {"miss_rate": misses, "hit_rate": others + overlap}
+            if passes.settings["alpha"] != passes.settings["beta"]:
+                misses, others, overlap = passes.rates(rate, "beta", "alpha")
+                regions |= {"target_miss_rate": misses, "target_hit_rate": others + overlap}
+            parameters = {name: x[np.newaxis] if by_channel and np.ndim(x) else x for name, x in regions.items()}
+        if (entropy_rate := passes.entropy_rate()) is not None:
+            parameters["entropy_rate"] = entropy_rate
+        axes, as_array = len(passes.shape), passes.call.as_array
+        return passes.call.derive(self.second, {name: append_axes(as_array(name, x), axes) for name, x in parameters.items()})
 
 
-_SETTINGS_DOC = """
-        smooth: number added to numerator and denominator of the Dice loss, 0 or more, in elements.
-        per_channel: whether each channel (the second axis) is a region of its own; if not, all channels of a sample are one region.
-        per_sample: whether each sample has regions of its own; if not, the whole batch is one image.
-""".strip("\n")
+def is_plain(settings: Mapping[str, Any]) -> bool:
+    """Whether the settings are those of a Dice loss, which counts every miss alike, once."""
+    return (settings["alpha"], settings["beta"]) == (0.5, 0.5)
+
+
+def append_axes(x: Any, axes: int) -> Any:
+    """Append axes of length 1 to an array until it has so many axes."""
+    return x.reshape(x.shape + (1,) * (axes - x.ndim))
+
+
+_SETTINGS_DOC = SETTINGS_DOC.format(channel="channel (the second axis)", channels="channels")
 _DICE = """Dice loss of a segmentation: 1 minus the overlap of the predicted and the true region, relative to their sizes.
 
     With p = sigmoid(input) and sums over one channel of one sample, weighted by `weight`:

@@ -351,11 +351,11 @@ MUTATIONS = (
         "An infinite log-variance gives NaN.", ("test_latent.py::test_limits",),
     ),
     Mutation(
-        "dice-overlap-once", "losses/segmentation.py", "2 * overlap + smooth, count > 0", "overlap + smooth, count > 0",
+        "dice-overlap-once", "losses/regions.py", '2 * sums["overlap"] + smooth', 'sums["overlap"] + smooth',
         "The overlap counts once in the Dice loss.", ("test_segmentation.py::test_groups",),
     ),
     Mutation(
-        "dice-entropy-divisor", "losses/segmentation.py", 'weight * np.divide(self.upstream, self.divisor("count"))',
+        "dice-entropy-divisor", "losses/regions.py", 'weight * np.divide(self.upstream, self.divisor("count"))',
         'weight * np.divide(self.upstream, self.divisor("present"))',
         "The gradient of the cross-entropy is divided by the number of regions.",
         ("test_segmentation.py::test_dice_and_cross_entropy_add_up",),
@@ -493,7 +493,7 @@ MUTATIONS = (
         ("test_dask.py::test_any_blocks_give_the_bits_of_an_accumulator",),
     ),
     Mutation(
-        "part-divided-by-its-own-count", "losses/segmentation.py", 'whole if whole is not None and self.settings["per_sample"] else {', "{",
+        "part-divided-by-its-own-count", "losses/regions.py", 'whole if whole is not None and self.settings["per_sample"] else {', "{",
         "The Dice losses divide the gradient of a part by the part's own number of regions.",
         ("test_dask.py::test_any_blocks_give_the_bits_of_an_accumulator",),
     ),

@@ -39,8 +39,8 @@ def second_derivatives(
 
 def dice_bce(
     z: Any, t: Any, reduction: str, weight: Any = None, mask: Any = None, ignore_index: float | None = None, target_scale: float = 1.0,
-    smooth: float = 1.0, per_channel: bool = True, per_sample: bool = True, dice_weight: float = 1.0, bce_weight: float = 0.0,
-    validate: bool = False,
+    per_channel: bool = True, per_sample: bool = True, dice_weight: float = 1.0, bce_weight: float = 0.0, validate: bool = False,
+    **settings: Any
 ) -> Any:  # fmt: skip
     """Compute the weighted sum of Dice loss and BCE, both with the same reduction."""
     counted = torch.ones_like(z, dtype=torch.bool) if mask is None else mask.expand(z.shape)
@@ -52,18 +52,59 @@ def dice_bce(
         axes = list(range(2 if per_channel else 1 if per_sample else 0, z.dim())) + [0] * (per_channel and over_batch)
         return torch.where(counted, x, 0.0).sum(axes) if axes else torch.where(counted, x, 0.0)
 
-    def reduced(x: Any, count: Any) -> Any:
-        if reduction == "none":
-            return x
-        x, count = (y.reshape(len(z), -1).sum(1) if reduction.startswith("sample") else y.sum() for y in (x, count))
-        return x / count if reduction.endswith("_mean") or reduction == "mean" else x / len(z) if reduction == "batchmean" else x
-
-    missed = sum_groups(one * (t * (1 - p) + (1 - t) * p), not per_sample)
-    loss = missed / (missed + 2 * sum_groups(one * p * t, not per_sample) + smooth)
-    value = dice_weight * reduced(loss, (sum_groups(torch.ones_like(z), not per_sample) > 0).to(z.dtype))
+    parts = [sum_groups(one * x, not per_sample) for x in (p * t, (1 - t) * p, t * (1 - p))]
+    is_present = (sum_groups(torch.ones_like(z), not per_sample) > 0).to(z.dtype)
+    value = dice_weight * reduced(region_loss(*parts, **settings), is_present, reduction, len(z))
     if bce_weight:
         entropy = torch.nn.functional.binary_cross_entropy_with_logits(z, t, reduction="none")
-        value = value + bce_weight * reduced(sum_groups(one * entropy, False), sum_groups(torch.ones_like(z), False))
+        sums = sum_groups(one * entropy, False), sum_groups(torch.ones_like(z), False)
+        value = value + bce_weight * reduced(*sums, reduction, len(z))
+    return value
+
+
+def region_loss(
+    overlap: Any, false_positives: Any, false_negatives: Any, smooth: float = 1.0, smooth_denominator: float | None = None,
+    alpha: float = 0.5, beta: float = 0.5
+) -> Any:  # fmt: skip
+    """Return the loss of each region, given its sums."""
+    missed, more = 2 * alpha * false_positives + 2 * beta * false_negatives, smooth if smooth_denominator is None else smooth_denominator
+    return (missed + (more - smooth)) / (missed + 2 * overlap + more)
+
+
+def reduced(x: Any, count: Any, reduction: str, samples: int) -> Any:
+    """Reduce an array of values, whose mean divides by the sum of `count`."""
+    if reduction == "none":
+        return x
+    x, count = (y.reshape(len(y), -1).sum(1) if reduction.startswith("sample") else y.sum() for y in (x, count))
+    return x / count if reduction.endswith("mean") and reduction != "batchmean" else x / samples if reduction == "batchmean" else x
+
+
+def dice_of_classes(
+    z: Any, t: Any, reduction: str, weight: Any = None, mask: Any = None, ignore_index: float = -100, pixel_weight: Any = None,
+    per_channel: bool = True, per_sample: bool = True, background: bool = True, squared: bool = False, zero_absent: bool = False,
+    dice_weight: float = 1.0, ce_weight: float = 0.0, **settings: Any
+) -> Any:  # fmt: skip
+    """Compute the weighted sum of the Dice loss of class indices and cross-entropy, both with the same reduction."""
+    counted = t != ignore_index if mask is None else (t != ignore_index) & mask
+    p, index = torch.softmax(z, 1), torch.where(counted, t, 0).long()
+    own = torch.nn.functional.one_hot(index, z.shape[1]).movedim(-1, 1).to(z.dtype)
+    one = counted.to(z.dtype) if pixel_weight is None else torch.where(counted, pixel_weight, 0.0).to(z.dtype)
+
+    def regions(x: Any) -> Any:
+        x = x.reshape(*z.shape[:2], -1).sum(2)
+        x = x if per_channel else x[:, 0 if background else 1 :].sum(1)
+        return x if per_sample else x.sum(0)
+
+    power = 2 if squared else 1
+    parts = [regions(one.unsqueeze(1) * x) for x in (p * own, (1 - own) * p**power, own * (1 - p) ** power)]
+    loss, truth = region_loss(*parts, **settings), regions(counted.unsqueeze(1) * own)
+    is_present = regions(counted.unsqueeze(1).expand(z.shape)) > 0
+    if per_channel and not background:
+        is_present = is_present & (torch.arange(z.shape[1], device=z.device) > 0)
+    loss = torch.where(is_present & (truth > 0) if zero_absent else is_present, loss if weight is None else loss * weight, 0.0)
+    value = dice_weight * reduced(loss, is_present.to(z.dtype), reduction, len(z))
+    if ce_weight:
+        value = value + ce_weight * of_classes(lambda p, options: 1.0)(z, t, reduction, weight, mask, ignore_index, pixel_weight)
     return value
 
 
@@ -91,21 +132,16 @@ def of_classes(power: Callable[[Any, dict[str, Any]], Any]) -> Callable[..., Any
             value = (1 - label_smoothing) * value - label_smoothing / classes * weighted.sum(axis)
         value = torch.where(counted, value if pixel_weight is None else pixel_weight * value, 0.0)
         count = torch.where(counted, count, 0.0)
-        if reduction == "none":
-            return value
-        if reduction.startswith("sample"):
-            value, count = (x.flatten(1).sum(1) if x.dim() > 1 else x for x in (value, count))
-        else:
-            value, count = value.sum(), count.sum()
-        divisors = {"mean": count, "sample_mean": count, "batchmean": len(z)}
-        return value / divisors.get(reduction, 1)
+        return reduced(value, count, reduction, len(z))
 
     return compute
 
 
-FORMULAS = {
+FORMULAS: dict[str, Callable[..., Any]] = {
     "cross_entropy": of_classes(lambda p, options: 1.0),
     "focal_cross_entropy_loss": of_classes(lambda p, options: (1 - p) ** options.get("gamma", 2.0)),
     "dice_with_logits_loss": dice_bce,
     "dice_bce_with_logits_loss": dice_bce,
+    "dice_softmax_loss": dice_of_classes,
+    "dice_cross_entropy_loss": dice_of_classes,
 }  # by the loss's key

@@ -24,7 +24,8 @@ from fastloss.core.checks import refuse_unknown
 from fastloss.core.definition import operand_of
 
 CALL = "str loss, str reduction, Tensor first, Tensor second, Tensor[] others, str[] names, float[] numbers"
-FLAGS = ("validate", "per_channel", "per_sample")  # options that are True or False; operators receive them as numbers
+# options that are True or False; operators receive them as numbers
+FLAGS = ("validate", "per_channel", "per_sample", "background", "squared", "zero_absent")
 SLOPES = ("slope", "target_slope")  # gradients with respect to the first operand and to the second
 # the derivatives of each gradient with respect to the first operand and to the second
 SECOND_DERIVATIVES = {"slope": ("curvature", "cross_curvature"), "target_slope": ("cross_curvature", "target_curvature")}
