@@ -112,7 +112,7 @@ class Loss(AbstractLoss):
 
     def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
         """Compute the requested quantities in one pass."""
-        outcome: tuple[Any, list[Any]] = call(self.definition, arguments).compute()
+        outcome: tuple[Any, list[Any]] = self.bind(arguments, call).compute()
         return outcome
 
 

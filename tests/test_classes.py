@@ -110,6 +110,34 @@ def test_reductions_of_every_shape(case, reduction, dtype, rng):
     np.testing.assert_array_equal(CE(z, t, weight, **options), value)
 
 
+def test_calls_of_one_kind_and_of_others(rng):
+    """The first call of a kind prepares the pass of all, whatever their numbers are."""
+    z, t = draw(rng, (40, 5))
+    weight = rng.uniform(0.5, 2, 5).astype(np.float32)
+    calls = [
+        (loss, options | {"reduction": reduction})
+        for reduction in ("mean", "sum", "none", "sample_sum")
+        for loss, options in [
+            (CE, {}), (CE, {"label_smoothing": 0.1}), (CE, {"label_smoothing": 0.3}), (CE, {"ignore_index": 1}), (CE, {"ignore_index": 2}),
+            (CE, {"weight": weight}), (CE, {"mask": t != 3}), (CE, {"pixel_weight": rng.random(40)}), (FOCAL, {}), (FOCAL, {"gamma": 1.5}),
+            (FOCAL, {"gamma": 3.0}), (FOCAL, {"gamma": 2.0}),
+        ]
+    ]  # fmt: skip
+    for _ in range(2):
+        for loss, options in calls:
+            for order in (np.ascontiguousarray, np.asfortranarray):
+                given = order(z)
+                want = loss.value_and_grad(given.view(Other), t, **options)  # of a subclass, for which no pass is prepared
+                for out in (None, np.empty_like(given)):
+                    got = loss.value_and_grad(given, t, **options, **({} if out is None else {"out": out}))
+                    np.testing.assert_array_equal(got[0], want[0])
+                    np.testing.assert_array_equal(got[1], want[1])
+
+
+class Other(np.ndarray):
+    """An array of another class."""
+
+
 ORDERS = {
     "classes last": lambda z: np.moveaxis(np.moveaxis(z, 1, -1).copy(), -1, 1),
     "samples last": np.asfortranarray,

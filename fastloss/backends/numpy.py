@@ -10,6 +10,7 @@ import numpy as np
 from fastloss.backends.protocol import ArrayBackend
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import Arguments, get_layout
+from fastloss.core.definition import operand_of
 from fastloss.core.dtypes import float_of
 from fastloss.core.plan import Array
 from fastloss.cpu import memory
@@ -63,12 +64,14 @@ class NumpyBackend(ArrayBackend):
         """Prepare the pass of a call and remember it; None if the call divides by several numbers or takes several passes."""
         loss: AbstractLoss = key[0]
         made = None
-        if loss.definition is not None:
-            call = HostCall(loss.definition, arguments)
+        if loss.definition is not None and not (loss.definition.classes and "value" in arguments.wanted):
+            call, out = loss.bind(arguments, HostCall), arguments.options.get("out")
             divides_groups = call.group_axes and (arguments.wanted or call.reduction != "sample_sum")
-            several = divides_groups or (call.out is not None and (call.validate or len(arguments.wanted) != 1))
+            several = divides_groups or (out is not None and (call.validate or len(arguments.wanted) != 1))
             if not several and arguments.first.size:
-                made = PreparedPass(call, (*loss.operands, *names), call.make_outputs(arguments.wanted))
+                operands = {"input": arguments.first, "target": arguments.second}
+                outputs = [memory.empty_like(operands[operand_of(name)]) if out is None else out for name in arguments.wanted]
+                made = PreparedPass(call, (*loss.operands, *names), outputs)
         if len(self.passes) >= MOST_PREPARED:
             self.passes.clear()
         self.passes[key] = made

@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from fastloss.core.accumulated import Accumulated
+from fastloss.core.call import Arguments, Call
 from fastloss.core.checks import check_shapes, count_group_axes
 from fastloss.core.definition import INPUT_AND_TARGET, Definition
 
+C = TypeVar("C", bound=Call)
 REGISTER: dict[str, AbstractLoss] = {}  # by key
 
 
@@ -59,6 +61,11 @@ class AbstractLoss(Accumulated):
     def value_shape(self, shape: tuple[int, ...], reduction: str, options: Mapping[str, Any]) -> tuple[int, ...]:
         """Return the shape of the loss's value for operands of a given shape."""
         return shape if reduction == "none" else shape[: count_group_axes(reduction, shape)]
+
+    def bind(self, arguments: Arguments, call: type[C]) -> C:
+        """Make the call of a loss that is computed in one pass."""
+        assert self.definition is not None
+        return call(self.definition, arguments)
 
     def check_operands(self, first: tuple[int, ...], second: Any) -> None:
         """Raise an error if the second operand does not fit the shape of the first."""

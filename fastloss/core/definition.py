@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from fastloss.formula import Formula
 
@@ -27,6 +29,11 @@ class Definition(NamedTuple):
 def class_axis(axes: int) -> int:
     """Return the axis of classes of an input with so many axes: (N, C, ...), or (C,)."""
     return min(1, axes - 1)
+
+
+def classes_last(x: Any) -> Any:
+    """Return a view of an array (N, C, ...) or (C,) with the axis of classes moved to the end."""
+    return np.moveaxis(x, class_axis(x.ndim), -1)
 
 
 def entries_of(shape: tuple[int, ...]) -> tuple[int, ...]:

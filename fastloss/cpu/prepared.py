@@ -1,4 +1,4 @@
-"""`PreparedPass`: a pass of an elementwise loss over arrays of given dtypes, shapes and strides.
+"""`PreparedPass`: a pass of a loss that takes one pass over arrays of given dtypes, shapes and strides.
 
 Everything that does not depend on the arrays' elements and on the values of parameters is found once: a call with small arrays
 spends most of its time on finding it.
@@ -13,7 +13,7 @@ from typing import Any
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import ANY_NUMBER
 from fastloss.core.checks import to_bounded
-from fastloss.core.definition import operand_of
+from fastloss.core.definition import classes_last, operand_of
 from fastloss.cpu.call import HostCall, find_launch
 
 MOST_PREPARED = 1024  # kinds of calls that a framework remembers
@@ -25,8 +25,9 @@ class PreparedPass:
     def __init__(self, call: HostCall, names: tuple[str, ...], outputs: list[Any]) -> None:
         """Prepare the pass that `call.compute` would make, with its results in arrays like `outputs`.
 
-        `names` are those of the arrays to read, in the order in which the caller has them.
+        `names` are those of the arrays to read, in the order in which the caller has them. `outputs` have the caller's axes.
         """
+        outputs = list(map(classes_last, outputs)) if call.loss.classes else outputs
         summed, wanted = call.arguments.summed, call.arguments.wanted
         order = [names.index(name) for name in call.names]
         self.order = None if order == list(range(len(order))) else order  # in which the pass takes the arrays

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from fastloss.backends.find import find_backend
-from fastloss.core.abstract_loss import AbstractLoss, signature
-from fastloss.core.call import Arguments, Call
+from fastloss.core.abstract_loss import AbstractLoss, C, signature
+from fastloss.core.call import Arguments
 from fastloss.core.checks import check_class_target, check_class_weight, is_none, refuse_grad_output, to_bounded
-from fastloss.core.definition import Bounds, Definition, class_axis, entries_of
+from fastloss.core.definition import Bounds, Definition, class_axis, classes_last, entries_of
 from fastloss.core.docstrings import OPTIONS, complete
 from fastloss.core.dtypes import is_float
 from fastloss.core.plan import Array
@@ -59,6 +59,8 @@ _RETURNS = (
 class ClassLoss(AbstractLoss):
     """A loss between logits of several classes and class indices. `grad` and `value_and_grad` take the arguments of a call."""
 
+    definition: Definition
+
     def __init__(self, function: Callable[..., Any], bounds: Bounds, settings: Mapping[str, Any], takes_probabilities: bool) -> None:
         self.takes_probabilities = takes_probabilities
         formula = Formula(function, ("value", "slope"))
@@ -66,12 +68,12 @@ class ClassLoss(AbstractLoss):
         self.__module__ = function.__module__
         self.settings = dict(settings)
         own = {**formula.defaults, **settings, **OPTIONS_OF_CLASSES}
-        self.by_class = Definition(formula, bounds, (), (*own, "weight", "reduction"), classes=True)
+        self.definition = Definition(formula, bounds, (), (*own, "weight", "reduction"), classes=True)
         self.__signature__ = signature(self.operands, "mean", own)
         example = f"value, grad = fastloss.{self.__name__}.value_and_grad(input, target)"
         listed = ("weight", "reduction", *settings, *OPTIONS_OF_CLASSES)
         self.__doc__ = complete(function.__doc__, listed, example, (), OPERANDS, OPTIONS | OWN, _RETURNS)
-        self.register(self.by_class)
+        self.register(self.definition)
 
     def __call__(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Any:
         """Return the loss: a float64 number, one number for each sample, or with reduction "none" an array of the target's shape."""
@@ -110,11 +112,11 @@ class ClassLoss(AbstractLoss):
         value, outputs = self.bind(arguments, call).compute()
         return value, [x[..., 0] if name == "value" else classes_second(x) for name, x in zip(arguments.wanted, outputs, strict=True)]
 
-    def bind(self, arguments: Arguments, call: type[Call]) -> Call:
+    def bind(self, arguments: Arguments, call: type[C]) -> C:
         """Make the call of a pass, on views of the arrays whose last axis is that of classes."""
         options = dict(arguments.options)
         own = {name: to_bounded(name, options.pop(name, default), (0.0, 1.0)) for name, default in self.settings.items()}
-        made = call_of_classes(self, self.by_class, arguments._replace(options=options), call)
+        made = call_of_classes(self, self.definition, arguments._replace(options=options), call)
         made.numbers.update({name: x for name, x in own.items() if x})
         return made
 
@@ -138,7 +140,7 @@ class ClassLoss(AbstractLoss):
         raise NotImplementedError(f"{self.__name__} has no {quantity}; it is differentiable by the input")
 
 
-def call_of_classes(loss: AbstractLoss, definition: Definition, arguments: Arguments, call: type[Call]) -> Call:
+def call_of_classes(loss: AbstractLoss, definition: Definition, arguments: Arguments, call: type[C]) -> C:
     """Make a call on views of the arrays whose last axis is that of classes."""
     options = {"ignore_index": _IGNORED, **arguments.options}
     first, second = (call.as_array(name, x) for name, x in zip(loss.operands, arguments[2:4], strict=True))
@@ -170,11 +172,6 @@ def is_integer(dtype: Any) -> bool:
 def append_axis(x: Any) -> Any:
     """Return a view with an axis of length 1 at the end."""
     return x[..., np.newaxis]
-
-
-def classes_last(x: Any) -> Any:
-    """Return a view with the axis of classes moved to the end."""
-    return np.moveaxis(x, class_axis(x.ndim), -1)
 
 
 def classes_second(x: Any) -> Any:

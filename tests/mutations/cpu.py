@@ -444,7 +444,7 @@ MUTATIONS = (
         "Further classes with the largest logit are left out.", ("test_classes.py::test_two_classes_with_equal_logits",),
     ),
     Mutation(
-        "rounding-of-sums-dropped", "cpu/classes.py", "low + (other - (total - rest))", "low",
+        "rounding-of-sums-dropped", "cpu/classes.py", "low + (x - (added - total))", "low",
         "The rounding errors of sums over classes are not added.", (DIGITS,), select="options0-cross_entropy-1000",
     ),
     Mutation(

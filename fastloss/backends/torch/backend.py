@@ -87,7 +87,7 @@ class TorchBackend(Backend):
         loss, reduction, is_cast, *_ = key
         if loss.definition is None or not all(map(is_plain, tensors)) or not tensors[0].numel():
             return None
-        if reduction not in ("mean", "sum", "batchmean") and (reduction != "none" or is_cast):
+        if reduction not in ("mean", "sum", "batchmean") and (reduction != "none" or is_cast or loss.definition.classes):
             return None
         bound = PreparedLoss(loss, reduction, names, torch.float32 if is_cast else tensors[0].dtype, tensors, settings)
         bound.apply = function_of(loss)

@@ -49,7 +49,8 @@ class BoundLoss:
         self.names = names  # of the tensors that are options
         self.dtype = dtype  # of the value
         self.writes_value = loss.writes_value(reduction)
-        self.has_axes_of_its_own = reduction == "none" and loss.definition is None  # whether the value has other axes than the input
+        is_elementwise = loss.definition is not None and not loss.definition.classes
+        self.has_axes_of_its_own = reduction == "none" and not is_elementwise  # whether the value has other axes than the input
         self.saves_operands, self.has_early_slopes = True, False
         self.apply: Any = None  # applies the autograd function of the loss
 
@@ -146,7 +147,7 @@ class TensorPass(PreparedPass):
 
 
 class PreparedLoss(BoundLoss):
-    """A `BoundLoss` of an elementwise loss on the CPU, with passes prepared for tensors of given dtypes, shapes and strides."""
+    """A `BoundLoss` of a loss that takes one pass, on the CPU, with passes prepared for tensors of given dtypes, shapes and strides."""
 
     def __init__(
         self, loss: AbstractLoss, reduction: str, names: tuple[str, ...], dtype: torch.dtype, tensors: Sequence[Any],
@@ -172,8 +173,7 @@ class PreparedLoss(BoundLoss):
             return super().compute(summed, wanted, tensors, settings, grad_output=grad_output, **options)
         made = self.passes.get((summed, wanted, form))
         if made is None:
-            assert self.loss.definition is not None
-            call = HostCall(self.loss.definition, self.arguments(summed, wanted, tensors, settings, grad_output=grad_output))
+            call = self.loss.bind(self.arguments(summed, wanted, tensors, settings, grad_output=grad_output), HostCall)
             made = self.passes[summed, wanted, form] = TensorPass(call, (*self.loss.operands, *self.names, "grad_output"), read)
         value, bad, outputs = made.run_on(read, settings, upstream)
         if bad:  # raises the error that names the element, or warns

@@ -43,7 +43,8 @@ def pack_arguments(bound: BoundLoss, tensors: Sequence[Any], settings: Mapping[s
     first, second = tensors[:2]
     others, names = list(tensors[2:]), list(bound.names)  # PyTorch 2.6 makes a tuple of `*others`
     numbers: dict[str, float] = {}
-    parameters = bound.loss.definition.formula.defaults if bound.loss.definition is not None else ()
+    definition = bound.loss.definition
+    parameters = () if definition is None or definition.classes else definition.formula.defaults  # parameters that may be arrays
     for name, x in settings.items():
         if name in parameters and isinstance(x, float) and torch.compiler.is_compiling():
             # As a constant of the compiled code, the number could not change without another compilation. Of the ways to make a
