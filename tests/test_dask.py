@@ -128,6 +128,86 @@ def test_integer_targets_own_losses_and_quantities_of_the_target(rng):
     np.testing.assert_array_equal(BCE.grad(cut(z), t), BCE.grad(z, t))  # a NumPy array beside Dask's
 
 
+def classes(rng, shape):
+    """Return logits of classes, class indices, of which some are ignored, and options by name."""
+    z, entries = (3 * rng.standard_normal(shape)).astype(np.float32), (shape[0], *shape[2:])
+    t = rng.integers(0, shape[1], entries).astype(np.uint8)
+    y = rng.dirichlet(np.ones(shape[1]), entries).astype(np.float32)
+    weight, own = rng.uniform(0.5, 2, shape[1]).astype(np.float32), rng.random(entries).astype(np.float32)
+    options = {
+        "none": {},
+        "ignored": {"ignore_index": 0, "weight": weight},
+        "excluded": {"mask": rng.random(entries) < 0.7, "pixel_weight": own},
+        "the same for all samples": {"mask": rng.random(entries[1:]) < 0.7, "pixel_weight": own[:1], "label_smoothing": 0.1},
+        "probabilities": {"target": np.moveaxis(y, -1, 1).copy(), "weight": weight},
+    }
+    return z, t, options
+
+
+@pytest.mark.parametrize("case", ["none", "ignored", "excluded", "the same for all samples", "probabilities"])
+@pytest.mark.parametrize(
+    ("shape", "reduction"),
+    [
+        *(((13, 5, 9, 11), reduction) for reduction in ("mean", "sum", "none", "batchmean", "sample_mean", "sample_sum")),
+        ((13, 13), "mean"),  # as many classes as samples
+    ],
+    ids=str,
+)
+def test_losses_of_classes(case, reduction, shape, rng):
+    z, t, options = classes(rng, shape)
+    given = {"target": t, "reduction": reduction, **options[case]}
+    values = fl.cross_entropy(z, t, reduction=reduction)
+    if case != "none" and np.ndim(values) in (1, t.ndim):
+        given["grad_output"] = rng.random(np.shape(values)).astype(np.float32)
+    lazy = {name: cut(x) if np.shape(x)[:1] == (13,) and name != "weight" else x for name, x in given.items()}
+    want = fl.cross_entropy.value_and_grad(z, **given)
+    got = fl.cross_entropy.value_and_grad(cut(z), **lazy)
+    assert (got[0].shape, got[0].dtype) == (np.shape(want[0]), np.asarray(want[0]).dtype)
+    assert (got[1].chunks, got[1].dtype) == (cut(z).chunks, z.dtype)
+    value, grad = dask.compute(*got)
+    assert_close(value, want[0], SUM[z.dtype])
+    np.testing.assert_array_equal(grad, want[1])
+    lazy.pop("grad_output", None)
+    np.testing.assert_array_equal(fl.cross_entropy(cut(z), **lazy), value)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
+@pytest.mark.parametrize("loss", [fl.cross_entropy, fl.focal_cross_entropy_loss], ids=lambda loss: loss.__name__)
+def test_any_blocks_of_classes_give_the_bits_of_an_accumulator(loss, reduction, rng):
+    z, t, options = classes(rng, (13, 5, 9, 11))
+    given = options["ignored"]
+    total = fl.Accumulator(loss, reduction=reduction, **given)
+    total.update(z, t)
+    values = [loss(cut(z, along), cut(t, along), reduction=reduction, **given).compute() for along in CHUNKS]
+    values += [loss.value_and_grad(cut(z, along), cut(t, along), reduction=reduction, **given)[0].compute() for along in CHUNKS]
+    assert set(map(float, values)) == {float(total.compute())}
+
+
+def test_wrong_use_of_losses_of_classes(rng):
+    z, t, _ = classes(rng, (13, 5, 9, 11))
+    x, y = cut(z), cut(t)
+    wrong = [
+        ("chunks ((13,), (3, 2), (9,), (11,)); accepted: a first axis, along which alone it is cut (input.rechunk(('auto', -1, -1, -1)))",
+         lambda: fl.cross_entropy(x.rechunk((13, 3, 9, 11)), y)),
+        ("input has shape (5,), a single sample; accepted for Dask arrays: (N, C, ...)",
+         lambda: fl.cross_entropy(x[0, :, 0, 0], y[0, 0, 0])),
+        ("target (13, 9, 10); accepted as targets: class indices", lambda: fl.cross_entropy(x, y[..., 1:])),
+        ("weight has shape (13,); accepted: (5,), a weight for each class", lambda: fl.cross_entropy(x, y, weight=np.ones(13))),
+        ("mask has shape", lambda: fl.cross_entropy(x, y, mask=x > 0)),
+        ("grad_output has shape (0, 9); with reduction 'none' the loss has shape (0, 9, 11)",  # checked without samples
+         lambda: fl.cross_entropy.grad(x, y, reduction="none", grad_output=np.ones((13, 9), np.float32))),
+        ("out is not supported for Dask arrays", lambda: fl.cross_entropy.grad(x, y, out=z)),
+    ]  # fmt: skip
+    for message, call in wrong:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call()
+    with pytest.warns(da.PerformanceWarning, match=r"^target has chunks .* and is rechunked to .*, those of input$"):
+        fl.cross_entropy(x, cut(t, (6, 7)))
+    value = fl.cross_entropy(x, cut(np.where(np.arange(t.size).reshape(t.shape) == 4 * 99 + 2, 5, 0)))
+    with pytest.raises(ValueError, match=r"target\[0, 0, 2\] is 5; accepted: class indices from 0 to 4"):  # in its block
+        value.compute()
+
+
 class Source:
     """An array that counts how often each of its parts is read."""
 
@@ -157,6 +237,14 @@ def test_nothing_is_read_before_it_is_computed_and_each_block_as_often_as_needed
     assert source.reads == 0
     dask.compute(value, grad)
     # the gradient's own pass reads a block from the first, if Dask keeps it, or from the source again
+    assert len(z) <= source.reads <= reads * len(z)
+
+
+@pytest.mark.parametrize(("options", "reads"), [({}, 1), ({"ignore_index": 1}, 2)], ids=str)
+def test_class_indices_that_cannot_be_ignored_are_read_once(options, reads, rng):
+    z, t, _ = classes(rng, SHAPE)
+    source = Source(z)
+    dask.compute(*fl.cross_entropy.value_and_grad(source.lazy(), cut(t), **options))  # no uint8 is -100, the default of ignore_index
     assert len(z) <= source.reads <= reads * len(z)
 
 

@@ -9,6 +9,8 @@ a block is read once, for its sums and its gradients; otherwise the sums of all 
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from fastloss.backends.protocol import Backend
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.accumulated import Sums, exact, joined, rounded
 from fastloss.core.call import Arguments, Call
-from fastloss.core.checks import caller_level, check_shapes, is_none
+from fastloss.core.checks import caller_level, is_none
 from fastloss.core.definition import operand_of
 from fastloss.core.dtypes import float_of
 from fastloss.core.plan import Array
@@ -69,14 +71,11 @@ class Task(NamedTuple):
 
     loss: AbstractLoss
     names: tuple[str, ...]  # of the arrays: "first", "second", and options given as arrays
-    upstream_axes: int  # of an upstream gradient that is an array
     arguments: Arguments  # without the arrays
 
     def arguments_of(self, arrays: tuple[Any, ...]) -> tuple[Arguments, Any]:
         """Return the arguments of a call on a block's arrays, and the subclass of `Call` that reads them."""
         given = dict(zip(self.names, arrays, strict=True))
-        if "grad_output" in given:
-            given["grad_output"] = given["grad_output"].reshape(given["grad_output"].shape[: self.upstream_axes])
         first, second, weight = given.pop("first"), given.pop("second"), given.pop("weight", self.arguments.weight)
         options = {**self.arguments.options, **given}
         return self.arguments._replace(first=first, second=second, weight=weight, options=options), call_of(first)
@@ -89,15 +88,14 @@ class Whole:
         x, self.reduction = arguments.first, arguments.reduction
         self.loss, self.input = loss, x
         check_blocks(loss.operands[0], x)
+        check_samples(loss, x)
         second = DaskBackend.as_array(loss.operands[1], arguments.second)
-        check_shapes(loss.operands[0], x.shape, loss.operands[1], second.shape)
+        loss.check_operands(x.shape, second)
         options = {name: value for name, value in arguments.options.items() if value is not None}
         self.shape = loss.value_shape(x.shape, self.reduction, options)
         self.arrays = {"first": x, "second": self.in_blocks(loss.operands[1], second)}
-        upstream_axes = self.take_arrays({"weight": arguments.weight, **options})
-        self.task = Task(
-            loss, tuple(self.arrays), upstream_axes, arguments._replace(first=None, second=None, weight=None, options=self.options)
-        )
+        self.take_arrays({"weight": arguments.weight, **options})
+        self.task = Task(loss, tuple(self.arrays), arguments._replace(first=None, second=None, weight=None, options=self.options))
         self.check()
 
     @property
@@ -105,40 +103,43 @@ class Whole:
         """Whether the value has numbers for each sample, or none for all: then each block can be computed by itself."""
         return (is_none(self.reduction) or self.reduction.startswith("sample")) and self.shape[:1] == self.input.shape[:1]
 
-    def take_arrays(self, given: Mapping[str, Any]) -> int:
-        """Sort the options into arrays and others; return the number of axes of an upstream gradient that is an array."""
-        axes, self.options = 0, dict[str, Any]()
+    def take_arrays(self, given: Mapping[str, Any]) -> None:
+        """Sort the options into arrays and others."""
+        self.options: dict[str, Any] = {}
         for name, value in given.items():
             if not isinstance(value, da.Array) and (np.ndim(value) == 0 or (name == "grad_output" and not self.has_independent_samples)):
                 self.options |= {} if value is None else {name: value}
-                continue
-            array = DaskBackend.as_array(name, value)
-            if name == "grad_output":
-                axes = array.ndim
-                array = array.reshape(array.shape + (1,) * (self.input.ndim - axes)) if axes else array
-            self.arrays[name] = self.in_blocks(name, array)
-        return axes
+            else:
+                self.arrays[name] = self.in_blocks(name, DaskBackend.as_array(name, value))
 
     def in_blocks(self, name: str, array: Any) -> Any:
         """Return an array in the input's blocks, or in one block if it is the same for all samples."""
-        first = self.input.chunks[0] if self.has_samples(array) else array.shape[:1]
+        first = self.input.chunks[0] if self.has_samples(name, array) else array.shape[:1]
         chunks = (first, *[(length,) for length in array.shape[1:]]) if array.ndim else ()
         if isinstance(array, np.ndarray):
             return da.from_array(array, chunks)
-        if self.has_samples(array) and array.chunks != chunks:
+        if self.has_samples(name, array) and array.chunks != chunks:
             what = f"{name} has chunks {array.chunks} and is rechunked to {chunks}, those of {self.loss.operands[0]}"
             warnings.warn(what, da.PerformanceWarning, stacklevel=caller_level())
         return array.rechunk(chunks)
 
-    def has_samples(self, array: Any) -> bool:
+    def axes_of(self, name: str, array: Any) -> tuple[int, ...]:
+        """Return the axes of the input that the axes of an array lie along."""
+        name = {"first": self.loss.operands[0], "second": self.loss.operands[1]}.get(name, name)
+        return self.loss.axes_of(name, array.ndim, self.input.ndim)
+
+    def has_samples(self, name: str, array: Any) -> bool:
         """Whether an array has an entry for each sample along its first axis."""
-        return array.ndim == self.input.ndim and array.shape[0] == self.input.shape[0]
+        return self.axes_of(name, array)[:1] == (0,) and array.shape[0] == self.input.shape[0]
+
+    def empty(self) -> tuple[Any, ...]:
+        """Return the arrays of a block without samples."""
+        shapes = {name: (0, *x.shape[1:]) if self.has_samples(name, x) else x.shape for name, x in self.arrays.items()}
+        return tuple(np.zeros_like(x._meta, shape=shapes[name]) for name, x in self.arrays.items())
 
     def check(self) -> None:
         """Raise the errors of bad arguments now, and not when results are computed, by a call with no samples."""
-        shapes = [(0, *x.shape[1:]) if self.has_samples(x) else x.shape for x in self.arrays.values()]
-        empty = [np.zeros_like(x._meta, shape=shape) for x, shape in zip(self.arrays.values(), shapes, strict=True)]
-        arguments, call = self.task.arguments_of(tuple(empty))
+        arguments, call = self.task.arguments_of(self.empty())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # the mean of no elements
             self.loss.compute(arguments, call)
@@ -148,12 +149,7 @@ class Whole:
     def compute_independently(self) -> tuple[Any, list[Any]]:
         """Make the call block by block."""
         blocks = self.map(compute_block)
-        value = None
-        if self.task.arguments.summed:
-            missing = self.input.ndim - len(self.shape)
-            chunks = (self.input.chunks[0], *[(length,) for length in self.shape[1:]], *[(1,)] * missing)
-            value = pick(blocks, 0, chunks, np.float64, self.input._meta)[(..., *[0] * missing)]
-        return value, self.outputs(blocks)
+        return self.written(blocks, 0, np.float64) if self.task.arguments.summed else None, self.outputs(blocks)
 
     def compute_in_parts(self) -> tuple[Any, list[Any]]:
         """Add up the sums of all blocks; gradients are divided by a number that follows from the sums, or from the shape."""
@@ -168,24 +164,46 @@ class Whole:
 
     def known_divisor(self) -> float | None:
         """Return the number that gradients are divided by, if the shape decides it and a block takes one pass."""
-        excludes = "mask" in self.arrays or "ignore_index" in self.options
-        if len(self.loss.definitions) > 1 or (excludes and self.reduction == "mean"):
+        if len(self.loss.definitions) > 1 or (self.reduction == "mean" and self.must_count()):
             return None
-        return {"mean": self.input.size, "sum": 1, "batchmean": self.input.shape[0]}[self.reduction]
+        return {"mean": count_entries(self.loss, self.input.shape), "sum": 1, "batchmean": self.input.shape[0]}[self.reduction]
+
+    def must_count(self) -> bool:
+        """Whether elements decide what a mean divides by: a mask, targets that may be ignored, or class weights."""
+        arguments, call = self.task.arguments_of(self.empty())
+        options = {**arguments.options, "weight": arguments.weight}
+        return not isinstance(self.loss.count((arguments.first, arguments.second), options, call), int)
 
     def map(self, function: Callable[..., Any], *others: Any, **settings: Any) -> Any:
         """Call a function with the arrays of each block; return an array whose blocks are the results, whatever they are.
 
         It has as many axes as the input. With fewer, Dask would copy the blocks, and not read them in the task that computes with them.
         """
-        chunks = tuple((1,) * count for count in self.input.numblocks)
-        meta = np.empty((0,) * self.input.ndim, object)
-        return da.map_blocks(function, *self.arrays.values(), *others, task=self.task, **settings, chunks=chunks, dtype=object, meta=meta)
+        axes = tuple(range(self.input.ndim))
+        placed = [(x, self.axes_of(name, x)) for name, x in self.arrays.items()] + [(x, ()) for x in others]
+        return da.blockwise(
+            function, axes, *itertools.chain(*placed), task=self.task, **settings, adjust_chunks=dict.fromkeys(axes, 1), dtype=object,
+            meta=np.empty((0,) * len(axes), object),
+        )  # fmt: skip
 
     def outputs(self, blocks: Any) -> list[Any]:
         """Return the arrays that the blocks have written. The first result of a block is its value or its sums."""
-        like = [self.arrays["second" if operand_of(name) == "target" else "first"] for name in self.task.arguments.wanted]
-        return [pick(blocks, k, x.chunks, x.dtype, x._meta) for k, x in enumerate(like, 1)]
+        return [self.output(blocks, k, name) for k, name in enumerate(self.task.arguments.wanted, 1)]
+
+    def output(self, blocks: Any, k: int, name: str) -> Any:
+        """Return the array of a quantity, which is the k-th result of each block."""
+        if name == "value":
+            return self.written(blocks, k, self.input.dtype)
+        like = self.arrays["second" if operand_of(name) == "target" else "first"]
+        return pick(blocks, k, like.chunks, like.dtype, like._meta)
+
+    def written(self, blocks: Any, k: int, dtype: Any) -> Any:
+        """Return the values that are the k-th result of each block. The axes of the input that they lack are added, then removed."""
+        axes = self.loss.axes_of("grad_output", len(self.shape), self.input.ndim)
+        lengths = dict(zip(axes, self.shape, strict=True))
+        missing = tuple(axis for axis in range(self.input.ndim) if axis not in lengths)
+        chunks = (self.input.chunks[0], *[(lengths.get(axis, 1),) for axis in range(1, self.input.ndim)])
+        return pick(blocks, k, chunks, dtype, self.input._meta, missing).squeeze(missing)
 
     def value(self, sums: Any) -> Any:
         """Return the value that follows from the sums of all blocks."""
@@ -201,8 +219,6 @@ class Whole:
 def compute_block(*arrays: Any, task: Task) -> list[Any]:
     """Return the value of a block, and its arrays."""
     value, outputs = task.loss.compute(*task.arguments_of(arrays))
-    if value is not None:
-        value = value.reshape(value.shape + (1,) * (arrays[0].ndim - value.ndim))
     return [value, *outputs]
 
 
@@ -219,7 +235,7 @@ def compute_part(*arrays: Any, task: Task, divisor: float) -> list[Any]:
     arguments, call = task.arguments_of(arrays)
     value, outputs = task.loss.compute_part(arguments, call, divisor, "sample_sum")
     sums = {"value": call.to_host(value)} if arguments.summed else {}
-    return [exact({**sums, "count": arguments.first.size}), *outputs]
+    return [exact({**sums, "count": count_entries(task.loss, arguments.first.shape)}), *outputs]
 
 
 def differentiate_block(*arrays: Any, task: Task, samples: int) -> list[Any]:
@@ -254,14 +270,20 @@ def join_all(parts: Any, axis: Any, keepdims: bool) -> Sums:
     return functools.reduce(joined, [join_all(part, axis, keepdims) for part in parts])
 
 
-def pick(blocks: Any, k: int, chunks: Any, dtype: Any, like: Any) -> Any:
-    """Return the array that consists of each block's k-th result."""
-    return blocks.map_blocks(item, k=k, chunks=chunks, dtype=dtype, meta=np.empty_like(like, dtype, shape=(0,) * len(chunks)))
+def count_entries(loss: AbstractLoss, shape: tuple[int, ...]) -> int:
+    """Return the number of values of an elementwise loss or of a loss of classes, before they are reduced."""
+    return math.prod(loss.value_shape(shape, "none", {}))
 
 
-def item(block: list[Any], *, k: int) -> Any:
-    """Return the k-th result of a block."""
-    return block[k]
+def pick(blocks: Any, k: int, chunks: Any, dtype: Any, like: Any, missing: tuple[int, ...] = ()) -> Any:
+    """Return the array that consists of each block's k-th result, with axes of length 1 where some are missing."""
+    meta = np.empty_like(like, dtype, shape=(0,) * len(chunks))
+    return blocks.map_blocks(item, k=k, missing=missing, chunks=chunks, dtype=dtype, meta=meta)
+
+
+def item(block: list[Any], *, k: int, missing: tuple[int, ...]) -> Any:
+    """Return the k-th result of a block, with axes of length 1 where some are missing."""
+    return np.expand_dims(block[k], missing) if missing else block[k]
 
 
 def call_of(block: Any) -> type[Call]:
@@ -282,6 +304,12 @@ def check_blocks(name: str, x: Any) -> None:
     if not x.ndim or any(count > 1 for count in x.numblocks[1:]):
         found, whole = f"{name} has shape {x.shape} and chunks {x.chunks}", ("auto", *[-1] * (x.ndim - 1))
         raise ValueError(f"{found}; accepted: a first axis, along which alone it is cut ({name}.rechunk({whole}))")
+
+
+def check_samples(loss: AbstractLoss, x: Any) -> None:
+    """Raise an error if the first axis of a loss's input is not that of samples."""
+    if loss.axes_of("grad_output", 1, x.ndim) != (0,):
+        raise ValueError(f"{loss.operands[0]} has shape {x.shape}, a single sample; accepted for Dask arrays: (N, C, ...)")
 
 
 BACKEND = DaskBackend()

@@ -67,6 +67,13 @@ class AbstractLoss(Accumulated):
         assert self.definition is not None
         return call(self.definition, arguments)
 
+    def axes_of(self, name: str, count: int, axes: int) -> tuple[int, ...]:
+        """Return the axes of an input with so many axes that the `count` axes of an array lie along.
+
+        The array is an operand, an option, or `grad_output`, whose axes are those of the value. A reduction keeps the leading axes.
+        """
+        return tuple(range(count) if name == "grad_output" else range(axes - count, axes))
+
     def check_operands(self, first: tuple[int, ...], second: Any) -> None:
         """Raise an error if the second operand does not fit the shape of the first."""
         check_shapes(self.operands[0], first, self.operands[1], second.shape)

@@ -101,10 +101,7 @@ class ClassLoss(AbstractLoss):
 
     def on(self, input: Any, arguments: Arguments) -> tuple[Any, list[Any]]:
         """Compute with the backend of the input's framework."""
-        backend = find_backend(input)
-        if backend.is_lazy:
-            raise NotImplementedError(f"{self.__name__} takes no Dask arrays; accepted: their blocks, by a fastloss.Accumulator")
-        computed: tuple[Any, list[Any]] = backend.compute(self, arguments)
+        computed: tuple[Any, list[Any]] = find_backend(input).compute(self, arguments)
         return computed
 
     def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
@@ -130,6 +127,16 @@ class ClassLoss(AbstractLoss):
     def value_shape(self, shape: tuple[int, ...], reduction: str, options: Mapping[str, Any]) -> tuple[int, ...]:
         """Return the shape of the loss's value for operands of a given shape."""
         return super().value_shape(entries_of(shape), reduction, options)
+
+    def axes_of(self, name: str, count: int, axes: int) -> tuple[int, ...]:
+        """Return the axes of an input that the axes of an array lie along; see `AbstractLoss`."""
+        of_classes = class_axis(axes)
+        if name == "weight":
+            return (of_classes,)
+        if name == self.operands[0] or (name == self.operands[1] and count == axes):
+            return tuple(range(axes))
+        of_entries = (*range(of_classes), *range(of_classes + 1, axes))
+        return of_entries[:count] if name == "grad_output" else of_entries[max(0, len(of_entries) - count) :]
 
     def check_operands(self, first: tuple[int, ...], second: Any) -> None:
         """Raise an error if the targets are not class indices that fit the shape of the input."""
