@@ -15,7 +15,7 @@ from tests.ulp import TRAINING, assert_close
 
 torch = pytest.importorskip("torch")
 
-from examples import segmentation_torch, vae_torch  # noqa: E402
+from examples import segmentation_classes_torch, segmentation_torch, vae_torch  # noqa: E402
 from tests.labels import misplaced  # noqa: E402
 
 DIGITS = ["--data", "digits", "--batch", "32"]
@@ -23,6 +23,7 @@ PHOTOGRAPHS = ["--data", "photographs", "--size", "32", "--batch", "4"]
 TRAININGS = [
     *((vae_torch, [*data, "--loss", loss]) for data in (DIGITS, PHOTOGRAPHS) for loss in ("bce", "mse")),
     (segmentation_torch, ["--size", "32", "--batch", "4"]),
+    (segmentation_classes_torch, ["--size", "32", "--batch", "4"]),
 ]
 
 
@@ -98,6 +99,7 @@ def test_samples_look_like_digits():
         (vae_torch, ["--by", "jax"], "invalid choice: 'jax'"),
         (segmentation_torch, ["--size", "40"], "'40' is not a multiple of 16 from 32 to 256"),
         (segmentation_torch, ["--batch", "0"], "'0' is not a whole number from 1 on"),
+        (segmentation_classes_torch, ["--size", "60"], "'60' is not a multiple of 8 from 16 to 384"),
         (segmentation_torch, ["--out", "nowhere/x.png"], "'nowhere/x.png' is not the name of a .png in a folder that exists"),
     ],
 )
@@ -107,7 +109,7 @@ def test_errors_name_bad_options(example, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("example", "options"), [(vae_torch, DIGITS), (vae_torch, PHOTOGRAPHS), TRAININGS[-1]])
+@pytest.mark.parametrize(("example", "options"), [(vae_torch, DIGITS), (vae_torch, PHOTOGRAPHS), *TRAININGS[-2:]])
 def test_a_script_runs_by_itself(example, options, tmp_path):
     arguments = [sys.executable, example.__file__, *options, "--steps", "1", "--threads", "1"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=tmp_path)
