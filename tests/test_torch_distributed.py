@@ -40,6 +40,7 @@ LOSSES = {  # a loss of fastloss, and the same loss by PyTorch
     "BCE, mean, in place": (ft.BCEWithLogitsLoss(inplace_grad=True), nn.BCEWithLogitsLoss()),
     "BCE, batchmean": (ft.BCEWithLogitsLoss(reduction="batchmean"), bce_batchmean),
     "MSE, sum": (ft.MSELoss(reduction="sum"), nn.MSELoss(reduction="sum")),
+    "cross-entropy of probabilities": (ft.CrossEntropyLoss(label_smoothing=0.1), nn.CrossEntropyLoss(label_smoothing=0.1)),
 }
 
 
@@ -63,6 +64,23 @@ def divergence(z, t, **options):
     return ft.gaussian_kl_loss(z, z.square(), mask=t > 0.25, **options)
 
 
+def indices(t):
+    """Return the class of each pixel, from 0 to 2. How often a class occurs differs from sample to sample."""
+    return (6 * t[:, 0] * t[:, 0, :1, :1]).clamp(max=2).to(torch.uint8)
+
+
+def weighted_classes(z, t, **options):
+    return ft.CrossEntropyLoss(torch.tensor([0.5, 2.0, 1.0]), ignore_index=1)(z, indices(t), **options)
+
+
+def excluded_pixels(z, t, **options):
+    return ft.cross_entropy(z, indices(t), mask=t[:, 1] > 0.25, pixel_weight=t[:, 2], label_smoothing=0.1, **options)
+
+
+def weighted_probabilities(z, t, **options):
+    return ft.cross_entropy(z, t.softmax(1), torch.tensor([0.5, 2.0, 1.0]), mask=t[:, 1] > 0.25, **options)
+
+
 JOINED = {  # losses that take a process_group; without one, they are computed on the whole batch
     "BCE, mask": bce,
     "BCE, ignored": ignoring,
@@ -75,6 +93,12 @@ JOINED = {  # losses that take a process_group; without one, they are computed o
     "Dice of the batch": lambda z, t, **options: ft.dice_with_logits_loss(z, t, per_sample=False, weight=t, **options),
     "Dice by channel": lambda z, t, **options: ft.dice_with_logits_loss(z, t, per_sample=False, reduction="none", **options).square().sum(),
     "Dice and BCE": lambda z, t, **options: ft.DiceBCEWithLogitsLoss(bce_weight=0.3)(z, t, mask=t > 0.25, **options),
+    "cross-entropy": lambda z, t, **options: ft.cross_entropy(z, indices(t), **options),
+    "cross-entropy, weights and ignored": weighted_classes,
+    "cross-entropy, mask": excluded_pixels,
+    "cross-entropy, probabilities": weighted_probabilities,
+    "focal cross-entropy, sum of all": lambda z, t, **options: ft.FocalCrossEntropyLoss(reduction="sum")(z, indices(t), **options),
+    "focal cross-entropy, ignored": lambda z, t, **options: fl.focal_cross_entropy_loss(z, indices(t), ignore_index=2, **options),
     "both gradients": lambda z, t, **options: ft.mse_loss(z, z.sin(), **options),
 }
 
