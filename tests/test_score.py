@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from pyarrow import parquet
 
 import fastloss as fl
 from fastloss import __main__
-from fastloss.score import batches, statistics
+from fastloss.score import batches, statistics, thumbnails
 from fastloss.score.batches import Scores
 from tests.labels import misplaced
 
@@ -124,6 +124,154 @@ def test_images_without_elements_that_count_have_no_loss(folder, capsys):
     np.save("mask.npy", np.zeros(SHAPE, bool))
     assert score("--target-scale", SCALE, "--mask", "mask.npy", "--png", "out.png") == 0
     assert np.isnan(losses()).all()
+
+
+# --- classes ----------------------------------------------------------------------------------------------------------
+
+CLASSES = 5
+ENTRIES = (SHAPE[0], *SHAPE[2:])
+
+
+@pytest.fixture
+def masks(folder, rng):
+    """Add logits of classes and class indices, of which some are 255, to the folder; return both."""
+    z, t = (3 * rng.standard_normal((SHAPE[0], CLASSES, *SHAPE[2:]))).astype(np.float32), rng.integers(0, CLASSES, ENTRIES, dtype=np.uint8)
+    t[rng.random(ENTRIES) < 0.2] = 255
+    t[4] = 255
+    np.save("z.npy", z)
+    np.save("t.npy", t)
+    return z, t
+
+
+def score_classes(*arguments, x="z.npy", y="t.npy", loss="cross_entropy", **files):
+    """Run the command with a loss of classes, whose targets of 255 are ignored."""
+    return score("--ignore-index", 255, *arguments, x=x, y=y, loss=loss, **files)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
+@pytest.mark.parametrize(("loss", "own"), [("cross_entropy", {"label_smoothing": 0.1}), ("focal_cross_entropy_loss", {"gamma": 0.5})])
+def test_losses_of_classes(masks, capsys, rng, loss, own, reduction):
+    z, t = masks
+    options = {
+        "weight": rng.uniform(0.5, 2, CLASSES).astype(np.float32), "mask": rng.random(ENTRIES) < 0.7,
+        "pixel_weight": rng.random(ENTRIES, dtype=np.float32),
+    }  # fmt: skip
+    for name, x in options.items():
+        np.save(f"{name}.npy", x)
+    files = [text for name in options for text in (f"--{name.replace('_', '-')}", f"{name}.npy")]
+    given = [text for name, x in own.items() for text in (f"--{name.replace('_', '-')}", x)]
+    assert score_classes(*given, *files, "--reduction", reduction, loss=loss) == 0
+    of_image = "sample_mean" if reduction == "mean" else "sample_sum"
+    with pytest.warns(RuntimeWarning) if reduction == "mean" else nullcontext():
+        want = getattr(fl, loss)(z, t, reduction=of_image, ignore_index=255, **own, **options)
+    want[4] = np.nan  # all of its pixels are ignored
+    np.testing.assert_array_equal(losses(), want)
+    whole = fl.Accumulator(getattr(fl, loss), reduction=reduction, ignore_index=255, weight=options.pop("weight"), **own)
+    whole.update(z, t, **options)
+    assert total(capsys.readouterr().out) == whole.compute()
+
+
+def palette_masks(t):
+    """Write class indices as pictures with a palette."""
+    for k, mask in enumerate(t):
+        picture = Image.fromarray(mask)
+        picture.putpalette(np.random.default_rng(0).permutation(768).astype(np.uint8).tobytes())  # makes it one of mode P
+        picture.save(f"masks/{k:02}.png")
+    return "z.npy", "masks", []
+
+
+def grey_masks(t):
+    """Write class indices as grey pictures."""
+    for k, mask in enumerate(t):
+        Image.fromarray(mask).save(f"masks/{k:02}.png")
+    return "z.npy", "masks", []
+
+
+def zarr_masks(t):
+    """Write class indices, and the logits, as Zarr arrays in other chunks."""
+    for name, images, x in (("z", 5, np.load("z.npy")), ("t", 3, t)):
+        zarr.create_array(f"{name}.zarr", shape=x.shape, chunks=(images, *x.shape[1:]), dtype=x.dtype)[:] = x
+    return "z.zarr", "t.zarr", []
+
+
+def raw_masks(t):
+    """Write class indices, and the logits, as raw numbers."""
+    np.load("z.npy").tofile("z.raw")
+    t.astype(np.int64).tofile("t.raw")
+    shape = ",".join(map(str, (SHAPE[0], CLASSES, *SHAPE[2:])))
+    return "z.raw", "t.raw", ["--dtype", "float32", "--target-dtype", "int64", "--shape", shape]
+
+
+@pytest.mark.parametrize("make", [palette_masks, grey_masks, zarr_masks, raw_masks])
+def test_class_indices_in_other_files(masks, capsys, make):
+    assert score_classes() == 0
+    want = total(capsys.readouterr().out), losses()
+    Path("masks").mkdir()
+    x, y, options = make(masks[1])
+    assert score_classes(*options, x=x, y=y, out="other.csv") == 0
+    assert total(capsys.readouterr().out) == want[0]
+    np.testing.assert_array_equal(losses("other.csv"), want[1])
+
+
+@pytest.mark.parametrize("is_raw", [False, True])
+def test_probabilities_of_classes(masks, rng, is_raw):
+    y = np.moveaxis(rng.dirichlet(np.ones(CLASSES), ENTRIES), -1, 1).astype(np.float32)
+    (y.tofile if is_raw else lambda path: np.save(path, y))("y.raw" if is_raw else "y.npy")
+    options = ["--dtype", "float32"] if is_raw else []
+    assert score("--png", "out.png", *options, x="z.npy", y="y.raw" if is_raw else "y.npy", loss="cross_entropy") == 0
+    np.testing.assert_array_equal(losses(), fl.cross_entropy(masks[0], y, reduction="sample_mean"))
+
+
+VOC = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 3: (128, 128, 0), 4: (0, 0, 128), 15: (192, 128, 128), 255: (224, 224, 192)}
+
+
+def test_classes_have_the_colours_of_pascal_voc(masks, monkeypatch):
+    np.testing.assert_array_equal(thumbnails.class_colours(np.array([list(VOC)], np.uint8))[0], list(VOC.values()))
+    (z, t), colours = masks, np.zeros((256, 3), np.uint8)
+    colours[list(VOC)] = list(VOC.values())
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: (figures.append(figure), Path(path).touch()))
+    assert score_classes("--png", "out.png", "--worst", 2) == 0
+    assert [misplaced(figure) for figure in figures] == [[]]
+    shown = [axes.images[0].get_array() for axes in figures[0].axes if axes.images]
+    worst = np.argsort(-np.nan_to_num(losses()))[:2]
+    for k, (image, target) in zip(worst, zip(shown[::2], shown[1::2], strict=True), strict=True):
+        np.testing.assert_array_equal(image, colours[z[k].argmax(axis=0)])
+        np.testing.assert_array_equal(target, colours[t[k]])
+
+
+def as_colours(t):
+    """Write class indices as colours, which tell no index."""
+    Path("masks").mkdir()
+    for k, mask in enumerate(t):
+        Image.fromarray(np.stack([mask] * 3, axis=-1)).save(f"masks/{k:02}.png")
+
+
+WRONG_CLASSES = {  # by case: what is done to the class indices, files, further arguments, and the message
+    "a class too many": (lambda t: np.save("t.npy", np.where(np.arange(23)[:, None, None] == 17, 5, t)), {}, [],
+                         r"target\[17, 0, 0\] is 5; accepted: class indices from 0 to 4, and ignore_index=255"),
+    "masks in colours": (as_colours, {"y": "masks"}, [], r"target \(23, 12, 10, 3\); accepted as targets: class indices, of an integer"),
+    "shape of masks": (lambda t: np.save("t.npy", t[:, 1:]), {}, [], r"target \(23, 11, 10\); accepted as targets: class indices"),
+    "a prediction as pictures": (as_colours, {"x": "masks"}, [], r"input: masks is a folder, but no Zarr array"),
+    "fractions": (lambda t: np.save("t.npy", t.astype(float)), {"loss": "focal_cross_entropy_loss"}, [],
+                  r"target has a floating-point dtype; accepted: class indices"),
+    "weights": (lambda t: np.save("w.npy", np.ones(4)), {}, ["--weight", "w.npy"], r"weight has shape \(4,\); accepted: \(5,\), a weight"),
+    "scale": (lambda t: None, {}, ["--target-scale", "1/255"], r"unknown option target_scale; accepted: "),
+    "one sample": (lambda t: [np.save("z.npy", np.zeros(5)), np.save("t.npy", np.uint8(3))], {}, [],
+                   r"input has shape \(5,\); accepted: at least one image"),
+    "no picture": (lambda t: [np.save("z.npy", np.zeros((23, 5, 9))), np.save("t.npy", t[:, 0, :9])], {}, ["--png", "p.png"],
+                   r"--png: an image has shape \(5, 9\); accepted: \(C, H, W\) with C classes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_CLASSES)
+def test_wrong_use_of_losses_of_classes(masks, folder, capsys, case):
+    spoil, files, options, message = WRONG_CLASSES[case]
+    spoil(masks[1])
+    before = set(folder.iterdir())
+    assert score_classes(*options, **files) == 2
+    assert re.search(message, one_line(capsys))
+    assert set(folder.iterdir()) == before
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -19,9 +19,8 @@ OF_THIS_COMMAND = {*INPUT_AND_TARGET, "weight", "mask", "reduction", "grad_outpu
 
 
 def losses() -> dict[str, Any]:
-    """Return the losses of an input and a target of the same shape, by name."""
-    found = {name: row.loss for name, row in LOSSES.items() if not row.classes}
-    return {name: loss for name, loss in found.items() if loss.operands == INPUT_AND_TARGET}
+    """Return the losses of an input and a target, by name."""
+    return {name: row.loss for name, row in LOSSES.items() if row.loss.operands == INPUT_AND_TARGET}
 
 
 def loss_options() -> dict[str, dict[str, Any]]:
@@ -53,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     raw.add_argument("--target-dtype", metavar="DTYPE", help="dtype of a raw target, if it is another")
     options = parser.add_argument_group("options of the losses", "numbers may be written as quotients, such as 1/255")
     for name in ("mask", "weight"):
-        options.add_argument(f"--{name}", type=Path, metavar="FILE", help=describe(OPTIONS[name].format(first="input")))
+        of_classes = "; of a loss of several classes, one number for each class" if name == "weight" else ""
+        options.add_argument(f"--{name}", type=Path, metavar="FILE", help=describe(OPTIONS[name].format(first="input")) + of_classes)
     for name, owners in loss_options().items():
         add_option(options, name, owners)
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 import fastloss as fl
-from fastloss.core.checks import check_dtype, check_target
+from fastloss.core.checks import check_dtype
 from fastloss.core.plan import Array
 from fastloss.score.sources import Source
 
@@ -55,7 +55,7 @@ class Batches:
 
     def __init__(self, loss: Any, sources: Mapping[str, Source], whole: Mapping[str, Array], settings: Mapping[str, Any]) -> None:
         self.loss, self.sources, self.whole, self.settings = loss, sources, whole, settings
-        check_sources(sources)
+        check_sources(loss, sources)
         self.count = sources["input"].shape[0]
         self.image_bytes = sum(math.prod(source.shape[1:]) * source.dtype.itemsize for source in sources.values())
         working_bytes = sum(source.working_bytes for source in sources.values())
@@ -132,14 +132,14 @@ class Batches:
             fl.set_num_threads(threads)
 
 
-def check_sources(sources: Mapping[str, Source]) -> None:
+def check_sources(loss: Any, sources: Mapping[str, Source]) -> None:
     """Raise ValueError or TypeError for arrays that a loss does not take, before any image is read."""
     shape = sources["input"].shape
     for name, source in sources.items():
         check_dtype(name, source.dtype)
         if name == "target":
-            check_target(shape, source.shape)
-    if not math.prod(shape) or not shape:
+            loss.check_operands(shape, source)
+    if not math.prod(shape) or not shape or loss.axes_of("grad_output", 1, len(shape)) != (0,):
         raise ValueError(f"input has shape {shape}; accepted: at least one image, along the first axis, with at least one element")
 
 

@@ -20,7 +20,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 import fastloss as fl
 from fastloss.core.checks import refuse_unknown
+from fastloss.core.definition import entries_of
+from fastloss.core.dtypes import is_float
 from fastloss.core.plan import Array
+from fastloss.losses.table import LOSSES
 from fastloss.score import report, thumbnails
 from fastloss.score.arguments import loss_options, losses
 from fastloss.score.batches import MOST_BYTES, Batches
@@ -70,15 +73,18 @@ class Run:
         numbers, files = options_of(arguments)
         operands = open_operands(arguments)
         arrays = {name: open_source(path, name) for name, path in files.items()}
-        shape = operands["input"].shape
-        by_image = {name: x for name, x in arrays.items() if x.shape[:1] == shape[:1] and len(x.shape) == len(shape)}
+        shape, loss = operands["input"].shape, losses()[arguments.loss]
+        by_image = {
+            name: x for name, x in arrays.items()
+            if x.shape[:1] == shape[:1] and loss.axes_of(name, len(x.shape), len(shape))[:1] == (0,)
+        }  # fmt: skip
         whole = {name: load(x, name) for name, x in arrays.items() if name not in by_image}
         self.sources = {**operands, **arrays}
-        self.batches = Batches(losses()[arguments.loss], {**operands, **by_image}, whole, {"reduction": arguments.reduction, **numbers})
+        self.batches = Batches(loss, {**operands, **by_image}, whole, {"reduction": arguments.reduction, **numbers})
         self.partial = Partial(arguments.out, self.batches.accumulator(), self.origin())
         self.names = operands["target"].names()
         if arguments.png:
-            thumbnails.check_shape(shape)
+            thumbnails.check_shape(shape, LOSSES[arguments.loss].classes)
 
     def check_outputs(self) -> None:
         """Raise ValueError for files that cannot be written, before anything is read."""
@@ -160,8 +166,14 @@ class Run:
         sheet = [(title, *thumbnails.thumbnails(self.batches, image)) for title, image in found]
         from fastloss.score import picture  # imports matplotlib, whose memory is not needed before
 
-        shape = self.sources["input"].shape
-        picture.draw(png, values, [picture.Shown(*x) for x in sheet], thumbnails.channels(shape[1:]))
+        picture.draw(png, values, [picture.Shown(*x) for x in sheet], self.note())
+
+    def note(self) -> str:
+        """Return what the sheet shows of an image, if that is not all of it."""
+        if LOSSES[self.arguments.loss].classes:
+            return " (the most probable class of each pixel)"
+        channels = thumbnails.channels(self.sources["input"].shape[1:])
+        return "" if channels in (1, 3) else f" (the first of {channels} channels)"
 
 
 def check_installed(names: Iterable[str]) -> None:
@@ -185,8 +197,11 @@ def open_operands(arguments: argparse.Namespace) -> dict[str, Source]:
     dtype = to_dtype(arguments.dtype) if arguments.dtype else None
     target_dtype = to_dtype(arguments.target_dtype) if arguments.target_dtype else dtype
     predicted = open_source(arguments.input, "input", RawFormat(dtype, arguments.shape))
-    raw = RawFormat(target_dtype, arguments.shape or predicted.shape)
-    return {"input": predicted, "target": open_source(arguments.target, "target", raw, pictures_like=predicted.shape)}
+    like, raw_shape = predicted.shape, arguments.shape or predicted.shape
+    if LOSSES[arguments.loss].classes:
+        like = entries_of(like)
+        raw_shape = raw_shape if target_dtype is not None and is_float(target_dtype) else entries_of(raw_shape)
+    return {"input": predicted, "target": open_source(arguments.target, "target", RawFormat(target_dtype, raw_shape), like)}
 
 
 def load(source: Source, name: str) -> Array:

@@ -24,13 +24,13 @@ class Shown(NamedTuple):
     target: Bytes
 
 
-def draw(png: Path, values: Values, sheet: Sequence[Shown], channels: int) -> None:
-    """Write the picture to a file."""
+def draw(png: Path, values: Values, sheet: Sequence[Shown], note: str) -> None:
+    """Write the picture to a file. The note says what is shown of the images in the sheet."""
     rows = math.ceil(len(sheet) / PAIRS)
     figure: Any = Figure(figsize=(11, 3 + 1.75 * rows), dpi=110, layout="constrained")
     if rows:
         parts = figure.subfigures(2, 1, height_ratios=(3, 1.75 * rows))
-        draw_sheet(parts[1], sheet, channels)
+        draw_sheet(parts[1], sheet, note)
     draw_histogram(parts[0] if rows else figure, values)
     figure.savefig(png, format="png")
 
@@ -49,9 +49,8 @@ def draw_histogram(figure: Any, values: Values) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_sheet(figure: Any, sheet: Sequence[Shown], channels: int) -> None:
+def draw_sheet(figure: Any, sheet: Sequence[Shown], note: str) -> None:
     """Draw images, and on the right of each its target."""
-    note = "" if channels in (1, 3) else f" (the first of {channels} channels)"
     figure.suptitle(f"The images with the largest losses, each with its target on the right{note}")
     grid = figure.subplots(math.ceil(len(sheet) / PAIRS), 2 * PAIRS, squeeze=False)
     for axes in grid.flat:
