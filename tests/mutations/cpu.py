@@ -498,9 +498,14 @@ MUTATIONS = (
         ("test_dask.py::test_any_blocks_give_the_bits_of_an_accumulator",),
     ),
     Mutation(
-        "masked-divisor-from-shape", "backends/dask.py", "(excludes and self.reduction == \"mean\")", "(excludes and False)",
+        "masked-divisor-from-shape", "backends/dask.py", "(self.reduction == \"mean\" and self.must_count())", "False",
         "A masked mean of Dask arrays is divided by the number of all elements.",
         ("test_dask.py::test_any_blocks_give_the_bits_of_an_accumulator",),
+    ),
+    Mutation(
+        "class-weights-cut-as-samples", "losses/classes.py", "return (of_classes,)", "return (0,)",
+        "Class weights beside a Dask array with as many samples as classes are cut into its blocks.",
+        ("test_dask.py::test_losses_of_classes",),
     ),
     Mutation(
         "gradient-of-one-process", "backends/torch/ranks.py", '"grad_output": self.processes})', '"grad_output": 1})',
