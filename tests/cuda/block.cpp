@@ -22,7 +22,7 @@ Index threadIdx, blockIdx, gridDim;
 }
 
 static constexpr size_t STACK = 1 << 16;
-enum State { READY, AT_BARRIER, DONE };
+enum State { NEW, AT_BARRIER, DONE };
 
 struct Fiber {
     ucontext_t start;  // used only to start the fiber, because switching to a context makes a system call
@@ -41,10 +41,13 @@ static void give_way(Fiber& fiber, const State state) {
     if (!_setjmp(fiber.here)) _longjmp(scheduler, 1);
 }
 
+// Run a thread of one block after another.
 static void enter() {
     Fiber& own = fibers[threadIdx.x];
-    kernel(arguments);
-    give_way(own, DONE);
+    for (;;) {
+        kernel(arguments);
+        give_way(own, DONE);
+    }
 }
 
 extern "C" void __syncthreads() {
@@ -54,7 +57,7 @@ extern "C" void __syncthreads() {
 
 static void resume(Fiber& fiber) {
     if (_setjmp(scheduler)) return;
-    if (fiber.state == READY) setcontext(&fiber.start);
+    if (fiber.state == NEW) setcontext(&fiber.start);
     _longjmp(fiber.here, 1);
 }
 
@@ -80,23 +83,27 @@ static std::vector<unsigned int> shuffled(const unsigned int count, std::mt19937
     return order;
 }
 
+static void make_fibers(const unsigned int threads) {
+    fibers.resize(threads);
+    stacks.resize(threads * STACK);
+    for (size_t t = 0; t < threads; ++t) {
+        getcontext(&fibers[t].start);
+        fibers[t].start.uc_stack.ss_sp = stacks.data() + t * STACK;
+        fibers[t].start.uc_stack.ss_size = STACK;
+        fibers[t].start.uc_link = nullptr;
+        fibers[t].state = NEW;
+        makecontext(&fibers[t].start, enter, 0);
+    }
+}
+
 extern "C" void launch(void (*body)(const void*), const void* given, unsigned int blocks, unsigned int threads, unsigned int seed) {
     std::mt19937 random(seed);
     kernel = body;
     arguments = given;
     gridDim.x = blocks;
-    fibers.resize(threads);
-    stacks.resize(threads * STACK);
+    if (fibers.size() != threads) make_fibers(threads);
     for (const unsigned int k : shuffled(blocks, random)) {
         blockIdx.x = k;
-        for (size_t t = 0; t < threads; ++t) {
-            getcontext(&fibers[t].start);
-            fibers[t].start.uc_stack.ss_sp = stacks.data() + t * STACK;
-            fibers[t].start.uc_stack.ss_size = STACK;
-            fibers[t].start.uc_link = nullptr;
-            fibers[t].state = READY;
-            makecontext(&fibers[t].start, enter, 0);
-        }
         while (run_to_barrier(shuffled(threads, random))) {
         }
     }
