@@ -70,34 +70,62 @@ DECIDES_CODE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DECIDES_CODE)
-def test_an_edited_package_is_compiled_anew(package_copy, name):
+@pytest.fixture(scope="module")
+def package_copy(tmp_path_factory):
+    """Return a folder with a copy of the package."""
+    folder = tmp_path_factory.mktemp("copy")
+    shutil.copytree(PACKAGE, folder / "fastloss", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
 
-    path = package_copy / "fastloss" / name
+
+def run_copy(folder, code):
+    """Run code with a copy of the package."""
+    copied = {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}  # otherwise, Python would import the package of the current folder
+    return run_python(code, FASTLOSS_CACHE_DIR=str(folder / "cache"), **copied)
+
+
+def kernels_compiled(folder):
+    """Run FIRST_CALL with a copy of the package; return how many kernels it compiled."""
+    return run_copy(folder, FIRST_CALL).split()[0]
+
+
+def edited(path):
+    """Return the text of a source after an edit that changes nothing but the text; of `version.py`, after a new release."""
     text = path.read_text()
-    edited = text.replace('"0.1.0"', '"0.1.1"') if name == "version.py" else f"{text}\n# edited\n"
-    assert edited != text
+    changed = text.replace('"0.1.0"', '"0.1.1"') if path.name == "version.py" else f"{text}\n# edited\n"
+    assert changed != text
+    return changed
+
+
+def test_an_edited_package_is_compiled_anew(package_copy):
+    path = package_copy / "fastloss" / "cpu" / "step.py"
+    text = path.read_text()
     try:
-        assert kernels_compiled(package_copy) == "0"
-        path.write_text(edited)
+        assert [kernels_compiled(package_copy) for _ in range(2)] == ["1", "0"]
+        path.write_text(edited(path))
         assert kernels_compiled(package_copy) == "1"
     finally:
         path.write_text(text)
 
 
+FINGERPRINT = "from fastloss.cpu import compile; print(compile._fingerprint())"  # a part of the key of each kernel
+
+
 @pytest.fixture(scope="module")
-def package_copy(tmp_path_factory):
-    """Return a folder with a copy of the package, and a cache with the kernel of FIRST_CALL."""
-    folder = tmp_path_factory.mktemp("copy")
-    shutil.copytree(PACKAGE, folder / "fastloss", ignore=shutil.ignore_patterns("__pycache__"))
-    assert kernels_compiled(folder) == "1"
-    return folder
+def fingerprint(package_copy):
+    """Return the fingerprint of the unchanged package."""
+    return run_copy(package_copy, FINGERPRINT)
 
 
-def kernels_compiled(folder):
-    """Run FIRST_CALL with a copy of the package; return how many kernels it compiled."""
-    copied = {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}  # otherwise, Python would import the package of the current folder
-    return run_python(FIRST_CALL, FASTLOSS_CACHE_DIR=str(folder / "cache"), **copied).split()[0]
+@pytest.mark.parametrize("name", DECIDES_CODE)
+def test_an_edited_package_has_other_keys(package_copy, fingerprint, name):
+    path = package_copy / "fastloss" / name
+    text = path.read_text()
+    path.write_text(edited(path))
+    try:
+        assert run_copy(package_copy, FINGERPRINT) != fingerprint
+    finally:
+        path.write_text(text)
 
 
 def test_every_source_of_a_machine_is_part_of_the_key():
