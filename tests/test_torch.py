@@ -34,6 +34,8 @@ from fastloss.cpu import memory  # noqa: E402
 
 BCE = fl.binary_cross_entropy_with_logits
 ALL = [name for name, case in LOSSES.items() if case.has_reductions]  # losses of two tensors; the VAE loss has its own tests
+# losses whose operators differ: of elements, with two gradients, of regions, and of both
+KINDS = ("binary_cross_entropy_with_logits", "gaussian_kl_loss", "dice_with_logits_loss", "dice_bce_with_logits_loss")
 SHAPE = (4, 3, 5, 7)
 
 
@@ -595,12 +597,14 @@ def test_under_autocast_halves_are_computed_in_float32(half, reduction):
 def test_opcheck(name, reduction, view):
     loss, (z, t) = getattr(fl, name), (VIEWS[view](x.detach()).requires_grad_() for x in operands(name))
     weight = torch.rand(z.shape[-1])
-    opcheck(torch.ops.fastloss.loss.default, (loss.key, reduction, z, t, [weight], ["weight"], [], torch.float32))
+    utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    utils += ["test_aot_dispatch_dynamic"] if name in KINDS or view == "expanded" else []  # `test_compiled` traces every loss
+    opcheck(torch.ops.fastloss.loss.default, (loss.key, reduction, z, t, [weight], ["weight"], [], torch.float32), test_utils=utils)
     arguments = (loss.key, reduction, z, t, [weight], ["weight"], [], torch.float32, ["slope", "target_slope"])
-    opcheck(torch.ops.fastloss.loss_and_slopes.default, arguments)
+    opcheck(torch.ops.fastloss.loss_and_slopes.default, arguments, test_utils=utils)
     upstream = torch.rand(loss(z, t, weight, reduction).shape, requires_grad=True)
     arguments = (loss.key, reduction, z, t, [weight], ["weight"], [], ["slope", "target_slope"], upstream)
-    opcheck(torch.ops.fastloss.derivatives.default, arguments)
+    opcheck(torch.ops.fastloss.derivatives.default, arguments, test_utils=utils)
 
 
 @pytest.fixture(autouse=True)
@@ -615,7 +619,8 @@ def compiled(function):
 
 
 @pytest.mark.parametrize(
-    ("name", "reduction"), [(name, r) for name in ALL for r in ("mean", "none", "sample_mean") if r in LOSSES[name].reductions]
+    ("name", "reduction"),
+    [*((name, "mean") for name in ALL), *((name, r) for name in KINDS for r in ("none", "sample_mean") if r in LOSSES[name].reductions)],
 )
 def test_compiled(name, reduction):
     loss, (z, t) = getattr(fl, name), operands(name)
@@ -660,7 +665,7 @@ def test_compiled_code_computes_gradients_of_16_bits_from_the_upstream_gradient(
 
 
 def test_compiled_second_derivatives_of_the_operator():
-    z, t = operands("", torch.float64)
+    z, t = operands("", torch.float64, (2, 2, 3))
     arguments = BCE.key, "mean", z, t, [], [], [], torch.float64, ["slope", "target_slope"]
 
     def loss(z, t):
