@@ -57,19 +57,19 @@ def show_cache(clear: bool) -> int:
     if store.folder is None:
         print("there is no home folder, so no kernels are stored; accepted: a folder in FASTLOSS_CACHE_DIR")
     elif clear:
-        print(f"deleted {count_kernels(store.clear())} from {store.folder}")
+        print(f"deleted {count_files(store.clear())} from {store.folder}")
     else:
         entries = store.entries()
         size = sum(entry.size for entry in entries) / 2**20
-        print(f"{store.folder}: {count_kernels(len(entries))}, {size:.2f} MiB of at most {MOST_BYTES >> 20}")
+        print(f"{store.folder}: {count_files(len(entries))}, {size:.2f} MiB of at most {MOST_BYTES >> 20}")
         with store.opened():
             print("".join(f"{fault}\n" for fault in store.faults), end="")
     return 0
 
 
-def count_kernels(count: int) -> str:
-    """Return a number of kernels in words."""
-    return f"{count} kernel{'' if count == 1 else 's'}"
+def count_files(count: int) -> str:
+    """Return a number of files in words."""
+    return f"{count} file{'' if count == 1 else 's'}"
 
 
 if __name__ == "__main__":

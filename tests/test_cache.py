@@ -212,9 +212,9 @@ def test_the_command_shows_and_clears(store):
 
     (store.folder / "notes.txt").write_text("not a kernel")
     assert str(store.folder) in run()
-    assert "1 kernel," in run()
-    assert run("--clear") == f"deleted 1 kernel from {store.folder}\n"
-    assert "0 kernels," in run()
+    assert "1 file," in run()
+    assert run("--clear") == f"deleted 1 file from {store.folder}\n"
+    assert "0 files," in run()
     assert [path.name for path in store.folder.iterdir()] == ["notes.txt"]
     if os.name == "posix":
         store.folder.chmod(0o777)

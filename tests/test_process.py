@@ -48,6 +48,16 @@ def test_a_second_process_compiles_nothing_and_does_not_load_numba(tmp_path):
     assert first[3:] == second[3:]
 
 
+def test_a_second_process_finds_the_loop_of_another_loss(tmp_path):
+    code = """
+import numpy as np, fastloss as fl
+from fastloss.cpu import loop
+fl.{}.value_and_grad(np.ones(3), np.zeros(3))
+print(loop.build.cache_info().misses)"""
+    losses = ("mse_loss", "l1_loss", "binary_cross_entropy_with_logits")  # the last has a product of factors besides the sum
+    assert [run_python(code.format(name), FASTLOSS_CACHE_DIR=str(tmp_path)) for name in losses] == ["1", "0", "1"]
+
+
 def test_an_edited_formula_is_compiled_anew(tmp_path):
     module = tmp_path / "mine.py"
     code = f"""

@@ -11,7 +11,7 @@ import ctypes
 import hashlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -86,7 +86,7 @@ def _compile(spec: Spec) -> bytes:
         else (loop.build, loop.shape_of, step.emit_functions)
     )
     # the LLVM code of Numba's loop, because its machine code refers to addresses of this process
-    module = llvm.parse_assembly(build(shape_of(spec)))
+    module = llvm.parse_assembly(_loop(build, shape_of(spec)))
     function = next(f for f in module.functions if not (f.is_declaration or f.name.startswith("cfunc.")))
     function.name = LOOP
     function.add_function_attribute("noinline")  # else its instructions could leave the floating-point state that it runs in
@@ -94,6 +94,12 @@ def _compile(spec: Spec) -> bytes:
         module.link_in(llvm.parse_assembly(text))
     _optimize(module)
     return bytes(_machine().emit_object(module))
+
+
+def _loop(build: Callable[[Any], str], shape: Any) -> str:
+    """Return the LLVM code of a loop from the disk, or have Numba compile it and store it there: many kernels share it."""
+    name = hashlib.sha256(f"{_fingerprint()} {shape}".encode()).hexdigest()
+    return kernel_cache().find_or_make(name, lambda: build(shape).encode()).decode()
 
 
 def _entry() -> str:

@@ -1,4 +1,4 @@
-"""The cache of machine code on disk: a folder in which each kernel is one file.
+"""The cache of machine code on disk: a folder in which each kernel is one file, and each loop that kernels share.
 
 Code from the cache is executed, so it is read only from a folder and files that belong to the user or to root, and that nobody else
 may write. A file holds a hash of its name and its code; the name is a hash of everything that decides the code.
