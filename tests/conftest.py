@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 
 # This must be set before PyTorch is imported. By default, waiting OpenMP threads spin, and slow down the other worker of pytest.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -57,6 +58,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(devices.needs_compiler)
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(HANGING))
+    leave_out_of_turn(selected)
     items[:] = selected
     config.hook.pytest_deselected(items=left_out)
 
@@ -86,6 +88,21 @@ def left_out_by(item, device):
     if () in alike:
         return pytest.mark.exhaustive if device == "stand-in" else pytest.mark.slow
     return pytest.mark.slow if any(device in args for args in alike) else None
+
+
+def leave_out_of_turn(items):
+    """Of the slow cases of a test with the mark `in_turn`, leave each loss in each dtype one, and not the same one to all."""
+    groups = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("in_turn") and item.get_closest_marker("slow"):
+            params = item.callspec.params
+            groups[item.originalname, params["row"].name, str(params["dtype"])].append(item)
+    for (_, name, dtype), cases in groups.items():
+        turn = list(LOSSES).index(name) + (dtype == "float64")
+        for k, item in enumerate(cases):
+            if k != turn % len(cases):
+                item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
+                item.add_marker(pytest.mark.exhaustive)
 
 
 def is_sample(params):

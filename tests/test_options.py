@@ -34,6 +34,7 @@ def assert_scaled(got, plain, factor, dtype, roundings="scale"):
     assert_ulp(got, want, want, PRODUCT[roundings], dtype)
 
 
+@pytest.mark.in_turn
 @pytest.mark.rows("sums_elements")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean", "sample_mean", "sample_sum"])
 def test_reductions(row, arrays, dtype, reduction):
@@ -63,6 +64,7 @@ def test_no_reduction(row, arrays, dtype):
 BY_SHAPE_OR_REDUCTION = [*((shape, "mean") for shape in SHAPES), *(("full", reduction) for reduction in ("sum", "none", "sample_mean"))]
 
 
+@pytest.mark.in_turn
 @pytest.mark.rows("sums_elements")
 @pytest.mark.parametrize(("shape", "reduction"), BY_SHAPE_OR_REDUCTION)
 def test_weight_multiplies_but_does_not_change_the_denominator_of_the_mean(row, arrays, dtype, rng, shape, reduction):
@@ -97,6 +99,7 @@ MASKS = [("full", reduction) for reduction in REDUCTIONS]
 MASKS += [("per channel", "sample_mean"), ("per pixel", "sample_mean"), ("per sample", "mean"), ("per sample", "sample_sum")]
 
 
+@pytest.mark.in_turn
 @pytest.mark.rows("sums_elements")
 @pytest.mark.parametrize(
     ("dtype", "shape", "reduction"), [*((F32, *mask) for mask in MASKS), (F64, "full", "none"), (F64, "per pixel", "sample_mean")], ids=str
@@ -126,6 +129,7 @@ def test_mask_takes_elements_out(row, arrays, dtype, rng, shape, reduction):
         assert_scaled(x[inside], plain, factor, dtype)
 
 
+@pytest.mark.in_turn
 @pytest.mark.rows("has_reductions")
 @pytest.mark.parametrize("shape", ["full", "per sample"])
 def test_a_sample_without_elements_has_mean_nan_and_gradient_0(row, arrays, dtype, device, shape):
@@ -142,6 +146,7 @@ def test_a_sample_without_elements_has_mean_nan_and_gradient_0(row, arrays, dtyp
         assert_close(np.delete(grad, 2, 0), x, SUM[dtype])
 
 
+@pytest.mark.in_turn
 @pytest.mark.rows("has_targets")
 @pytest.mark.parametrize(
     ("dtype", "kind", "reduction"),
@@ -216,6 +221,7 @@ def test_mixed_dtypes_compute_in_float64(row, arrays, dtype):
         np.testing.assert_array_equal(got, want.astype(like.dtype))
 
 
+@pytest.mark.in_turn
 @pytest.mark.rows("sums_elements")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean", "sample_mean", "sample_sum", "none"])
 def test_grad_output_is_the_chain_rule(row, arrays, dtype, rng, reduction):
