@@ -1,5 +1,7 @@
 """Compile every kind of kernel with NVRTC for one architecture: `python -m tests.cuda.variants 90` prints their resources.
 
+`python -m tests.cuda.variants 90 1 3` compiles every third kernel, from the second on.
+
 Needs neither a GPU nor a driver. Tests run it in a process of its own, because it imports CuPy itself and not the stand-in for it.
 """
 
@@ -10,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import cupy  # noqa: F401 (finds NVRTC)
@@ -93,8 +95,9 @@ def texts() -> Iterator[tuple[str, str, str]]:
 
 
 def main() -> None:
-    """Compile every kernel, and print a line for each."""
-    for what, text, name in texts():
+    """Compile kernels, and print a line for each."""
+    first, step = map(int, sys.argv[2:] or (0, 1))
+    for what, text, name in islice(texts(), first, None, step):
         start = time.perf_counter()
         code = compiled(text, f"sm_{sys.argv[1]}")
         seconds = round(time.perf_counter() - start, 2)
