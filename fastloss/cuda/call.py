@@ -10,7 +10,7 @@ import cupy
 import numpy as np
 
 from fastloss.core.call import Call
-from fastloss.core.checks import describe_bad_element, warn_of_empty_mean
+from fastloss.core.checks import describe_bad_class, describe_bad_element, warn_of_empty_mean
 from fastloss.core.dtypes import code_of
 from fastloss.core.overlap import share_memory, span_of
 from fastloss.core.plan import Request
@@ -86,10 +86,11 @@ class DeviceCall(Call):
     def compute(self) -> tuple[Any, list[Any]]:
         """Compute the requested quantities: return the reduced value or None, and the written arrays."""
         summed, wanted = self.arguments.summed, self.arguments.wanted
-        divisor = 1 if self.must_count else self.count()
+        must_count = self.must_count and not (self.loss.classes and wanted)  # class weights are added up by a pass of their own
+        divisor = 1 if must_count else self.count()
         outputs = self.make_outputs(wanted)
         value = self.empty(self.shape[: self.group_axes], self.value_dtype) if summed else None
-        self.launch(summed, wanted, outputs, value, divisor, self.must_count, self.validate)
+        self.launch(summed, wanted, outputs, value, divisor, must_count, self.validate)
         if summed:
             self.warn_of_empty_mean(divisor)
         return value, outputs
@@ -103,12 +104,13 @@ class DeviceCall(Call):
         return sums
 
     def launch(
-        self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Any], results: Any, divisor: float, must_count: bool,
+        self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Any], results: Any, divisor: Any, must_count: bool,
         validate: bool
     ) -> None:  # fmt: skip
         """Launch one pass, which writes the outputs and the results.
 
-        Sums and gradients are divided by a number, or if `must_count` is true by the number of elements that count.
+        Sums and gradients are divided by a number, by an array with a number for each group, or if `must_count` is true by the number of
+        elements that count.
         """
         upstream: Any = self.upstream if wanted else 1.0
         is_mean, counts = must_count and not wanted, must_count and bool(wanted)  # a gradient needs the count before its first element
@@ -120,8 +122,8 @@ class DeviceCall(Call):
             and any(share_memory(span_of(upstream, upstream.data.ptr), span_of(out, out.data.ptr)) for out in outputs)
         ):
             upstream = upstream.copy()  # the kernel reads it while it writes the outputs
-        is_array = isinstance(upstream, cupy.ndarray)
-        outcome = Outcome(code_of(results.dtype) if summed else "f8", is_mean, code_of(upstream.dtype) if is_array else "", counts)
+        is_array, divides = isinstance(upstream, cupy.ndarray), isinstance(divisor, cupy.ndarray)
+        outcome = Outcome(code_of(results.dtype) if summed else "f8", is_mean, code_of(upstream.dtype) if is_array else "", counts, divides)
         arrays, device = self.arrays + outputs, workspace.current_device()
         for name, array in zip((*self.names, *OUT * len(outputs)), arrays, strict=True):
             check_device(name, array, device)
@@ -130,7 +132,7 @@ class DeviceCall(Call):
         launch = find_launch(outcome, *self.request(summed, wanted, arrays, validate))
         if not launch.plan.size:
             if summed:
-                results.fill(0.0 / divisor if divisor and not must_count else math.nan)
+                results.fill(math.nan if must_count or divides or not divisor else 0.0 / divisor)
             return
         addresses = [a.data.ptr for a in arrays]
         if self.out is not None and wanted:
@@ -143,8 +145,9 @@ class DeviceCall(Call):
             self.numbers.values(),
             results.data.ptr if summed else 0,
             1.0 if is_array else upstream,
-            divisor,
+            1.0 if divides else divisor,
             (upstream.data.ptr, upstream.strides[0] if upstream.ndim else 0) if is_array else (0, 0),
+            divisor.data.ptr if divides else 0,
         )
 
 
@@ -164,16 +167,24 @@ def check_device(name: str, array: Any, current: int) -> None:
 
 
 def raise_recorded() -> None:
-    """Raise ValueError if a finished launch has recorded an element outside [0, 1]."""
+    """Raise ValueError if a finished launch has recorded an element outside [0, 1], or a class index that no class has."""
     if (record := workspace.take_record()) is None:
         return
     launch = LAUNCHES.get(record.launch)
     if launch is None:
-        raise ValueError("an earlier call with validate found an element outside [0, 1]")
+        raise ValueError("an earlier call found an element outside [0, 1], or a class index that no class has")
+    raise ValueError(f"{describe_bad(launch, record)} (found on the GPU, by an earlier call)")
+
+
+def describe_bad(launch: Launch, record: workspace.Record) -> str:
+    """Compose the error message for the element that a launch has recorded."""
+    request = launch.request
     name, index = launch.bad_element(record.key)
-    dtype = launch.request.layouts[launch.request.operands.index(name)][0]
-    message = describe_bad_element(name, index, as_stored(record.found, dtype), "target_scale" in launch.request.numbers)
-    raise ValueError(f"{message} (found on the GPU, by an earlier call)")
+    found = as_stored(record.found, request.layouts[request.operands.index(name)][0])
+    if not request.classes:
+        return describe_bad_element(name, index, found, "target_scale" in request.numbers)
+    hint = ", and ignore_index" if "ignore_index" in request.numbers else ""  # whose value the launch does not know
+    return describe_bad_class(index[:-1], found, request.shape[-1], None) + hint
 
 
 def as_stored(found: float, dtype: np.dtype[Any]) -> Any:
@@ -184,6 +195,6 @@ def as_stored(found: float, dtype: np.dtype[Any]) -> Any:
 
 
 def raise_deferred() -> None:
-    """Wait for the current device, and raise ValueError if a launch has recorded an element outside [0, 1]."""
+    """Wait for the current device, and raise ValueError if a launch has recorded a bad element, as in `raise_recorded`."""
     cupy.cuda.runtime.deviceSynchronize()
     raise_recorded()

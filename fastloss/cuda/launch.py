@@ -21,6 +21,7 @@ MAX_RANGES = GROUPS  # there are at most twice as many ranges; either groups hav
 # sum) one after another, so there are only more if a thread has a whole turn of the loop.
 AT_ONCE = 256
 BLOCKS = 8  # launched for each multiprocessor, at most; no device has room for more blocks of 256 threads
+TEAM_FROM = 2 * THREADS  # classes, side by side in memory, from which on all threads of a block compute an entry together
 INT32 = 2**31 - 2**20  # elements that are indexed in 32 bits; the loop's indices go a little beyond the last element
 LAUNCHES: weakref.WeakValueDictionary[int, Launch] = weakref.WeakValueDictionary()  # by number, which a record of a bad element holds
 _numbers = itertools.count(1)
@@ -33,6 +34,7 @@ class Outcome(NamedTuple):
     is_mean: bool = False
     upstream: str = ""
     counts: bool = False
+    divides: bool = False
 
 
 class Cut(NamedTuple):
@@ -60,15 +62,15 @@ def cut(plan: Plan) -> Cut:
     Ranges are cut from segments if these are few and long, so that the position of a range is found once, and otherwise from groups.
     They are as equal as whole turns of a block allow.
     """
-    pack, size = pack_of(plan.spec), max(1, min(plan.row_size, plan.group_size))
+    pack, size, lanes = pack_of(plan.spec), max(1, min(plan.row_size, plan.group_size)), THREADS // team_of(plan)
     group_segments, segment_packs = plan.group_size // size, -(-size // pack)
     group_packs = group_segments * segment_packs
-    is_local = group_segments == 1 or (segment_packs >= THREADS and plan.groups * group_segments <= MAX_RANGES)
+    is_local = group_segments == 1 or (segment_packs >= lanes and plan.groups * group_segments <= MAX_RANGES)
     walked = segment_packs if is_local else group_packs
     total = plan.groups * group_packs
-    share = max(-(-total // MAX_RANGES), min(-(-total // AT_ONCE), THREADS * packs_of(pack)))
-    parts = max(1, -(-walked // turns(share)))
-    range_packs = turns(-(-walked // parts))
+    share = max(-(-total // MAX_RANGES), min(-(-total // AT_ONCE), lanes * packs_of(pack)))
+    parts = max(1, -(-walked // turns(share, lanes)))
+    range_packs = turns(-(-walked // parts), lanes)
     parts = max(1, -(-walked // range_packs))
     return Cut(
         groups=plan.groups,
@@ -83,29 +85,38 @@ def cut(plan: Plan) -> Cut:
     )
 
 
-def turns(packs: int) -> int:
-    """Return the smallest number of packs, at least `packs`, that gives each thread of a block as many."""
-    return max(1, -(-packs // THREADS)) * THREADS
+def turns(packs: int, lanes: int) -> int:
+    """Return the smallest number of packs, at least `packs`, that gives each thread or team of a block as many."""
+    return max(1, -(-packs // lanes)) * lanes
+
+
+def team_of(plan: Plan) -> int:
+    """Return how many threads compute an entry together."""
+    if plan.spec.walk != "classes" or plan.walked < TEAM_FROM:
+        return 1
+    _, (stride, *_) = plan.axes[0]
+    return THREADS if abs(stride) == plan.spec.arrays[0].size else 1
 
 
 class Launch:
     """A plan with its kernels, and the part of the kernels' arguments that is the same in every call."""
 
     def __init__(self, request: Request, outcome: Outcome) -> None:
-        if request.classes:
-            raise NotImplementedError("losses of class indices are not supported on a GPU; accepted: NumPy arrays, and tensors on the CPU")
         self.request, self.plan, self.outcome = request, make_plan(request), outcome
         self.cut, plan = cut(self.plan), self.plan
         self.number = next(_numbers)
         LAUNCHES[self.number] = self
         spec, arrays = plan.spec, len(plan.spec.arrays)
+        has_classes = spec.walk == "classes"
+        self.classes, self.axes = plan.axes[:has_classes], plan.axes[has_classes:]  # the axis of classes, and those outside the rows
         self.ranges = self.cut.groups * self.cut.group_ranges
         self.alignments = [self.alignment(k) for k in range(arrays)]
         self.kernels: dict[tuple[int, ...], Any] = {}  # by device and the addresses' distances from whole words
-        axes = [x for length, by in plan.axes for x in (length, *by)] or [0] * (1 + arrays)
-        fields = [self.number, *self.cut, plan.inner_size, *plan.inner_strides, *plan.outer_strides, *axes]
+        axes = [*self.classes, *(self.axes or [(0, (0,) * arrays)])]
+        sizes = [plan.inner_size, *plan.inner_strides, *plan.outer_strides, *(x for length, by in axes for x in (length, *by))]
+        fields = [self.number, *self.cut, *sizes]
         self.fixed = struct.pack(f"{len(fields)}q", *fields)
-        self.varying = struct.Struct(f"{arrays + 6}q{2 + max(1, len(spec.numbers))}d")
+        self.varying = struct.Struct(f"{arrays + 7}q{2 + max(1, len(spec.numbers))}d")
         self.no_numbers = (0.0,) * (not spec.numbers)
         self.frame = np.dtype((np.void, self.varying.size + len(self.fixed)))
 
@@ -146,24 +157,24 @@ class Launch:
 
     def variant(self, widths: tuple[int, ...]) -> Variant:
         """Return the variant of the kernel whose loads and stores have these widths in bytes."""
-        whole = self.cut.groups * self.cut.group_packs * pack_of(self.plan.spec)
+        whole = self.cut.groups * self.cut.group_packs * pack_of(self.plan.spec) * self.plan.walked
         ragged = self.cut.segment_size % pack_of(self.plan.spec) != 0
-        return Variant(self.plan.spec, len(self.plan.axes), whole > INT32, ragged, self.cut.is_local, widths, *self.outcome)
+        return Variant(self.plan.spec, len(self.axes), whole > INT32, ragged, self.cut.is_local, widths, *self.outcome, team_of(self.plan))
 
     def run(
         self, device: int, addresses: Sequence[int], numbers: Iterable[float], results: int = 0, numerator: float = 1.0,
-        divisor: float = 1.0, upstream: tuple[int, int] = (0, 0)
+        divisor: float = 1.0, upstream: tuple[int, int] = (0, 0), divisors: int = 0
     ) -> None:  # fmt: skip
         """Launch on the current stream of the current device, which the caller knows.
 
-        Arrays, results and the upstream gradient (with its stride) are given by address.
+        Arrays, results, divisors and the upstream gradient (with its stride) are given by address.
         """
         if not self.ranges:
             return
         firsts = [address + start for address, start in zip(addresses, self.plan.starts, strict=True)]
         space = workspace.find_workspace(device)
         shared = space.partials.ptr, space.counters.ptr, space.slot.address
-        varying = self.varying.pack(*firsts, *upstream, results, *shared, numerator, divisor, *numbers, *self.no_numbers)
+        varying = self.varying.pack(*firsts, *upstream, results, divisors, *shared, numerator, divisor, *numbers, *self.no_numbers)
         frame = np.frombuffer(varying + self.fixed, self.frame)
         self.kernel(device, firsts)((self.blocks(workspace.count_multiprocessors(device)),), (THREADS,), (frame,))
 
@@ -180,7 +191,7 @@ class Launch:
         row, column = divmod(linear, plan.row_size)
         outer, inner = divmod(column, plan.inner_size)
         offset = plan.starts[k] + outer * plan.outer_strides[k] + inner * plan.inner_strides[k]
-        for length, by in plan.axes:
+        for length, by in self.axes:
             row, at = divmod(row, length)
             offset += at * by[k]
         return name, index_at(offset, *self.request.layouts[k][1:])

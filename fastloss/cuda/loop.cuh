@@ -84,8 +84,8 @@ DEVICE void process(const Arguments& a, const Numbers& number, const Place& plac
 #endif
 #pragma unroll
     for (int p = 0; p < PACKS; ++p)
-        if (first + p * THREADS < stop) {
-            pos[p] = locate(a, place, first, p * THREADS);
+        if (first + p * LANES < stop) {
+            pos[p] = locate(a, place, first, p * LANES);
             load(packs[p], a, pos[p]);
 #if !IS_LOCAL
             load_constants(constants[p], a, pos[p]);
@@ -93,7 +93,7 @@ DEVICE void process(const Arguments& a, const Numbers& number, const Place& plac
         }
 #pragma unroll
     for (int p = 0; p < PACKS; ++p)
-        if (first + p * THREADS < stop) {
+        if (first + p * LANES < stop) {
 #if IS_LOCAL
             const Constants& constant = place.constants;
 #else
@@ -135,9 +135,9 @@ DEVICE Range find_range(const Arguments& a, const index_t number) {
 // Return the totals of a thread's part of a range.
 DEVICE Totals sum_thread(const Arguments& a, const Numbers& number, const Range& range) {
     Totals totals = {};
-    for (index_t at = range.first + threadIdx.x; at < range.stop; at += THREADS * PACKS * ROUNDS) {
+    for (index_t at = range.first + LANE; at < range.stop; at += LANES * PACKS * ROUNDS) {
         Sums sums = {};
-        for (int turn = 0; turn < ROUNDS; ++turn) process(a, number, range.place, at + turn * THREADS * PACKS, range.stop, sums);
+        for (int turn = 0; turn < ROUNDS; ++turn) process(a, number, range.place, at + turn * LANES * PACKS, range.stop, sums);
         fold(totals, sums);
     }
     return totals;
@@ -228,6 +228,8 @@ DEVICE void leave(const Arguments& a) {
 DEVICE double divisor(const Arguments& a, const Range& range) {
 #if COUNTS
     return a.group_ranges > 1 ? wait_for_count(a, range.group) : (double)count_range(a, range);
+#elif DIVIDES
+    return ((const double*)a.divisors)[range.group];
 #else
     return a.divisor;
 #endif

@@ -4,24 +4,30 @@ Design: a) A `Variant` holds everything that decides the text: a `Spec`, as on t
 consists of constants, then `elements.cuh` with the types, loads and stores, then the functions generated here, then `loop.cuh`
 with the loop. c) The generated code for one element has no loops: the formula is called with `Scalar` arguments and
 appends its own lines (`scalar.py`), and `kernel/element.py`, which the CPU shares, computes results and sums from its quantities.
+d) A kernel of entries with several classes has the same loop around it: an entry takes the place of an element, and `classes.cuh`, with the
+functions that `classes.py` generates, that of the function which computes an element.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fastloss.core.dtypes import BY_CODE
 from fastloss.core.plan import Operand, Spec
-from fastloss.cuda.scalar import TYPES, Scalar
+from fastloss.cuda.classes import class_functions, writes_gradient
+from fastloss.cuda.scalar import TYPES, Scalar, literal
+from fastloss.cuda.text import function, move, structure
 from fastloss.kernel import element, elementary
+from fastloss.kernel.entry import HUGE
 
 WORD = 16  # bytes of the widest load or store
 THREADS = 256  # in a block
 GROUPS = 1024  # largest number of groups with several ranges; each has counters
+AHEAD = 8  # classes of an entry that a thread loads before it computes
 SUMMED = 64  # elements that a thread sums in the type of the arithmetic before it adds the sum in float64; see BLOCK in cpu/step.py
 
 
@@ -39,6 +45,8 @@ class Variant:
     is_mean: bool = False  # whether the result is the first sum divided by the second, which is the count
     upstream: str = ""  # type code of the upstream gradient if it is an array; "" if it is a number on the host
     counts: bool = False  # whether sums and gradients are divided by the number of elements that are not excluded
+    divides: bool = False  # whether they are divided by numbers on the device, one for each group
+    team: int = 1  # number of threads that compute an entry with several classes together: 1, or all of a block
 
     @property
     def pack(self) -> int:
@@ -57,14 +65,19 @@ class Variant:
 
 
 def pack_of(spec: Spec) -> int:
-    """Return how many elements of a row a thread loads together: one word of the widest array among the input and the outputs."""
+    """Return how many elements of a row a thread loads together: one word of the widest array among the input and the outputs.
+
+    Entries with several classes are loaded one by one.
+    """
+    if spec.walk == "classes":
+        return 1
     sizes = [op.size for op in spec.arrays if op.name == "input" or op in spec.outputs]
     return WORD // max(sizes, default=2)
 
 
 def packs_of(pack: int) -> int:
     """Return how many packs of so many elements a thread loads before it computes."""
-    return 4 if pack <= 4 else 2
+    return 1 if pack == 1 else 4 if pack <= 4 else 2
 
 
 @cache
@@ -76,7 +89,10 @@ def part(name: str) -> str:
 def source(variant: Variant) -> str:
     """Generate the text of a kernel."""
     spec = variant.spec
-    own = [storage(spec), numbers(spec), element_function(spec), *[counting(spec)] * variant.counts, folding(spec), scaling(variant)]
+    if spec.walk == "classes":
+        own = [numbers(spec), *class_functions(spec), part("classes.cuh"), folding(spec), scaling(variant)]
+    else:
+        own = [storage(spec), numbers(spec), element_function(spec), *[counting(spec)] * variant.counts, folding(spec), scaling(variant)]
     return "\n".join([constants(variant), part("elements.cuh"), *own, part("loop.cuh")])
 
 
@@ -102,7 +118,13 @@ def constants(variant: Variant) -> str:
         "IS_LOCAL": int(variant.is_local),
         "IS_MEAN": int(variant.is_mean),
         "COUNTS": int(variant.counts),
+        "DIVIDES": int(variant.divides),
+        "TEAM": variant.team,
+        "CLASSES": int(spec.walk == "classes"),
     }
+    if spec.walk == "classes":
+        least = literal(-HUGE[8 * BY_CODE[spec.compute].size], TYPES[spec.compute])
+        named |= {"AHEAD": AHEAD, "LEAST_LOGIT": least, "HAS_LOGITS": int(spec.trace != ""), "HAS_GRADIENT": int(writes_gradient(spec))}
     widths = "".join(f"#define WIDTH_{k} {width}\n" for k, width in enumerate(variant.widths))
     return "".join(f"#define {name} {value}\n" for name, value in named.items()) + widths
 
@@ -117,11 +139,6 @@ def bounds(variant: Variant) -> str:
     is_scattered = not variant.is_local or any(op.access in ("strided", "nested") for op in spec.arrays)
     is_heavy = has_many or is_scattered or (variant.axes > 0 and len(spec.summed) > 0)
     return f"{THREADS}, {1 if spec.checked else 2 if is_heavy else 3}"
-
-
-def function(head: str, lines: Iterable[str]) -> str:
-    """Write a function from its head and its lines."""
-    return f"DEVICE {head} {{\n" + "".join(f"    {line}\n" for line in lines) + "}\n"
 
 
 def storage(spec: Spec) -> str:
@@ -139,17 +156,6 @@ def storage(spec: Spec) -> str:
             function(f"void store(const Pack& pack, {place})", (move("store", "pack", k, op) for k, op in packed if k >= reads)),
         ]
     )
-
-
-def structure(name: str, members: Iterable[str]) -> str:
-    """Write a type from its members."""
-    return f"struct {name} {{\n" + "".join(f"    {member};\n" for member in members) + "};\n"
-
-
-def move(verb: str, whole: str, k: int, operand: Operand) -> str:
-    """Write the line that loads or stores array k of a pack or of the constants."""
-    width = f"<WIDTH_{k}>" if operand.access == "contiguous" else ""
-    return f"{verb}_{operand.access}{width}({whole}.x{k}, a, pos, {k});"
 
 
 def element_function(spec: Spec) -> str:
