@@ -136,7 +136,9 @@ class ndarray:  # noqa: N801 (CuPy's name)
     def __array_function__(self, function: Any, kinds: Any, args: Any, kwargs: Any) -> Any:
         if kwargs.get("shape") == ():  # CuPy ignores this shape
             kwargs = {name: x for name, x in kwargs.items() if name != "shape"}
-        return wrapped(function(*map(unwrap, args), **{k: unwrap(v) for k, v in kwargs.items()}))
+        result = function(*map(unwrap, args), **{k: unwrap(v) for k, v in kwargs.items()})
+        owners = [x.data for x in args if isinstance(x, ndarray) and isinstance(result, np.ndarray) and np.may_share_memory(result, x._host)]
+        return wrap(result, owners[0]) if owners else wrapped(result)
 
     def __dlpack__(self, **options: Any) -> Any:
         return self._host.__dlpack__()
@@ -202,10 +204,10 @@ def view_of(address: int, shape: Any, dtype: Any, strides: Any = None) -> Any:
     return np.asarray(types.SimpleNamespace(__array_interface__=interface)).view(dtype) if 0 not in shape else np.empty(shape, dtype)
 
 
-def wrap(host: Any, owner: Any) -> ndarray:
-    """Return an array of the device that views memory of the host."""
+def wrap(host: Any, owner: MemoryPointer) -> ndarray:
+    """Return an array of the device that views memory of the host, which lies in an owner's memory."""
     made = ndarray.__new__(ndarray)
-    made._host, made.data = host, MemoryPointer(UnownedMemory(host.ctypes.data, host.nbytes, owner, owner.device_id), 0)
+    made._host, made.data = host, owner + (host.ctypes.data - owner.ptr)
     return made
 
 
@@ -232,15 +234,20 @@ def unwrap(x: Any) -> Any:
 def asarray(x: Any, dtype: Any = None) -> ndarray:
     """Copy an array to the device, in the same memory order."""
     host = np.asarray(x, dtype)
-    made = empty_like(wrap(host, types.SimpleNamespace(device_id=0, ptr=0)))
+    made = like(host)
     made._host[...] = host
     return made
 
 
+def like(host: Any) -> ndarray:
+    """Return an uninitialised array of the same shape, dtype and memory order as an array of the host."""
+    dense = np.empty_like(host)
+    return ndarray(dense.shape, dense.dtype, strides=dense.strides)
+
+
 def empty_like(array: ndarray) -> ndarray:
     """Return an uninitialised array of the same shape, dtype and memory order."""
-    like = np.empty_like(array._host)
-    return ndarray(like.shape, like.dtype, strides=like.strides)
+    return like(array._host)
 
 
 def empty(shape: Any, dtype: Any = float) -> ndarray:

@@ -74,14 +74,6 @@ def test_results_are_arrays_of_the_device(cp, rng):
     assert all(isinstance(x, cp.ndarray) for x in (*total, *grads))
 
 
-@asks_the_stand_in
-@pytest.mark.parametrize("method", ["__call__", "grad", "value_and_grad"])
-def test_losses_of_classes_are_refused(cp, rng, method):
-    z, t = cp.asarray(rng.random((4, 3, 5)).astype(np.float32)), cp.asarray(rng.integers(0, 3, (4, 5)).astype(np.uint8))
-    with pytest.raises(NotImplementedError, match="losses of class indices are not supported on a GPU; accepted: NumPy arrays"):
-        getattr(fl.cross_entropy, method)(z, t)
-
-
 def test_the_host_never_waits(cp, rng):
     _, _, z, t = batch(cp, rng, (4, 3, 50))
     mask, out = cp.asarray(rng.random((4, 3, 50)) < 0.5), cp.empty_like(z)
@@ -92,6 +84,9 @@ def test_the_host_never_waits(cp, rng):
     LOGISTIC.grad(z, t, mask=mask, reduction="sample_mean", grad_output=cp.asarray(np.ones(4)))
     fl.dice_bce_with_logits_loss.value_and_grad(z, t, mask=mask, grad_output=upstream)
     fl.vae_loss.value_and_grad(z, t, z[:, 0], t[:, 0], mask=mask, grad_output=2.0)
+    weight, index = cp.asarray(rng.random(3)), cp.zeros((4, 50), np.int64)
+    fl.cross_entropy.value_and_grad(z, index, weight, mask=mask[:, 0], grad_output=upstream)
+    fl.focal_cross_entropy_loss(z, index, weight, reduction="sample_mean")
     assert cp.waits == before
 
 
@@ -103,6 +98,18 @@ def test_each_pass_is_one_launch(cp, rng, options):
     del cp.launches[:]
     LOGISTIC.value_and_grad(z, t, target_scale=1 / 255, **options)
     assert cp.launches == ["fastloss_binary_cross_entropy_with_logits"]
+
+
+@asks_the_stand_in
+@pytest.mark.parametrize("reduction", ["mean", "sample_mean"])
+def test_weights_of_classes_are_added_up_before_gradients_are_computed(cp, rng, reduction):
+    z, t, weight = cp.asarray(rng.standard_normal((4, 3, 500))), cp.asarray(rng.integers(0, 3, (4, 500))), cp.asarray(rng.random(3))
+    del cp.launches[:]
+    fl.cross_entropy.value_and_grad(z, t, weight, reduction)
+    assert cp.launches == 2 * ["fastloss_cross_entropy"]
+    fl.cross_entropy(z, t, weight, reduction)
+    fl.cross_entropy.value_and_grad(z, t, weight, "sum")
+    assert cp.launches == 4 * ["fastloss_cross_entropy"]
 
 
 @pytest.mark.first
@@ -175,6 +182,18 @@ def test_sums_do_not_depend_on_the_device(cp, fresh, rng):
     assert_close(found[0], LOGISTIC(a, b), SUM[z.dtype])
 
 
+@asks_the_stand_in
+@pytest.mark.parametrize("shape", [(3, 4, 90, 111), (700, 600)])
+def test_sums_over_classes_do_not_depend_on_the_device(cp, fresh, rng, shape):
+    a, b = rng.standard_normal(shape).astype(np.float32), rng.integers(0, shape[1], (shape[0], *shape[2:]))
+    weight, z, t, found = rng.random(shape[1]).astype(np.float32), cp.asarray(a), cp.asarray(b), []
+    for processors in (1, 3, 1000):
+        fresh.setattr("fastloss.cuda.workspace.count_multiprocessors", lambda device, n=processors: n)
+        found.append(float(fl.cross_entropy(z, t, cp.asarray(weight)).get()))
+    assert len(set(found)) == 1
+    assert_close(found[0], fl.cross_entropy(a, b, weight), SUM[z.dtype])
+
+
 @pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize("most", [1, 3])
 def test_ranges_of_many_packs(cp, fresh, rng, most, is_masked):
@@ -206,6 +225,20 @@ def test_elements_counted_in_64_bits(cp, fresh, rng):
 
     call.find_launch.cache_clear()
     got = LOGISTIC.value_and_grad(z, t, cp.asarray(w), "sample_mean")
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_array_equal(x.get(), y.get())
+
+
+@pytest.mark.first
+@pytest.mark.parametrize("shape", [(5, 3, 41, 33), (5, 1000)])
+def test_classes_counted_in_64_bits(cp, fresh, rng, shape):
+    z, t = cp.asarray(rng.standard_normal(shape).astype(np.float32)), cp.asarray(rng.integers(0, shape[1], (shape[0], *shape[2:])))
+    want = fl.cross_entropy.value_and_grad(z, t, reduction="sample_mean")
+    fresh.setattr("fastloss.cuda.launch.INT32", 0)
+    from fastloss.cuda import call
+
+    call.find_launch.cache_clear()
+    got = fl.cross_entropy.value_and_grad(z, t, reduction="sample_mean")
     for x, y in zip(got, want, strict=True):
         np.testing.assert_array_equal(x.get(), y.get())
 
@@ -319,6 +352,30 @@ def test_errors_of_targets_are_deferred(cp, rng):
     fl.binary_cross_entropy(cp.asarray(b), t, validate=True)
     with pytest.raises(ValueError, match=r"^target\[2, 1, 0\] is -2.0"):
         fl.raise_deferred()
+
+
+@pytest.mark.parametrize("is_last", [False, True], ids=["classes first", "classes last"])
+@pytest.mark.parametrize(
+    ("dtype", "bad", "hint"), [(np.uint8, 255, ""), (np.int64, -1, ", and ignore_index"), (np.uint64, 2**64 - 1, ""), (np.int8, 5, "")]
+)
+def test_errors_of_class_indices_are_deferred(cp, rng, dtype, bad, hint, is_last):
+    z, t = rng.standard_normal((3, 5, 70, 90)).astype(np.float32), rng.integers(0, 5, (3, 70, 90)).astype(dtype)
+    z = np.moveaxis(np.moveaxis(z, 1, -1).copy(), -1, 1) if is_last else z
+    want = fl.cross_entropy.grad(z, t, reduction="sum")
+    z, t = cp.asarray(z), cp.asarray(t)
+    assert_close(fl.cross_entropy.grad(z, t, reduction="sum").get(), want, SUM[z.dtype])
+    fl.raise_deferred()
+    t[1, 68, 7] = bad
+    grad = fl.cross_entropy.grad(z, t, reduction="sum", ignore_index=-100 if hint else None).get()
+    told = "18446744073709551615" if bad > 255 else str(bad)
+    with pytest.raises(ValueError, match=rf"^target\[1, 68, 7\] is {told}; accepted: class indices from 0 to 4{hint} \(found on the GPU"):
+        fl.raise_deferred()
+    fl.raise_deferred()
+    want[1, :, 68, 7] = 0
+    assert_close(grad, want, SUM[z.dtype])
+    fl.cross_entropy.grad(z, t, mask=t != bad)
+    fl.cross_entropy.grad(z, t, ignore_index=bad if bad < 255 else None, mask=None if bad < 255 else t != bad)
+    fl.raise_deferred()
 
 
 def test_the_first_of_several_bad_targets_of_a_thread_is_named(cp):
