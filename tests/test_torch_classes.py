@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests import devices
+from tests.devices import is_long_on_the_stand_in, only_on
 from tests.ulp import assert_tensor
 
 torch = pytest.importorskip("torch")
@@ -13,10 +15,12 @@ import torch.nn.functional as F  # noqa: E402, N812
 
 import fastloss as fl  # noqa: E402
 import fastloss.torch as ft  # noqa: E402
+from fastloss.backends.torch import memory_views  # noqa: E402
+from tests.cuda.tensors import place_of_tensors  # noqa: E402
 from tests.test_torch_modules import is_ours  # noqa: E402
 from tests.test_torch_opinfo import database, function  # noqa: E402, F401
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.usefixtures("device")]
 
 SHAPE = (3, 5, 4, 6)
 CASES = [
@@ -25,24 +29,34 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.fixture(params=["cpu", "stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """Return the device of the tensors, in the place of the fixture that carries arrays to a device."""
+    if request.param == "cpu":
+        return torch.device("cpu")
+    return place_of_tensors(devices.array_module(request.param, monkeypatch), monkeypatch)
+
+
 @pytest.fixture
-def batch():
+def batch(device):
     """Return logits, class indices, class weights, a mask, and a weight for each pixel, in float64."""
     torch.manual_seed(0)
     z, t = 3 * torch.randn(SHAPE, dtype=torch.double), torch.randint(0, SHAPE[1], (3, 4, 6))
-    return z.requires_grad_(), t, torch.rand(SHAPE[1]).double() + 0.1, torch.rand(t.shape) > 0.3, torch.rand(t.shape).double()
+    given = z, t, torch.rand(SHAPE[1]).double() + 0.1, torch.rand(t.shape) > 0.3, torch.rand(t.shape).double()
+    z, *others = (x.to(device) for x in given)
+    return z.requires_grad_(), *others
 
 
 def derivatives(loss, z, *others, **options):
     """Return the value and the gradient under an upstream gradient of distinct numbers."""
     value = loss(z, *others, **options)
-    upstream = torch.linspace(-1, 2, value.numel()).reshape(value.shape).to(value.dtype)
+    upstream = torch.linspace(-1, 2, value.numel()).reshape(value.shape).to(value)
     return value, *torch.autograd.grad(value, z, upstream)
 
 
 @pytest.mark.parametrize(("way", "dtype"), [("own", torch.float32), ("patched", torch.float32), ("own", torch.bfloat16)], ids=str)
-def test_samples_of_torch(database, way, dtype):  # noqa: F811
-    for sample in database["cross_entropy"].reference_inputs("cpu", dtype, requires_grad=True):
+def test_samples_of_torch(database, way, dtype, device):  # noqa: F811
+    for sample in database["cross_entropy"].reference_inputs(device.type, dtype, requires_grad=True):
         z, t = sample.input.detach().requires_grad_(), sample.args[0].detach()
         want = derivatives(F.cross_entropy, z, t, **sample.kwargs)
         with function(way, "cross_entropy") as loss:
@@ -52,6 +66,7 @@ def test_samples_of_torch(database, way, dtype):  # noqa: F811
             assert_tensor(a, b)
 
 
+@is_long_on_the_stand_in
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none", "batchmean", "sample_mean", "sample_sum"])
 @pytest.mark.parametrize(("loss", "options"), CASES)
 def test_first_and_second_derivatives(loss, options, reduction, batch):
@@ -78,6 +93,7 @@ def test_probabilities(options, reduction, batch):
         fl.cross_entropy(z, t)
 
 
+@only_on("cpu", reason="compiled code sees where the tensors really are")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled_code(reduction, batch):
     z, t, weight, *_ = batch
@@ -154,7 +170,9 @@ def test_module(batch):
         (lambda z, t, w: F.cross_entropy(z, t, w.float()), "weight has dtype torch.float32, and input torch.float64"),
         (lambda z, t, w: F.cross_entropy(z, t, w[:2]), "weight does not broadcast to the shape of input"),
         (lambda z, t, w: F.cross_entropy(z, t, label_smoothing=2.0), "label_smoothing is not a number from 0 to 1"),
-        (lambda z, t, w: F.cross_entropy(z.to("meta"), t.to("meta")), "input is on a device of type meta"),
+        pytest.param(
+            lambda z, t, w: F.cross_entropy(z.to("meta"), t.to("meta")), "input is on a device of type meta", marks=only_on("cpu", "gpu")
+        ),
     ],
 )
 def test_patch_leaves_other_calls_to_torch(call, obstacle, batch):
@@ -168,23 +186,33 @@ def test_patch_leaves_other_calls_to_torch(call, obstacle, batch):
     assert patched.calls()["cross_entropy"].by_torch == {obstacle: 1}
 
 
+def test_errors_of_indices(batch):
+    z, t, *_ = batch
+    t[1, 2, 3] = 5
+    if not memory_views.is_on_gpu(t):
+        with pytest.raises(RuntimeError, match=r"target\[1, 2, 3\] is 5; accepted: class indices from 0 to 4, and ignore_index=-100"):
+            ft.cross_entropy(z, t)
+        return
+    ft.cross_entropy(z, t)
+    with pytest.raises(ValueError, match=r"target\[1, 2, 3\] is 5; accepted: class indices from 0 to 4, and ignore_index \(found on the GPU"):
+        fl.raise_deferred()
+
+
 def test_errors(batch):
     z, t, *_ = batch
-    with pytest.raises(RuntimeError, match=r"target\[0, 0, 0\] is .*; accepted: class indices from 0 to 4, and ignore_index=-100"):
-        ft.cross_entropy(z, t + 5)
     with pytest.raises(TypeError, match=r"accepted: .*Tensor"):
         fl.cross_entropy(z, t.numpy())
     with pytest.raises(ValueError, match="ignore_index excludes class indices, and target has probabilities"):
         fl.cross_entropy(z, z.detach().softmax(1), ignore_index=3)
-    leaf = torch.rand(2, 3, requires_grad=True)
-    logits = leaf * 1
-    value = fl.cross_entropy(logits, torch.tensor([0, 2]))
+    logits = z * 1
+    value = fl.cross_entropy(logits, t)
     with torch.no_grad():
         logits.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
 
 
+@only_on("cpu", reason="compares with the bits of NumPy arrays, which are computed on the CPU")
 def test_arrays_and_tensors_agree(batch):
     z, t, weight, mask, own = batch
     arrays = [x.detach().numpy() for x in (z, t, weight)]

@@ -54,13 +54,13 @@ def find_index_obstacle(target: Any, input: Any, is_compiling: bool) -> str:
         return f"target is a {type(target).__name__}, a subclass of torch.Tensor"
     if target.dtype is not torch.int64 and target.dtype is not torch.uint8:  # PyTorch raises an error
         return f"target has dtype {target.dtype}"
+    if not (target.is_cpu and input.is_cpu) and target.device != input.device:
+        return "target is on another device than input"
     return "" if tuple(target.shape) == entries_of(tuple(input.shape)) else "input and target have different shapes"
 
 
 def find_class_obstacle(target: Any, input: Any) -> str:
     """Return the obstacle in tensors of a loss of classes."""
-    if not (input.is_cpu and target.is_cpu):
-        return "losses of classes are not computed on a GPU"
     if not input.dim():
         return "input has no axis of classes"
     return "target requires a gradient" if target.requires_grad else ""

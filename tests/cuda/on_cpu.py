@@ -107,7 +107,7 @@ class ndarray:  # noqa: N801 (CuPy's name)
         dtype = np.dtype(dtype)
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self.data = alloc(max(1, int(np.prod(shape)) * dtype.itemsize)) if memptr is None else memptr
-        self._host = view_of(self.data.ptr, shape, dtype, strides)
+        self._host = view_of(self.data, shape, dtype, strides)
 
     shape = property(lambda self: self._host.shape)
     strides = property(lambda self: self._host.strides)
@@ -190,18 +190,18 @@ for _name in _OPERATORS.split():
     setattr(ndarray, f"__{_name}__", _operator)
 
 
-def view_of(address: int, shape: Any, dtype: Any, strides: Any = None) -> Any:
-    """Return a NumPy array that views memory at an address."""
+def view_of(memory: MemoryPointer, shape: Any, dtype: Any, strides: Any = None) -> Any:
+    """Return a NumPy array that views memory, and keeps it."""
     if strides is None:
         strides = np.cumprod([dtype.itemsize, *shape[:0:-1]])[::-1].tolist() if shape else ()
     interface = {
         "shape": tuple(shape),
         "typestr": np.dtype(f"V{dtype.itemsize}").str,
         "strides": tuple(strides),
-        "data": (address, False),
+        "data": (memory.ptr, False),
         "version": 3,
     }
-    return np.asarray(types.SimpleNamespace(__array_interface__=interface)).view(dtype) if 0 not in shape else np.empty(shape, dtype)
+    return np.asarray(types.SimpleNamespace(__array_interface__=interface, memory=memory)).view(dtype) if 0 not in shape else np.empty(shape, dtype)
 
 
 def wrap(host: Any, owner: MemoryPointer) -> ndarray:

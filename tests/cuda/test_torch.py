@@ -2,54 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
-import types
-
 import numpy as np
 import pytest
 
 import fastloss as fl
-from tests.cuda import on_cpu
 from tests.devices import asks_the_stand_in
 from tests.table import LOSSES
 from tests.ulp import PEER, SUM, assert_close
 
 torch = pytest.importorskip("torch")
-obstacles = importlib.import_module("fastloss.torch.obstacles")
-BACKEND = importlib.import_module("fastloss.backends.torch.backend").BACKEND
-ASK_WHERE_TENSORS_ARE = [
-    obstacles,
-    *(importlib.import_module(f"fastloss.backends.torch.{name}") for name in ("autograd", "bound_loss", "memory_views")),
-]
+
+from tests.cuda.tensors import ASK_WHERE_TENSORS_ARE, STREAM, place_of_tensors  # noqa: E402
 
 BCE = fl.binary_cross_entropy_with_logits
 NAMES = [name for name, case in LOSSES.items() if case.has_reductions]
-STREAM, CPU = 77, torch.device("cpu")
-BLOCKS: list[np.ndarray] = []  # allocated memory; workspaces outlive a test
-
 
 @pytest.fixture
 def device(cp, monkeypatch):
-    """Return the device of the tensors. Without a GPU it is the CPU, and fastloss is made to treat its tensors as CUDA tensors."""
-    if cp is not on_cpu:
-        return torch.device("cuda")
-    for module in ASK_WHERE_TENSORS_ARE:
-        monkeypatch.setattr(module, "is_on_gpu", lambda x: True)
-    monkeypatch.setattr(obstacles, "has_cupy", lambda: True)
-    monkeypatch.setattr(BACKEND, "bound", {})  # without the losses that are bound to tensors on the CPU
-
-    def allocate(size, device, stream):
-        block = np.empty(size + 64, np.uint8)
-        address = -(-block.ctypes.data // 64) * 64
-        BLOCKS.append(block)
-        return address
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: types.SimpleNamespace(cuda_stream=STREAM))
-    monkeypatch.setattr(torch.cuda, "caching_allocator_alloc", allocate)
-    monkeypatch.setattr(torch, "device", lambda *args: args[0] if not isinstance(args[0], str) else CPU)
-    monkeypatch.setattr(torch.cuda, "caching_allocator_delete", lambda address: None)
-    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0)
-    return CPU
+    """Return the device of the tensors."""
+    return place_of_tensors(cp, monkeypatch)
 
 
 def operands(name, dtype=torch.float32, shape=(4, 3, 7, 9)):
@@ -91,6 +62,26 @@ def test_value_and_gradients(device, monkeypatch, name, reduction):
     got, want = differentiate(device), on_host(monkeypatch, lambda: differentiate("cpu"))
     for x, y in zip(got, want, strict=True):
         assert (x.dtype, x.shape, x.device.type) == (y.dtype, y.shape, device.type)
+        close(x, y)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none", "batchmean", "sample_mean", "sample_sum"])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_losses_of_classes(device, monkeypatch, order, reduction):
+    rng = torch.Generator().manual_seed(1)
+    logits, target = 3 * torch.randn((4, 5, 7, 9), generator=rng), torch.randint(0, 5, (4, 7, 9), generator=rng)
+    weight, mask, own = torch.rand(5, generator=rng), torch.rand(4, 1, 9, generator=rng) < 0.8, torch.rand(4, 7, 9, generator=rng)
+
+    def differentiate(place):
+        (z,) = on(place, logits.contiguous(memory_format=order))
+        options = {"weight": weight.to(place), "mask": mask.to(place), "pixel_weight": own.to(place), "ignore_index": 2}
+        value = fl.cross_entropy(z, target.to(place), reduction=reduction, label_smoothing=0.1, **options)
+        upstream = torch.linspace(0.5, 2, value.numel(), device=place).reshape(value.shape)
+        focal, grad = fl.focal_cross_entropy_loss.value_and_grad(z.detach(), target.to(place), reduction=reduction, **options)
+        return value, focal, grad, *torch.autograd.grad(value, z, upstream)
+
+    for x, y in zip(differentiate(device), on_host(monkeypatch, lambda: differentiate("cpu")), strict=True):
+        assert (x.dtype, x.shape, x.stride(), x.device.type) == (y.dtype, y.shape, y.stride(), device.type)
         close(x, y)
 
 

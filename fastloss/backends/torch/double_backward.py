@@ -117,7 +117,7 @@ def of_classes(power: Callable[[Any, dict[str, Any]], Any]) -> Callable[..., Any
     ) -> Any:  # fmt: skip
         axis = class_axis(z.dim())
         log_p, classes = torch.log_softmax(z, axis), z.shape[axis]
-        w = torch.ones(classes, dtype=z.dtype) if weight is None else weight.to(z.dtype)
+        w = torch.ones(classes, dtype=z.dtype, device=z.device) if weight is None else weight.to(z.dtype)
         weighted = log_p * w.reshape(-1, *[1] * (z.dim() - 1 - axis))
         if t.is_floating_point():  # probabilities
             value, count = -(t * weighted).sum(axis), torch.ones_like(log_p.select(axis, 0))

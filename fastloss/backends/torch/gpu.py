@@ -48,9 +48,11 @@ class TensorDeviceCall(DeviceCall):
 
     @staticmethod
     def empty_like(array: Any) -> Any:
-        """Allocate an output with the shape, dtype and memory order of the tensor that an array was made from."""
-        owner = array.data.mem._owner if array.size else None
-        return cupy.empty_like(array) if owner is None else to_array(torch.empty_like(owner.detach()))
+        """Allocate an output with the shape, dtype and memory order of an array, which views a tensor."""
+        if not array.size:
+            return cupy.empty_like(array)
+        viewed, strides = array.data.mem._owner.detach(), [stride // array.dtype.itemsize for stride in array.strides]
+        return to_array(torch.empty_like(viewed.as_strided(array.shape, strides)))
 
     @staticmethod
     def empty(shape: tuple[int, ...], dtype: Any) -> Any:
