@@ -86,6 +86,16 @@ def second_launch(loss: Any, input: Any, wanted: tuple[str, ...]) -> Launch:
     return launch_of(call, (), wanted, [input] * len(wanted))
 
 
+def class_launch(
+    loss: Any, input: Any, target: Any, summed: tuple[str, ...] = (), wanted: tuple[str, ...] = (), reduction: str = "mean",
+    outcome: Outcome | None = None, **options: Any
+) -> Launch:  # fmt: skip
+    """Return the launch of a call of a loss of classes."""
+    call = loss.bind(Arguments(summed, wanted, input, target, options.pop("weight", None), reduction, options), HostCall)
+    logits = call.arrays[0]
+    return launch_of(call, summed, wanted, [logits[..., :1] if name == "value" else logits for name in wanted], outcome=outcome)
+
+
 def launch_of(
     call: Any, summed: tuple[str, ...], wanted: tuple[str, ...], like: list[Any], validate: bool = False, outcome: Outcome | None = None
 ) -> Launch:

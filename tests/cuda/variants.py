@@ -19,7 +19,9 @@ import cupy  # noqa: F401 (finds NVRTC)
 
 import fastloss as fl
 from bench import sass
-from bench.static import array, launch, second_launch
+from bench.static import array, class_launch, launch, launch_of, second_launch
+from fastloss.core.call import Arguments
+from fastloss.cpu.call import HostCall
 from fastloss.cuda.compile import compiled
 from fastloss.cuda.launch import Launch, Outcome
 from fastloss.cuda.rescale import text_of
@@ -50,6 +52,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
     for dtype, target in product(FLOATS, (*FLOATS, *INTEGERS)):
         yield f"{dtype} and {target}", launch(one, array(dtype), array(target), ("value",), ("slope",))
     yield from options(one)
+    yield from of_classes()
 
 
 def options(one: Any) -> Iterator[tuple[str, Launch]]:
@@ -79,13 +82,41 @@ def options(one: Any) -> Iterator[tuple[str, Launch]]:
     yield "everything", launch(one, z, images, ("value", "count"), ("slope",), validate=True, **everything)
 
 
+def of_classes() -> Iterator[tuple[str, Launch]]:
+    """Yield launches of the losses of classes, with every option and every memory layout."""
+    shape, both = (4, 19, 16, 64), {"summed": ("value",), "wanted": ("slope",)}
+    z, index, weight, pixels = array("float32", shape), array("uint8", (4, 16, 64)), array("float32", (19,)), array("float32", (4, 16, 64))
+    divided = {**both, "outcome": Outcome(divides=True)}
+    for dtype in FLOATS:
+        for loss in (fl.cross_entropy, fl.focal_cross_entropy_loss):
+            yield f"{loss.__name__} {dtype}", class_launch(loss, array(dtype, shape), index, **both)
+        wide = array(dtype, (64, 1000))
+        yield f"cross_entropy {dtype}, classes last", class_launch(fl.cross_entropy, wide, array("int64", (64,)), **divided)
+        yield f"cross_entropy {dtype}, probabilities", class_launch(fl.cross_entropy, z, array(dtype, shape), **both)
+    for dtype in INTEGERS:
+        yield f"cross_entropy, {dtype}", class_launch(fl.cross_entropy, z, array(dtype, (4, 16, 64)), ("value",))
+    given = {"weight": weight, "mask": pixels > 0, "pixel_weight": pixels, "ignore_index": 3, "label_smoothing": 0.1}
+    yield "classes: everything", class_launch(fl.cross_entropy, z, index, **divided, **given)
+    yield "classes: value of each", class_launch(fl.cross_entropy, z, index, (), ("slope", "value"), "none", grad_output=pixels, **given)
+    mean = Outcome(is_mean=True)
+    yield "classes: mean", class_launch(fl.cross_entropy, z, index, ("value", "count"), outcome=mean, weight=weight)
+    yield "classes: gamma", class_launch(fl.focal_cross_entropy_loss, z, index, **both, gamma=0.5)
+    yield "classes: samples", class_launch(fl.cross_entropy, z, index, **both, reduction="sample_mean", outcome=Outcome(upstream="f4"))
+    yield "classes: channels last", class_launch(fl.cross_entropy, z.transpose(0, 3, 1, 2), array("uint8", (4, 19, 16)), **both)
+    yield "classes: probabilities, smoothed", class_launch(fl.cross_entropy, z, z, **both, weight=weight, label_smoothing=0.1)
+    rows = array("float32", (64, 1000))
+    yield "classes: many probabilities", class_launch(fl.cross_entropy, rows, rows, **both, weight=array("float32", (1000,)))
+    counted = fl.cross_entropy.bind(Arguments((), (), z, index, weight, "mean", {}), HostCall)
+    yield "classes: counts", launch_of(counted.narrowed(*counted.counted), ("count",), (), [])
+
+
 def texts() -> Iterator[tuple[str, str, str]]:
     """Yield a description of each kernel, its text, and its name in the text."""
     for what, one in launches():
         variant = one.variant(tuple(one.alignments))
         yield what, source(variant), variant.name
     for what, one in launches():
-        if what in ("float32 and float32", "float16 and uint8", "ragged"):
+        if what in ("float32 and float32", "float16 and uint8", "ragged", "cross_entropy float32", "cross_entropy float32, classes last"):
             sizes = tuple(op.size for op in one.plan.spec.arrays)
             variant = one.variant(sizes)
             yield f"{what}, not aligned", source(variant), variant.name
