@@ -49,13 +49,13 @@ def torch_backend() -> Backend:
 
 
 def raise_deferred() -> None:
-    """Wait for the GPU, and raise the error if an earlier call with `validate` found an element outside [0, 1].
+    """Wait for the GPU, and raise the error if an earlier call found an element outside [0, 1], or a class index that no class has.
 
-    A call on a GPU does not wait for the result of its check. The error is raised by the next call with `validate`, or by this
+    A call on a GPU does not wait for the result of its check. The error is raised by the next call that checks elements, or by this
     function. Without a GPU this function does nothing.
 
     Raises:
-        ValueError: an earlier call found an element outside [0, 1]; the message names it.
+        ValueError: an earlier call found such an element; the message names it.
     """
     if (calls := sys.modules.get("fastloss.cuda.call")) is not None:
         calls.raise_deferred()

@@ -286,6 +286,22 @@ def test_ranges_of_one_segment(cp, rng, length):
         fl.raise_deferred()
 
 
+def test_teams_compute_classes_side_by_side():
+    from bench.static import array, class_launch
+    from fastloss.cuda.launch import THREADS
+
+    def team(shape, last=False):
+        z = array("float32", shape)
+        z = z.transpose(0, 3, 1, 2) if last else z
+        one = class_launch(fl.cross_entropy, z, array("uint8", (z.shape[0], *z.shape[2:])), ("value",))
+        return one.variant(tuple(one.alignments)).team, one.ranges
+
+    assert team((4096, 1000)) == (THREADS, 1024)
+    assert team((40, 1000)) == (THREADS, 40)
+    assert team((2, 8, 8, 600), last=True) == (THREADS, 128)
+    assert team((2, 600, 8, 8))[0] == team((4096, 100))[0] == 1
+
+
 def launches(shape):
     """Return launches of every kind of walk over a batch, none of whose elements is touched."""
     from bench.static import array, launch, second_launch

@@ -14,6 +14,8 @@ DEFERRED, ANY_VIEW = f"{DEVICE}test_errors_of_targets_are_deferred", f"{DEVICE}t
 STREAMS = f"{DEVICE}test_each_stream_has_a_workspace_and_each_captured_launch"
 COUNTED = f"{DEVICE}test_elements_are_counted_before_gradients_are_computed"
 OVERWRITTEN = f"{DEVICE}test_out_may_overwrite_grad_output"
+CLASSES, DIGITS = "test_classes.py::test_reductions_of_every_shape", "test_classes.py::test_every_digit_in_extended_precision"
+BAD_CLASS = f"{DEVICE}test_errors_of_class_indices_are_deferred"
 VIEWS, SHORT = "test_layouts.py::test_views", "test_layouts.py::test_short_rows_are_joined"
 
 Mutation = partial(mutation.Mutation, side="cuda")
@@ -91,7 +93,7 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         "A range of a later segment begins past its end.", (f"{DEVICE}test_ranges_of_one_segment",),
     ),
     Mutation(
-        "threads-overlap", "cuda/loop.cuh", "at += THREADS * PACKS * ROUNDS)", "at += THREADS * PACKS)",
+        "threads-overlap", "cuda/loop.cuh", "at += LANES * PACKS * ROUNDS)", "at += LANES * PACKS)",
         "A thread visits most packs several times.", (f"{DEVICE}test_ranges_of_many_packs",),
     ),
     Mutation(
@@ -169,8 +171,8 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         ("test_options.py::test_ignore_index_is_a_mask",), select="cross_entropy_with_logits",
     ),
     Mutation(
-        "uneven-ranges", "cuda/launch.py", "range_packs = turns(-(-walked // parts))",
-        "range_packs = turns(-(-plan.groups * group_packs // MAX_RANGES))",
+        "uneven-ranges", "cuda/launch.py", "range_packs = turns(-(-walked // parts), lanes)",
+        "range_packs = turns(-(-plan.groups * group_packs // MAX_RANGES), lanes)",
         "The last range of a group may be much shorter than the others.", (f"{DEVICE}test_blocks_do_the_same_work",),
     ),
     Mutation(
@@ -219,6 +221,64 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         "The kernel reads an upstream gradient that it overwrites.",
         (OVERWRITTEN,),
     ),
+    # --- entries with several classes
+    Mutation(
+        "first-class-largest", "cuda/classes.cuh", "{ return y > x ? y : x; }", "{ return x > (compute_t)-1e30 ? x : y; }",
+        "The logit of the first class is taken for the largest.", (DIGITS,), select="19-30 and focal",
+    ),
+    Mutation(
+        "classes-visited-twice", "cuda/classes.cuh", "first += AHEAD * TEAM", "first += AHEAD", "Threads of a team visit classes of others.",
+        (CLASSES,), select="many and none",
+    ),
+    Mutation(
+        "batches-of-classes-overlap", "cuda/classes.cuh", "load_class(loaded[k], a, pack, first + k * TEAM);",
+        "load_class(loaded[k], a, pack, first);", "A thread loads the first class of a batch for all of them.", (CLASSES,),
+        select="pixels and none",
+    ),
+    Mutation(
+        "team-without-barrier", "cuda/classes.cuh", "    shared[MEMBER] = own;\n    __syncthreads();", "    shared[MEMBER] = own;",
+        "Threads of a team read what others have not written yet.", (CLASSES,), select="many and none",
+    ),
+    Mutation(
+        "ties-of-one-thread", "cuda/classes.cuh", "both.ties = x.ties + y.ties;", "both.ties = x.ties;",
+        "Classes with the largest logit count in one thread of a team.", (CLASSES,), select="many and none",
+    ),
+    Mutation(
+        "every-member-adds", "cuda/classes.py", "if (MEMBER == 0) sums.total", "sums.total", "Every thread of a team adds its entry to the sums.",
+        (CLASSES,), select="many and sum",
+    ),
+    Mutation(
+        "excluded-not-cleared", "cuda/classes.cuh", "if (own < 0) return clear(a, pack);", "if (own < 0) return;",
+        "The outputs of entries that do not count keep what was in their memory.", (CLASSES,), select="pixels and none",
+    ),
+    Mutation(
+        "class-too-many", "cuda/classes.py", "(index >= 0) & (index < Scalar(at.lines, \"a.classes.length\", \"long long\"))", "(index >= 0)",
+        "An index beyond the classes reads other memory.", (BAD_CLASS,), select="int8-5",
+    ),
+    Mutation(
+        "bad-class-along-classes", "cuda/launch.py", "for length, by in self.axes:", "for length, by in self.plan.axes:",
+        "The position of a bad class index is looked for along the classes.", (BAD_CLASS,), select="first and int8-5",
+    ),
+    Mutation(
+        "divisor-of-first-group", "cuda/loop.cuh", "((const double*)a.divisors)[range.group]", "((const double*)a.divisors)[0]",
+        "Every sample is divided by the weights of the first.", (CLASSES,), select="pixels and sample_mean",
+    ),
+    Mutation(
+        "classes-nested-address", "cuda/elements.cuh", "outer = IS_NESTED ? column / (index_t)a.inner_size : 0;", "outer = 0;",
+        "Entries in rows with two axes are looked for along the inner axis.", ("test_classes.py::test_any_memory_order",),
+    ),
+    Mutation(
+        "difference-rounded", "kernel/entry.py", "return elementary.exp(d.within(-inf, 0.0), low)", "return elementary.exp(d.within(-inf, 0.0))",
+        "The rounding error of the distance to the largest logit is lost.", (DIGITS,), select="30",
+    ),
+    Mutation(
+        "exponentials-uncompensated", "kernel/entry.py", "(sums.rest + sums.low) + (sums.ties - 1.0)", "sums.rest + (sums.ties - 1.0)",
+        "The rounding errors of the sum over many classes are lost.", (DIGITS,), select="1000",
+    ),
+    Mutation(
+        "teams-of-any-stride", "cuda/launch.py", "return THREADS if abs(stride) == plan.spec.arrays[0].size else 1", "return THREADS",
+        "Teams also compute entries whose classes are far from each other.", (f"{DEVICE}test_teams_compute_classes_side_by_side",),
+    ),
     # --- streams and records
     Mutation(
         "one-workspace", "cuda/workspace.py", "key = device, stream.ptr, threading", "key = device, 0, threading",
@@ -241,7 +301,7 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         "The flag of a bad element lies in the counters of the next workspace.", (STREAMS,),
     ),
     Mutation(
-        "ranges-without-turns", "cuda/launch.py", "min(-(-total // AT_ONCE), THREADS * packs_of(pack))", "0",
+        "ranges-without-turns", "cuda/launch.py", "min(-(-total // AT_ONCE), lanes * packs_of(pack))", "0",
         "A thread has one pack, however many ranges there are.",
         (f"{DEVICE}test_more_ranges_than_are_computed_at_once_have_a_turn_for_each_thread",),
     ),
