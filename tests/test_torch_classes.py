@@ -194,7 +194,7 @@ def test_errors_of_indices(batch):
             ft.cross_entropy(z, t)
         return
     ft.cross_entropy(z, t)
-    with pytest.raises(ValueError, match=r"target\[1, 2, 3\] is 5; accepted: class indices from 0 to 4, and ignore_index \(found on the GPU"):
+    with pytest.raises(ValueError, match=r"target\[1, 2, 3\] is 5; accepted: .* from 0 to 4, and ignore_index \(found on the GPU"):
         fl.raise_deferred()
 
 

@@ -53,7 +53,7 @@ def storage(spec: Spec) -> str:
 
 
 def class_storage(spec: Spec) -> str:
-    """Write the types of a class of an entry, of sums over the classes, and of a gradient's factors, and the function that loads a class."""
+    """Write the types of a class, of sums over the classes, and of a gradient's factors, and the function that loads a class."""
     walked = [(k, op) for k, op in enumerate(spec.operands) if has_class_axis(spec, op)]
     lines = [f"loaded.x{k} = *(const {TYPES[op.code]}*)(pack.at{k} + (long long)index * a.classes.strides[{k}]);" for k, op in walked]
     return "\n".join(

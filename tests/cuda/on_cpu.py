@@ -137,8 +137,11 @@ class ndarray:  # noqa: N801 (CuPy's name)
         if kwargs.get("shape") == ():  # CuPy ignores this shape
             kwargs = {name: x for name, x in kwargs.items() if name != "shape"}
         result = function(*map(unwrap, args), **{k: unwrap(v) for k, v in kwargs.items()})
-        owners = [x.data for x in args if isinstance(x, ndarray) and isinstance(result, np.ndarray) and np.may_share_memory(result, x._host)]
-        return wrap(result, owners[0]) if owners else wrapped(result)
+        if isinstance(result, np.ndarray):
+            for x in args:
+                if isinstance(x, ndarray) and np.may_share_memory(result, x._host):
+                    return wrap(result, x.data)
+        return wrapped(result)
 
     def __dlpack__(self, **options: Any) -> Any:
         return self._host.__dlpack__()
@@ -201,7 +204,8 @@ def view_of(memory: MemoryPointer, shape: Any, dtype: Any, strides: Any = None) 
         "data": (memory.ptr, False),
         "version": 3,
     }
-    return np.asarray(types.SimpleNamespace(__array_interface__=interface, memory=memory)).view(dtype) if 0 not in shape else np.empty(shape, dtype)
+    owner = types.SimpleNamespace(__array_interface__=interface, memory=memory)
+    return np.asarray(owner).view(dtype) if 0 not in shape else np.empty(shape, dtype)
 
 
 def wrap(host: Any, owner: MemoryPointer) -> ndarray:

@@ -17,6 +17,7 @@ from tests.cuda.tensors import ASK_WHERE_TENSORS_ARE, STREAM, place_of_tensors  
 BCE = fl.binary_cross_entropy_with_logits
 NAMES = [name for name, case in LOSSES.items() if case.has_reductions]
 
+
 @pytest.fixture
 def device(cp, monkeypatch):
     """Return the device of the tensors."""

@@ -227,7 +227,8 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         "The logit of the first class is taken for the largest.", (DIGITS,), select="19-30 and focal",
     ),
     Mutation(
-        "classes-visited-twice", "cuda/classes.cuh", "first += AHEAD * TEAM", "first += AHEAD", "Threads of a team visit classes of others.",
+        "classes-visited-twice", "cuda/classes.cuh", "first += AHEAD * TEAM", "first += AHEAD",
+        "Threads of a team visit classes of others.",
         (CLASSES,), select="many and none",
     ),
     Mutation(
@@ -244,7 +245,8 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         "Classes with the largest logit count in one thread of a team.", (CLASSES,), select="many and none",
     ),
     Mutation(
-        "every-member-adds", "cuda/classes.py", "if (MEMBER == 0) sums.total", "sums.total", "Every thread of a team adds its entry to the sums.",
+        "every-member-adds", "cuda/classes.py", "if (MEMBER == 0) sums.total", "sums.total",
+        "Every thread of a team adds its entry to the sums.",
         (CLASSES,), select="many and sum",
     ),
     Mutation(
@@ -252,7 +254,8 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         "The outputs of entries that do not count keep what was in their memory.", (CLASSES,), select="pixels and none",
     ),
     Mutation(
-        "class-too-many", "cuda/classes.py", "(index >= 0) & (index < Scalar(at.lines, \"a.classes.length\", \"long long\"))", "(index >= 0)",
+        "class-too-many", "cuda/classes.py",
+        "(index >= 0) & (index < Scalar(at.lines, \"a.classes.length\", \"long long\"))", "(index >= 0)",
         "An index beyond the classes reads other memory.", (BAD_CLASS,), select="int8-5",
     ),
     Mutation(
@@ -268,7 +271,8 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         "Entries in rows with two axes are looked for along the inner axis.", ("test_classes.py::test_any_memory_order",),
     ),
     Mutation(
-        "difference-rounded", "kernel/entry.py", "return elementary.exp(d.within(-inf, 0.0), low)", "return elementary.exp(d.within(-inf, 0.0))",
+        "difference-rounded", "kernel/entry.py",
+        "return elementary.exp(d.within(-inf, 0.0), low)", "return elementary.exp(d.within(-inf, 0.0))",
         "The rounding error of the distance to the largest logit is lost.", (DIGITS,), select="30",
     ),
     Mutation(
