@@ -41,14 +41,14 @@ from fastloss.core.plan import Spec
 from fastloss.cpu.abi import count_partials
 from fastloss.cpu.step import DOUBLE, I64, Row, StepEmitter, Values, define, differs_from, lanes_of, spread, spread_number
 from fastloss.cpu.vector import Vector, call, gather, scalar_type
-from fastloss.kernel import element, elementary
+from fastloss.kernel import element
+from fastloss.kernel.entry import HUGE, distance, exp_of_difference
 from fastloss.ops import log1p, where
 
 LOAD, COMPUTE, SUM, WRITE = "fastloss_load", "fastloss_compute", "fastloss_sum", "fastloss_write"  # names of the functions
 # rows of scratch memory after those of the classes: the largest logit, the index of the entry's class, and factors of the gradient
 MAXIMUM, CLASS, FACTOR, SLOPE, SHARE, TOP, LIMIT = range(7)
 PROBABILITY = 7  # the first of as many rows as there are classes
-HUGE = {"f4": 2.0**126, "f8": 2.0**1022}  # logits of at least this size count as infinite; differences of smaller ones are finite
 NO_CLASS = -1.0  # the index of entries that do not count
 
 
@@ -175,7 +175,7 @@ class BlockEmitter:
 
     def __init__(self, spec: Spec, builder: ir.IRBuilder, block: Block, numbers: dict[str, ir.Value]) -> None:
         self.spec, self.builder, self.block, self.numbers = spec, builder, block, numbers
-        self.huge = HUGE[spec.compute]
+        self.huge = HUGE[8 * BY_CODE[spec.compute].size]
         self.has_logits = spec.trace != ""
         self.has_gradient = any(op.name != "value" for op in spec.outputs)
         self.is_smoothed = "label_smoothing" in spec.numbers
@@ -302,7 +302,7 @@ class BlockEmitter:
             new = [total, low, ties.like(builder.add(ties.value, builder.sext(is_max.value, ties_type)))]
             if self.spec.has_probabilities or self.is_smoothed:
                 u = self.share_of_class(step) if self.spec.has_probabilities else step.load("weight")
-                far = distance(m, z, self.huge)
+                far = distance(m, z)
                 new += [weights + (1.0 if u is None else u), spread_ + (far if u is None else where(u == 0.0, 0.0, u * far))]
             if self.has_region_slopes:
                 pull = where(entries.target == step.whole(step.index), 0.0, self.slope_of_others(step, e) * e)
@@ -332,7 +332,7 @@ class BlockEmitter:
         if self.spec.has_probabilities:
             self.keep_factors(step, entries.target, factor * inverse, sums.others, sums.weights)
             return sums.weights * log_norm + sums.spread
-        below, e = distance(entries.m, entries.logit, self.huge), exp_of_difference(entries.logit, entries.m)
+        below, e = distance(entries.m, entries.logit), exp_of_difference(entries.logit, entries.m)
         rest = (1.0 - e) + sums.others
         if self.has_regions:
             self.keep_regions(step, entries, sums, (e * inverse, rest * inverse), inverse, w, factor)
@@ -453,21 +453,6 @@ def add_exactly(total: Vector, x: Vector, low: Vector) -> tuple[Vector, Vector]:
     """Add a number, of which none is negative, to a total and the rounding error to those before (Kahan); return both."""
     added = total + x
     return added, low + (x - (added - total))
-
-
-def exp_of_difference(z: Vector, m: Vector) -> Vector:
-    """Return exp(z - m) for z <= m. The rounding error of z - m (Knuth) counts: it would change the result by |z - m| / 2 ulp."""
-    d = z - m
-    part = z - d
-    low = where(d < elementary.FORMATS[z.bits].exp_range[0], 0.0, (z - (d + part)) + (part - m))  # it may be large where exp is 0
-    e: Vector = elementary.exp(d.within(-inf, 0.0), low)
-    return e
-
-
-def distance(m: Vector, z: Vector, huge: float) -> Vector:
-    """Return m - z, which is 0 for the largest logit, and infinite between others and an infinite one."""
-    far = where((m == huge) | (z == -huge), inf, m - z)
-    return where(z == m, 0.0, far)
 
 
 # --- functions that the loop calls -------------------------------------------------------------------------------------

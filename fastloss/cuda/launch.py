@@ -102,6 +102,9 @@ class Launch:
     """A plan with its kernels, and the part of the kernels' arguments that is the same in every call."""
 
     def __init__(self, request: Request, outcome: Outcome) -> None:
+        if request.classes and request.formula.names != ("value", "slope"):
+            what = "losses of the regions of classes, such as dice_softmax_loss, are not supported on a GPU"
+            raise NotImplementedError(f"{what}; accepted: NumPy arrays, and tensors on the CPU")
         self.request, self.plan, self.outcome = request, make_plan(request), outcome
         self.cut, plan = cut(self.plan), self.plan
         self.number = next(_numbers)

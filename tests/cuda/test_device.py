@@ -100,6 +100,14 @@ def test_each_pass_is_one_launch(cp, rng, options):
     assert cp.launches == ["fastloss_binary_cross_entropy_with_logits"]
 
 
+@pytest.mark.parametrize("loss", [fl.dice_softmax_loss, fl.dice_cross_entropy_loss])
+@pytest.mark.parametrize("method", ["__call__", "grad", "value_and_grad"])
+def test_losses_of_the_regions_of_classes_are_refused(cp, rng, loss, method):
+    z, t = cp.asarray(rng.random((4, 3, 5)).astype(np.float32)), cp.asarray(rng.integers(0, 3, (4, 5)).astype(np.uint8))
+    with pytest.raises(NotImplementedError, match="dice_softmax_loss, are not supported on a GPU; accepted: NumPy arrays"):
+        getattr(loss, method)(z, t, squared=method == "grad")
+
+
 @asks_the_stand_in
 @pytest.mark.parametrize("reduction", ["mean", "sample_mean"])
 def test_weights_of_classes_are_added_up_before_gradients_are_computed(cp, rng, reduction):
