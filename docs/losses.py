@@ -70,7 +70,7 @@ def loss_table() -> str:
     """Return the table of every loss with its input and its parameters."""
     rows = ([f"`{call(row)}`", row.input, parameters(row)] for row in LOSSES.values())
     table = table_of(rows, ["loss", "input", "parameters"])
-    return re.sub(r" +\|$", " |", table, flags=re.MULTILINE)  # the README is short of space
+    return re.sub(r"( |---)[ -]*\|$", r"\1|", table, flags=re.MULTILINE)  # the README is short of space
 
 
 def overview_list() -> str:
@@ -304,6 +304,30 @@ def dice_bce_lines() -> Iterator[Line]:
     yield pixel(loss, 4, True, "BCE alone", dice_weight=0.0)
 
 
+def pixel_of_classes(loss: Any, label: str, **given: float) -> Line:
+    """Compute a loss of classes over the logit of one of 64 pixels for its class, which 4 pixels have. All other predictions are right."""
+    target = np.broadcast_to((np.arange(64) < 4).astype(np.uint8), (LOGITS.size, 64))
+    logits = np.stack([np.where(target == c, 6.0, 0.0) for c in range(3)], axis=1)
+    logits[:, 1, 0] = LOGITS
+    value, gradient = loss.value_and_grad(logits, target, reduction="sample_mean", **given)
+    return Line(label, value, gradient[:, 1, 0])
+
+
+def dice_softmax_lines() -> Iterator[Line]:
+    """Compute the Dice loss of classes, and its Jaccard and Tversky forms."""
+    yield pixel_of_classes(fl.dice_softmax_loss, "Dice")
+    yield pixel_of_classes(fl.dice_softmax_loss, "Jaccard: alpha = 1, beta = 1", alpha=1.0, beta=1.0)
+    yield pixel_of_classes(fl.dice_softmax_loss, "Tversky: alpha = 0.3, beta = 0.7", alpha=0.3, beta=0.7)
+
+
+def dice_cross_entropy_lines() -> Iterator[Line]:
+    """Compute Dice plus cross-entropy of classes, and each alone."""
+    loss = fl.dice_cross_entropy_loss
+    yield pixel_of_classes(loss, "sum")
+    yield pixel_of_classes(loss, "Dice alone", ce_weight=0.0)
+    yield pixel_of_classes(loss, "cross-entropy alone", dice_weight=0.0)
+
+
 def floor_lines() -> Iterator[Line]:
     """Compute the cross-entropy over the probability, with and without the entropy of the target."""
     with np.errstate(divide="ignore"):
@@ -380,6 +404,8 @@ DRAWN: dict[str, Callable[[], Picture]] = {
         class_lines(*((fl.focal_cross_entropy_loss, f"gamma = {g:g}", {"gamma": g}) for g in (0.0, 1.0, 2.0, 5.0))),
         ((-0.15, 4), None),
     ),
+    "dice_softmax_loss": lambda: Picture("logit of one pixel", LOGITS, dice_softmax_lines()),
+    "dice_cross_entropy_loss": lambda: Picture("logit of one pixel", LOGITS, dice_cross_entropy_lines()),
     "binary_entropy": lambda: Picture("p", PROBABILITIES, floor_lines(), ((-0.05, 2), (-0.05, 2)), ("BCE", "BCE - H(t)"), mark_floor),
     "bce-or-mse": lambda: Picture("logit", LOGITS, both_lines(), ((-0.1, 3), None), mark=mark_minimum),
 }
