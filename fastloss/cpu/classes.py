@@ -42,7 +42,7 @@ from fastloss.cpu.abi import count_partials
 from fastloss.cpu.step import DOUBLE, I64, Row, StepEmitter, Values, define, differs_from, lanes_of, spread, spread_number
 from fastloss.cpu.vector import Vector, call, gather, scalar_type
 from fastloss.kernel import element
-from fastloss.kernel.entry import HUGE, distance, exp_of_difference
+from fastloss.kernel.entry import HUGE, distance, evaluate, exp_of_difference, share_of_class, slope_of_class
 from fastloss.ops import log1p, where
 
 LOAD, COMPUTE, SUM, WRITE = "fastloss_load", "fastloss_compute", "fastloss_sum", "fastloss_write"  # names of the functions
@@ -203,6 +203,11 @@ class BlockEmitter:
         """Return an option in every lane."""
         return spread_number(self.builder, self.numbers[name], self.spec)
 
+    @property
+    def options(self) -> dict[str, Vector]:
+        """The options that are numbers, in every lane."""
+        return {name: self.number(name) for name in self.spec.numbers}
+
     def emit_load(self) -> None:
         """Copy the logits to the scratch memory, and find the maxima."""
         if not self.has_logits:
@@ -301,7 +306,9 @@ class BlockEmitter:
             total, low = add_exactly(rest, other, low)
             new = [total, low, ties.like(builder.add(ties.value, builder.sext(is_max.value, ties_type)))]
             if self.spec.has_probabilities or self.is_smoothed:
-                u = self.share_of_class(step) if self.spec.has_probabilities else step.load("weight")
+                u = step.load("weight")
+                if self.spec.has_probabilities:
+                    u = share_of_class(step.read(PROBABILITY), u, self.options, step.whole(self.block.classes))
                 far = distance(m, z)
                 new += [weights + (1.0 if u is None else u), spread_ + (far if u is None else where(u == 0.0, 0.0, u * far))]
             if self.has_region_slopes:
@@ -316,39 +323,18 @@ class BlockEmitter:
         is_undefined = (m.intrinsic("fabs") == self.huge) & (ties != 1.0)  # several infinite logits have no limit
         return Sums(where(is_undefined, nan, (rest + low) + (ties - 1.0)), weights, spread_, ties)
 
-    def share_of_class(self, step: Step) -> Vector:
-        """Return u of the step's class, where there are probabilities."""
-        y = step.read(PROBABILITY)
-        if self.is_smoothed:
-            smoothing = self.number("label_smoothing")
-            y = (1.0 - smoothing) * y + smoothing / step.whole(self.block.classes)
-        share: Vector = element.multiply(step.load("weight"), y)
-        return share
-
     def evaluate(self, step: Step, entries: Entries, w: Vector | None, factor: Vector) -> Vector:
         """Return the value of each entry, and keep the factors of its gradient."""
-        sums = self.walk(step.first, entries)
-        log_norm, inverse = log1p(sums.others.within(0.0, inf)), 1.0 / (sums.others + 1.0)
-        if self.spec.has_probabilities:
-            self.keep_factors(step, entries.target, factor * inverse, sums.others, sums.weights)
-            return sums.weights * log_norm + sums.spread
-        below, e = distance(entries.m, entries.logit), exp_of_difference(entries.logit, entries.m)
-        rest = (1.0 - e) + sums.others
-        if self.has_regions:
-            self.keep_regions(step, entries, sums, (e * inverse, rest * inverse), inverse, w, factor)
-            return element.multiply(w, log_norm + below)
-        if not self.is_smoothed:
-            parameters = {name: self.number(name) for name in self.spec.parameters}
-            found = self.spec.formula.quantities(log_norm + below, rest * inverse, parameters, {})
-            rate = element.multiply(w, factor * found["slope"]) * inverse
-            self.keep_factors(step, entries.target, rate, -(rest * rate))
-            return element.multiply(w, factor.match(found["value"]))
-        smoothing = self.number("label_smoothing")
-        each, own = smoothing / step.whole(self.block.classes), element.multiply(w, 1.0 - smoothing)
-        total = own + each * sums.weights
-        slope = each * (sums.weights - (1.0 if w is None else w)) * (e * inverse) - (own + element.multiply(w, each)) * (rest * inverse)
-        self.keep_factors(step, entries.target, factor * total * inverse, factor * slope, factor * each)
-        return total * log_norm + (where(own == 0.0, 0.0, own * below) + each * sums.spread)
+        sums, m, z = self.walk(step.first, entries), entries.m, entries.logit
+        if not self.has_regions:
+            value, factors = evaluate(
+                self.spec, sums.others, sums.weights, sums.spread, m, z, w, factor, self.options, step.whole(self.block.classes)
+            )
+            self.keep_factors(step, entries.target, *factors)
+            return factor.match(value)
+        log_norm, inverse, e = log1p(sums.others.within(0.0, inf)), 1.0 / (sums.others + 1.0), exp_of_difference(z, m)
+        self.keep_regions(step, entries, sums, (e * inverse, ((1.0 - e) + sums.others) * inverse), inverse, w, factor)
+        return element.multiply(w, log_norm + distance(m, z))
 
     def keep_factors(self, step: Step, *factors: Vector) -> None:
         """Keep the rows from CLASS on of the scratch memory, from which SUM computes sums and WRITE the gradient."""
@@ -434,18 +420,15 @@ class BlockEmitter:
         if not self.has_gradient:
             return
         with self.steps_by_class() as step:
-            target, e, factor = step.read(CLASS), step.read(), step.read(FACTOR)
-            if self.spec.has_probabilities:
-                u = self.share_of_class(step)
-                slope = factor * ((step.read(SHARE) - u) * e - u * ((1.0 - e) + step.read(SLOPE)))
+            target, e, factors = step.read(CLASS), step.read(), tuple(step.read(name) for name in (FACTOR, SLOPE, SHARE))
+            is_own = target == step.whole(step.index)
+            if self.has_region_slopes:
+                slope = e * (self.slope_of_others(step, e) * factors[0] + factors[2])
+                slope = where(is_own, factors[1], where(e >= step.read(LIMIT), step.read(TOP), slope))
             else:
-                slope = e * factor
-                if self.has_region_slopes:
-                    slope = e * (self.slope_of_others(step, e) * factor + step.read(SHARE))
-                    slope = where(e >= step.read(LIMIT), step.read(TOP), slope)
-                if self.is_smoothed:
-                    slope = slope - element.multiply(step.load("weight"), step.read(SHARE))
-                slope = where(target == step.whole(step.index), step.read(SLOPE), slope)
+                y = step.read(PROBABILITY) if self.spec.has_probabilities else None
+                w, classes = step.load("weight"), step.whole(self.block.classes)
+                slope = slope_of_class(self.spec, factors, e, is_own, y, w, self.options, classes)
             step.store("slope", where(target == NO_CLASS, 0.0, slope) if self.spec.excludes else slope, mode)
 
 

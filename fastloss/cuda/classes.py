@@ -177,8 +177,9 @@ def evaluating(spec: Spec) -> str:
     if spec.trace:
         own = at.load("pixel_weight")
         factor = multiply(multiply(own, at.load("grad_output")), at.symbol("number.scale"))
-        z, m = at.logit(), at.symbol("m")
-        value, factors = entry.evaluate(spec, at.sums(), m, z, w, factor, at.number, at.classes)
+        z, m, sums = at.logit(), at.symbol("m"), at.sums()
+        others = entry.sum_of_others(sums, m)
+        value, factors = entry.evaluate(spec, others, sums.weights, sums.spread, m, z, w, factor, at.number, at.classes)
         found["value"] = multiply(own, value)
         at.lines += [f"factors.x[{k}] = {x.name};" for k, x in enumerate(factors)]
         at.lines.append(f"if (MEMBER == 0) store_value(pack, {found['value'].name});")

@@ -86,20 +86,21 @@ def add_class(
 def sum_of_others(sums: Sums, m: Symbol) -> Symbol:
     """Return R; NaN where several logits are infinite, which have no limit."""
     is_undefined = (abs(m) == HUGE[m.bits]) & (sums.ties != 1.0)
-    return where(is_undefined, nan, (sums.rest + sums.low) + (sums.ties - 1.0)).within(0.0, inf)
+    return where(is_undefined, nan, (sums.rest + sums.low) + (sums.ties - 1.0))
 
 
 def evaluate(
-    spec: Spec, sums: Sums, m: Symbol, z: Symbol, w: Symbol | None, factor: Symbol, number: Mapping[str, Symbol], classes: Symbol
-) -> tuple[Symbol, tuple[Symbol, ...]]:
+    spec: Spec, others: Symbol, weights: Symbol, spread: Symbol, m: Symbol, z: Symbol, w: Symbol | None, factor: Symbol,
+    number: Mapping[str, Symbol], classes: Symbol
+) -> tuple[Symbol, tuple[Symbol, ...]]:  # fmt: skip
     """Return the value of an entry, and the factors from which `slope_of_class` computes its gradient.
 
-    `z` and `w` are the logit and the weight of the entry's class. `factor` multiplies the gradient.
+    `others` is R, `weights` and `spread` are other sums over the classes, `z` and `w` are the logit and the weight of the entry's class,
+    and `factor` multiplies the gradient.
     """
-    others = sum_of_others(sums, m)
-    log_norm, inverse = log1p(others), 1.0 / (others + 1.0)
+    log_norm, inverse = log1p(others.within(0.0, inf)), 1.0 / (others + 1.0)
     if spec.has_probabilities:
-        return sums.weights * log_norm + sums.spread, (factor * inverse, others, sums.weights)
+        return weights * log_norm + spread, (factor * inverse, others, weights)
     below, e = distance(m, z), exp_of_difference(z, m)
     missed = (1.0 - e) + others
     smoothing = number.get("label_smoothing")
@@ -108,9 +109,9 @@ def evaluate(
         rate = multiply(w, factor * found["slope"]) * inverse
         return multiply(w, factor.match(found["value"])), (rate, -(missed * rate))
     each, own = smoothing / classes, multiply(w, 1.0 - smoothing)
-    total = own + each * sums.weights
-    slope = each * (sums.weights - (1.0 if w is None else w)) * (e * inverse) - (own + multiply(w, each)) * (missed * inverse)
-    value = total * log_norm + (where(own == 0.0, 0.0, own * below) + each * sums.spread)
+    total = own + each * weights
+    slope = each * (weights - (1.0 if w is None else w)) * (e * inverse) - (own + multiply(w, each)) * (missed * inverse)
+    value = total * log_norm + (where(own == 0.0, 0.0, own * below) + each * spread)
     return value, (factor * total * inverse, factor * slope, factor * each)
 
 

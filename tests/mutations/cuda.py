@@ -251,7 +251,7 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
     ),
     Mutation(
         "excluded-not-cleared", "cuda/classes.cuh", "if (own < 0) return clear(a, pack);", "if (own < 0) return;",
-        "The outputs of entries that do not count keep what was in their memory.", (CLASSES,), select="pixels and none",
+        "The outputs of entries that do not count keep what was in their memory.", ("test_classes.py::test_relations",),
     ),
     Mutation(
         "class-too-many", "cuda/classes.py",
