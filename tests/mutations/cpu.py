@@ -297,7 +297,8 @@ MUTATIONS = (
     ),
     Mutation(
         "half-log1p-coefficient", "kernel/elementary.py", "-0.244954572919", "-0.244994572919",
-        "A coefficient of log1p for 16 bits is off in its fourth digit.", (SUMS_OF_ONE,), select="weighted",
+        "A coefficient of log1p for 16 bits is off in its fourth digit.", (SUMS_OF_ONE,),
+        select="cross_entropy_with_logits",
     ),
     Mutation(
         "half-tanh-near-zero", "kernel/elementary.py", "where(abs(x) < 0.25, near,", "where(abs(x) < 0.0, near,",
