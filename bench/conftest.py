@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from bench import machine, peers
+from bench import cases, machine, peers
 from bench.suite import Suite
 
 
 @pytest.fixture(scope="session")
 def suite():
     return Suite(machine.cpus(), peers.load()[0], print)
+
+
+def pytest_generate_tests(metafunc):
+    """Parametrize a test with the cases of record; without times, with the same cases on few elements."""
+    if "case" in metafunc.fixturenames:
+        table, config = cases.table(), metafunc.config
+        is_timed = not (config.getoption("benchmark_disable") or hasattr(config, "workerinput"))  # pytest-xdist has workers
+        metafunc.parametrize("case", table if is_timed else cases.unique([case.tiny for case in table]), ids=str)
 
 
 def pytest_report_header(config):

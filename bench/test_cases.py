@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import pytest
 
-from bench import cases
 from bench.batch import Batch
 from bench.row import expected
 
 
 @pytest.mark.filterwarnings("default")  # other libraries may warn
-@pytest.mark.parametrize("case", cases.table(), ids=str)
 def test_case(benchmark, suite, case):
-    case = case.tiny if benchmark.disabled else case
     left_out = len(suite.record.content["left_out"])
     batch = Batch(case)
     rows = [row for row, _ in suite.record.check(case, suite.rows(batch), expected(batch))]  # calls each row once
