@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import ml_dtypes
@@ -41,7 +42,16 @@ class Batch:
         """Return the number that divides the sum of the loss: the number of elements that count in a mean, and 1 for a sum."""
         if self.case.reduction == "sum":
             return 1
-        return self.extra["mask"].sum() if "mask" in self.extra else self.case.elements
+        return self.extra["mask"].sum() if "mask" in self.extra else prod(self.case.entries)
+
+    def numbers(self, dtype: Any, part: slice = slice(None)) -> list[Array]:
+        """Convert a part of the arrays to a dtype, with targets in [0, 1]. Class indices stay as they are."""
+        kinds = self.case.subject.arrays
+        made = [x[part] if kind == "classes" else x[part].astype(dtype, copy=False) for kind, x in zip(kinds, self.arrays, strict=True)]
+        if self.case.dtype == "uint8 targets":
+            at = kinds.index("targets")
+            made[at] = made[at] * SCALE
+        return made
 
     def logits(self) -> Array:
         """Draw logits as at the start of a training, where few probabilities are close to 0 or 1."""
@@ -57,6 +67,11 @@ class Batch:
         if self.case.dtype == "uint8 targets":
             return self.place(pixels, np.uint8)
         return self.place(pixels * np.float32(SCALE), self.dtype)
+
+    def classes(self) -> Array:
+        """Draw a class index for each entry, in bytes."""
+        drawn = self.rng.integers(self.case.shape[1], size=min(prod(self.case.entries), DRAWN), dtype=np.uint8)
+        return np.resize(drawn, self.case.entries)
 
     def mu(self) -> Array:
         """Draw the means of Gaussians."""
@@ -91,7 +106,7 @@ class Batch:
         shape, layout = self.case.shape, self.case.layout
         array = np.resize(values.astype(dtype), self.case.elements).reshape(shape)
         if layout == "channels-last":
-            return np.ascontiguousarray(array.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+            return np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1)
         if layout == "every second":
             return np.repeat(array, 2, axis=-1)[..., ::2]
         return array

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
+from fastloss.core.definition import entries_of
 from fastloss.losses.table import LOSSES, Row
 
 PASSES = ("value", "grad", "value_and_grad")
@@ -24,14 +25,22 @@ SIZES = {
     "large": (64, 3, 256, 256),
     "huge": (256, 3, 256, 256),
 }
+CLASS_SIZES = {  # of the logits (N, C, ...) of losses of classes; "small" stands for each in tests
+    "mnist": (64, 10),
+    "small": (2, 5, 16, 16),
+    "large": (8, 19, 256, 256),
+    "many classes": (4, 150, 128, 128),
+    "volume": (2, 14, 128, 128, 128),
+    "large volume": (1, 118, 96, 96, 96),
+}
 DECADES = {f"10^{k}": (10**k,) for k in range(3, 10)}
 # whole decades, and a size between those of small batches, where libraries overtake each other
 CURVE = dict(sorted((DECADES | {f"3x10^{k}": (3 * 10**k,) for k in range(3, 6)}).items(), key=lambda size: size[1]))
 LATENTS = 256  # numbers in the latent code of an image
 
 
-SUBJECTS = {name: row for name, row in LOSSES.items() if row.gradients and not row.classes}
-BCE, MSE = "binary_cross_entropy_with_logits", "mse_loss"
+SUBJECTS = {name: row for name, row in LOSSES.items() if row.gradients}
+BCE, MSE, CROSS_ENTROPY = "binary_cross_entropy_with_logits", "mse_loss", "cross_entropy"
 
 
 @dataclass(frozen=True)
@@ -52,8 +61,13 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the batch."""
-        return (SIZES | CURVE)[self.size]
+        """The shape of the batch: of the logits."""
+        return self.sizes[self.size]
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes in which the loss is timed."""
+        return CLASS_SIZES if self.subject.classes else SIZES | CURVE
 
     @property
     def elements(self) -> int:
@@ -61,9 +75,14 @@ class Case:
         return prod(self.shape)
 
     @property
+    def entries(self) -> tuple[int, ...]:
+        """The shape of the values: a value for each element, or for each entry with several classes."""
+        return entries_of(self.shape) if self.subject.classes else self.shape
+
+    @property
     def tiny(self) -> Case:
         """The same case with few elements: for whether it is computed, not for how fast."""
-        return replace(self, size="mnist" if len(self.shape) > 1 else "1Ki")
+        return replace(self, size="small" if self.subject.classes else "mnist" if len(self.shape) > 1 else "1Ki")
 
     @property
     def is_half(self) -> bool:
@@ -77,12 +96,15 @@ class Case:
 
     @property
     def is_possible(self) -> bool:
-        """Whether the loss takes such arrays."""
+        """Whether the loss takes such arrays, and the suite has its options."""
+        if self.size not in self.sizes:
+            return False
         axes, named = len(self.shape), "per channel" in self.option or self.layout == "channels-last"
         needed = 4 if named else self.subject.axes
         targets = "targets" in self.subject.arrays or self.dtype != "uint8 targets"
         weighted = self.loss == BCE or "pos_weight" not in self.option
-        return axes >= needed and targets and weighted and not (self.option and len(self.subject.arrays) != 2)
+        has_options = len(self.subject.arrays) == 2 and not self.subject.classes
+        return axes >= needed and targets and weighted and (has_options or not self.option)
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
@@ -117,6 +139,10 @@ def table() -> list[Case]:
         *select(loss=(BCE, MSE), part=PASSES, size=tuple(SIZES)),
         *select(loss=(BCE, MSE), layout=LAYOUTS),
         *select(option=OPTIONS),
+        *select(loss=(CROSS_ENTROPY,), part=("value", "value_and_grad"), size=("mnist", "many classes", "volume")),
+        *select(loss=(CROSS_ENTROPY,), size=("large volume",)),
+        *select(loss=(CROSS_ENTROPY,), dtype=("bfloat16",)),
+        *select(loss=(CROSS_ENTROPY,), layout=("channels-last",)),
     ])  # fmt: skip
 
 

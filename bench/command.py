@@ -21,13 +21,14 @@ QUICK, FULL = 1.0, 6.0  # seconds for each case, at least `measure.LEAST` rounds
 WIDTH = 140  # characters in a line if the output is not a terminal
 START = 5  # rounds in which processes are started
 QUICK_ROWS = (
-    "fastloss, out=", "fastloss on tensors", "limit: triad", "limit: dot product, then triad", "NumPy, stable", "torch eager", "JAX",
+    "fastloss, out=", "fastloss on tensors", "limit: triad", "limit: dot product, then triad", "limit: copy",
+    "limit: read, then copy", "NumPy, stable", "torch eager", "JAX",
 )  # fmt: skip
 AXES = {
     "loss": tuple(cases.SUBJECTS),
     "part": cases.PASSES,
     "dtype": cases.DTYPES,
-    "size": (*cases.SIZES, *cases.CURVE),
+    "size": tuple(cases.SIZES | cases.CLASS_SIZES | cases.CURVE),
     "layout": cases.LAYOUTS,
     "option": cases.OPTIONS[1:],
 }

@@ -1,8 +1,9 @@
 """The losses as other libraries are given them, written as textbooks have them, without care for accuracy.
 
 `FORMULAS` holds values for libraries with autograd: `xp` is a namespace of a library's functions (abs, bce, exp, log, log1p, sigmoid,
-softplus, sqrt, where). `NAIVE` holds NumPy functions that return functions computing the value and the derivatives of every element,
-which share intermediate results. `TEXTS` holds values and derivatives as text for numexpr.
+softplus, sqrt, where; and, of classes along the second axis, cross_entropy of every entry, softmax and one_hot). `NAIVE` holds NumPy
+functions that return functions computing the value and the derivatives of every element, which share intermediate results. `TEXTS`
+holds values and derivatives as text for numexpr.
 """
 
 from __future__ import annotations
@@ -52,6 +53,19 @@ def dice(xp: Any, z: Any, t: Any) -> Any:
     return (1 - (2 * (p * t).sum(axes) + 1) / (p.sum(axes) + t.sum(axes) + 1)).mean()
 
 
+def focal_of_classes(xp: Any, z: Any, t: Any) -> Any:
+    """Compute the focal cross-entropy with gamma = 2."""
+    cost = xp.cross_entropy(z, t)
+    return (1 - xp.exp(-cost)) ** 2 * cost
+
+
+def dice_of_classes(xp: Any, z: Any, t: Any) -> Any:
+    """Compute the mean of the Dice losses of all samples and classes."""
+    p, is_class = xp.softmax(z, 1), xp.one_hot(t, z.shape[1])
+    axes = tuple(range(2, z.ndim))
+    return (1 - (2 * (p * is_class).sum(axes) + 1) / (p.sum(axes) + is_class.sum(axes) + 1)).mean()
+
+
 def vae(xp: Any, z: Any, t: Any, mu: Any, logvar: Any) -> Any:
     """Compute the objective of a variational autoencoder, a mean over the batch."""
     return (xp.bce(z, t).sum() + gaussian_kl(xp, mu, logvar).sum()) / len(z)
@@ -72,6 +86,10 @@ FORMULAS: dict[str, Any] = {
     "dice_with_logits_loss": dice,
     "dice_bce_with_logits_loss": lambda xp, z, t: dice(xp, z, t) + xp.bce(z, t).mean(),
     "vae_loss": vae,
+    "cross_entropy": lambda xp, z, t: xp.cross_entropy(z, t),
+    "focal_cross_entropy_loss": focal_of_classes,
+    "dice_softmax_loss": dice_of_classes,
+    "dice_cross_entropy_loss": lambda xp, z, t: dice_of_classes(xp, z, t) + xp.cross_entropy(z, t).mean(),
 }
 
 
@@ -136,6 +154,23 @@ def _gaussian_kl(mu: Any, logvar: Any) -> Calls:
     return lambda: 0.5 * (mu * mu + variance - 1 - logvar), lambda: mu, lambda: 0.5 * (variance - 1)
 
 
+def _softmax(z: Any, t: Any) -> tuple[Any, Any, Any]:
+    e, classes = np.exp(z), np.arange(z.shape[1]).reshape(-1, *(1 for _ in z.shape[2:]))
+    p, is_class = e / e.sum(axis=1, keepdims=True), classes == t[:, np.newaxis]
+    return p, is_class, np.where(is_class, p, 0).sum(axis=1, keepdims=True)
+
+
+def _cross_entropy(z: Any, t: Any) -> Calls:
+    p, is_class, hit = _softmax(z, t)
+    return lambda: -np.log(hit), lambda: p - is_class
+
+
+def _focal_cross_entropy(z: Any, t: Any) -> Calls:
+    p, is_class, hit = _softmax(z, t)
+    missed, cost = 1 - hit, -np.log(hit)
+    return lambda: missed**2 * cost, lambda: missed * (missed + 2 * hit * cost) * (p - is_class)
+
+
 NAIVE: dict[str, Callable[..., Calls]] = {
     "binary_cross_entropy_with_logits": _bce,
     "binary_cross_entropy": _bce_on_probabilities,
@@ -148,6 +183,8 @@ NAIVE: dict[str, Callable[..., Calls]] = {
     "mse_with_logits_loss": _mse_with_logits,
     "sigmoid_focal_loss": _focal,
     "gaussian_kl_loss": _gaussian_kl,
+    "cross_entropy": _cross_entropy,
+    "focal_cross_entropy_loss": _focal_cross_entropy,
 }
 
 # with whole numbers numexpr stays in float32; 0.5 would make it compute in float64

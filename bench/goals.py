@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from bench.cases import BCE, MSE, Case
+from bench.cases import BCE, CROSS_ENTROPY, MSE, Case
 from bench.ours import PLAIN
 from bench.results import PEERS, Measured, Results, Timing
 
@@ -61,7 +61,7 @@ GOALS = [
     *_limit(1.2, MSE, part="value"),
     *_limit(1.7, "log_cosh_loss", "mse_with_logits_loss"),
     *_limit(4, "binary_cross_entropy", "sigmoid_focal_loss"),
-    *_limit(2, "dice_bce_with_logits_loss"),
+    *_limit(2, "dice_bce_with_logits_loss", CROSS_ENTROPY),
     Goal(Case(), "NumPy, stable", least=30),
     Goal(Case(), "scikit-learn", least=25),
     Goal(Case(), "torch eager", least=15),
@@ -69,7 +69,13 @@ GOALS = [
     Goal(Case(), "JAX", least=8),
     *(Goal(Case(), peer, least=least, row=TENSORS) for peer, least in (("torch eager", 8), ("torch.compile", 3))),
     *(Goal(Case(MSE), peer, least=least, row=TENSORS) for peer, least in (("torch eager", 3), ("torch.compile", 2))),
+    *(
+        Goal(Case(CROSS_ENTROPY, size=size), peer, least=least, row=TENSORS)
+        for size in ("large", "volume", "many classes")
+        for peer, least in (("torch eager", 8), ("torch.compile", 3))
+    ),
     *(Goal(Case(loss, size="1Ki"), "torch eager", least=1, row=TENSORS) for loss in (BCE, MSE)),
+    Goal(Case(CROSS_ENTROPY, size="mnist"), "torch eager", least=1, row=TENSORS),
     Goal(Case(size="mnist"), FASTEST, least=4),
     Goal(Case(size="1Ki"), FASTEST, least=2),
     Goal(Case(), "fastloss, out=", most=1, row="fastloss, in place"),

@@ -1,7 +1,8 @@
 """The limit that memory bandwidth sets, measured with a triad and a dot product that are written in LLVM IR.
 
 The triad writes with non-temporal stores. The loops share no code with fastloss. Each iteration handles two cache lines of the
-first array, and as many elements of the second. Elements that do not fill a whole iteration on every thread are left out.
+first array, and as many elements of the second. Elements that do not fill a whole iteration on every thread are left out. The loops
+for one array take it for the second too, without reading it twice.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ LOADS = Template("""%pa = getelementptr $a, ptr %a, i64 %i
   %x = load <$lanes x $a>, ptr %pa, align 1
   %raw = load <$lanes x $b>, ptr %pb, align 1
   %y = $widen""")
+
+LOADS_OF_ONE = Template("""%pa = getelementptr $a, ptr %a, i64 %i
+  %x = load <$lanes x $a>, ptr %pa, align 1
+  %y = bitcast <$lanes x $a> %x to <$lanes x $a>""")
 
 TRIAD = Template("""
 define void @$name(ptr %out, ptr %a, ptr %b, i64 %n) {
@@ -76,13 +81,13 @@ AHEAD = """%ahead = add i64 %i, $distance
   call void @llvm.prefetch.p0(ptr %fa, i32 0, i32 3, i32 1)
   call void @llvm.prefetch.p0(ptr %fb, i32 0, i32 3, i32 1)"""
 
-# 16-bit numbers are added as integers, so that the loop waits only for memory
+# numbers of 8 and 16 bits are added as integers, so that the loop waits only for memory
 _TYPES = {1: "i8", 2: "i16", 4: "float", 8: "double"}
 _LINE, _PREFETCH = 64, 2048  # bytes
 
 
 class Limit:
-    """The compiled loops for two arrays with elements of given sizes in bytes, and the threads that run them."""
+    """The compiled loops for two arrays with elements of given sizes in bytes, or for one array, and the threads that run them."""
 
     def __init__(self, width: int, target_width: int, threads: int) -> None:
         self.width, self.target_width, self.threads = width, target_width, threads
@@ -102,13 +107,13 @@ class Limit:
         self._triad, self._prefetched, self._dot = (prototype(self.engine.get_function_address(name)) for name in names)
 
     def _texts(self) -> list[str]:
-        a, b = _TYPES[self.width], _TYPES[self.target_width]
+        a, b = _TYPES[self.width], _TYPES[self.target_width or self.width]
         is_float = self.width > 2
         operations = {"add": "fadd", "mul": "fmul"} if is_float else {"add": "add", "mul": "mul"}
         same = f"bitcast <{self.lanes} x {b}> %raw to <{self.lanes} x {a}>"
         widen = same if a == b else f"{'uitofp' if is_float else 'zext'} <{self.lanes} x {b}> %raw to <{self.lanes} x {a}>"
         words = {"a": a, "b": b, "lanes": self.lanes, **operations}
-        words["loads"] = LOADS.substitute(words, widen=widen)
+        words["loads"] = LOADS.substitute(words, widen=widen) if self.target_width else LOADS_OF_ONE.substitute(words)
         ahead = Template(AHEAD).substitute(words, distance=_PREFETCH // self.width)
         triads = [TRIAD.substitute(words, name=name, prefetch=text) for name, text in (("triad", ""), ("prefetched", ahead))]
         return [*triads, DOT.substitute(words)]
@@ -143,7 +148,7 @@ class Limit:
 
     def dot(self, a: Array, b: Array) -> Any:
         """Compute the dot product of two arrays."""
-        sums = aligned(self.lanes * self.threads, a.dtype if self.width > 2 else np.dtype(np.int16))
+        sums = aligned(self.lanes * self.threads, summed(a.dtype))
         self._run(self._dot, [sums.ctypes.data + 2 * _LINE * k for k in range(self.threads)], a, b)
         return sums.sum()
 
@@ -161,16 +166,20 @@ def aligned(size: int, dtype: Any) -> Array:
     return memory[start : start + size * dtype.itemsize].view(dtype)
 
 
-def check(limit: Limit, dtype: Any, target_dtype: Any) -> None:
-    """Raise RuntimeError if a loop computes a wrong result."""
-    size = limit.lanes * limit.threads * 8
-    numbers = dtype if limit.width > 2 else np.dtype(np.int16)
-    targets = target_dtype if target_dtype.itemsize != 2 else numbers
-    a, b, out = np.full(size, 2, numbers), np.full(size, 3, targets), aligned(size, numbers)
+def summed(dtype: Any) -> Any:
+    """Return the dtype in which numbers of a dtype are added: integers for numbers of 8 and 16 bits."""
+    return dtype if dtype.itemsize > 2 else np.dtype(f"i{dtype.itemsize}")
+
+
+def check(limit: Limit, dtype: Any, target_dtype: Any = None) -> None:
+    """Raise RuntimeError if a loop for two arrays, or without `target_dtype` for one, computes a wrong result."""
+    size, numbers = limit.lanes * limit.threads * 8, summed(dtype)
+    a, out = np.full(size, 2, numbers), aligned(size, numbers)
+    b = a if target_dtype is None else np.full(size, 3, target_dtype if target_dtype.itemsize != 2 else numbers)
     for triad in (limit.triad, limit.prefetched):
         out[:] = 0
         triad(out, a, b)
-        if not (out == 5).all():
+        if not (out == 2 + b[0]).all():
             raise RuntimeError("the triad of the limit computes a wrong result, so its time is meaningless")
-    if limit.dot(a, b) != 6 * size:
+    if limit.dot(a, b) != 2 * int(b[0]) * size:
         raise RuntimeError("the dot product of the limit computes a wrong result, so its time is meaningless")

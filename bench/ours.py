@@ -11,7 +11,7 @@ import numpy as np
 
 import fastloss as fl
 from bench import limit as limits
-from bench.batch import SCALE, Array, Batch
+from bench.batch import Array, Batch
 from bench.cases import CURVE
 from bench.formulas import NAIVE
 from bench.row import Result, Row, as_tuple, split, weighted
@@ -96,8 +96,7 @@ def reader_of_pairs(batch: Batch) -> Callable[[Any], Result]:
 
 def in_float(batch: Batch) -> list[Array]:
     """Convert the arrays for NumPy: bytes are scaled to [0, 1], and 16-bit numbers become float32."""
-    arrays = [x * np.float32(SCALE) if x.dtype == np.uint8 else x for x in batch.arrays]
-    return [x.astype(np.float32) if batch.case.is_half else x for x in arrays]
+    return batch.numbers(np.float32 if batch.case.is_half else batch.dtype)
 
 
 def compute_reference(batch: Batch) -> Result:
@@ -129,6 +128,8 @@ def limit_rows(batch: Batch, threads: int) -> list[Row]:
     For the Gaussian divergence, which reads two arrays and writes two, they move only three arrays.
     """
     case = batch.case
+    if case.subject.classes:
+        return [limit_of_classes(batch, threads)]
     a, b = (x.reshape(-1) if x.flags.c_contiguous else np.ones(x.size, x.dtype) for x in batch.arrays[:2])
     limit = limits.Limit(a.itemsize, b.itemsize, threads if case.elements > ONE_THREAD else 1)
     limits.check(limit, a.dtype, b.dtype)
@@ -146,3 +147,32 @@ def limit_rows(batch: Batch, threads: int) -> list[Row]:
         Row("limit: triad", lambda: limit.triad(out, a, b)),
         Row("limit: triad, prefetched", lambda: limit.prefetched(out, a, b)),
     ]
+
+
+def limit_of_classes(batch: Batch, threads: int) -> Row:
+    """Return the row of the limit of a loss of classes: read class indices and logits, and for a gradient copy the logits.
+
+    The gradient of a Dice loss needs the sums over all logits, so everything is read once before.
+    """
+    logits, indices = (x.reshape(-1) if x.flags.c_contiguous else np.ones(x.size, x.dtype) for x in batch.arrays)
+    used = threads if batch.case.elements > ONE_THREAD else 1
+    of_logits, of_indices = (limits.Limit(x.itemsize, 0, used) for x in (logits, indices))
+    for limit, x in ((of_logits, logits), (of_indices, indices)):
+        limits.check(limit, x.dtype)
+    out = limits.aligned(logits.size, logits.dtype)
+
+    def read() -> None:
+        of_indices.dot(indices, indices)
+        of_logits.dot(logits, logits)
+
+    def copy() -> None:
+        of_indices.dot(indices, indices)
+        of_logits.triad(out, logits, logits)
+
+    def read_then_copy() -> None:
+        read()
+        copy()
+
+    if batch.case.part == "value":
+        return Row("limit: read", read)
+    return Row("limit: read, then copy", read_then_copy) if "dice" in batch.case.loss else Row("limit: copy", copy)

@@ -204,13 +204,18 @@ def losses(results: Results) -> Any:
             style = STYLES[name.removesuffix(", out=")] | {"linestyle": "", "markersize": 8}
             axes.plot(*zip(*points, strict=True), label=name, **style)
     axes.axvline(1, color=LIMIT, linewidth=1, linestyle=":", label="limit")
-    axes.set(xscale="log", xlabel="time over the limit (logarithmic)", yticks=y, yticklabels=[m.case.subject.title for m in found])
+    axes.set(xscale="log", xlabel="time over the limit (logarithmic)", yticks=y, yticklabels=[label(m.case) for m in found])
     axes.invert_yaxis()
     axes.set_title(f"Value and gradient\n{subtitle(results, results.headline())}")
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     tidy(axes, "x")
     axes.grid(axis="y", color="#eeeeee")
     return figure
+
+
+def label(case: Case) -> str:
+    """Return the title of a case's loss, for losses of classes with their shape."""
+    return f"{case.subject.title}, {' x '.join(map(str, case.shape))}" if case.subject.classes else case.subject.title
 
 
 def subtitle(results: Results, case: Case) -> str:

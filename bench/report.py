@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 from tabulate import tabulate
 
 from bench import goals, machine
-from bench.cases import SIZES, Case
+from bench.cases import CURVE, Case
 from bench.compare import Change
 from bench.ours import PLAIN
 from bench.page import has_block, marks, replace_block
@@ -93,7 +93,7 @@ def rest(results: Results) -> list[Table]:
 
 def grouped(results: Results, group: str) -> list[Measured]:
     """Return the cases of a group; the sizes of the curve are in the picture alone."""
-    return [m for case, m in results.measured.items() if case.size in SIZES and group_of(case, results.headline(case.loss)) == group]
+    return [m for case, m in results.measured.items() if case.size not in CURVE and group_of(case, results.headline(case.loss)) == group]
 
 
 def group_of(case: Case, headline: Case) -> str:
@@ -128,7 +128,7 @@ def title(case: Case, with_part: bool = True) -> str:
     others = [x for x, usual in ((case.dtype, plain.dtype), (case.layout, plain.layout), (case.option, "")) if x != usual]
     shape = "x".join(map(str, case.shape))
     name = f"{case.subject.title} {PARTS[case.part]}" if with_part else case.subject.title
-    return ", ".join([name, *others, *([shape] if case.size != plain.size else [])])
+    return ", ".join([name, *others, *([shape] if case.shape != plain.shape else [])])
 
 
 def overview(group: str, cases: Iterable[Measured]) -> Table:

@@ -13,7 +13,9 @@ from bench.cases import BCE, Case
 from bench.ours import OURS
 from bench.record import FORMAT
 
-LIMITS = ("limit: triad", "limit: dot product", "limit: dot product, then triad", "limit: copy", "limit: read")
+LIMITS = (
+    "limit: triad", "limit: dot product", "limit: dot product, then triad", "limit: copy", "limit: read", "limit: read, then copy",
+)  # fmt: skip
 PEERS = ("NumPy, stable", "NumPy, naive", "numexpr", "scikit-learn", "torch eager", "torch.compile", "JAX", "optax", "CuPy, naive")
 
 

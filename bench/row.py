@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.batch import SCALE, Array, Batch
+from bench.batch import Array, Batch
 from fastloss import reference
 
 Result = tuple[Any, Sequence[Array]]  # the value or None, and the gradients or (), as the pass of the case says
@@ -56,14 +56,14 @@ class Row:
 
 def expected(batch: Batch) -> Result:
     """Compute the expected value and gradients with `fastloss.reference` in float64; of large gradients only the part that is checked."""
-    if len(batch.case.subject.gradients) == 3 or "dice" in batch.case.loss:  # not a sum over elements
-        value, grads = getattr(reference, batch.case.loss)(*widened(batch, slice(None)))
+    if batch.case.subject.reduction:  # not a sum over entries
+        value, grads = getattr(reference, batch.case.loss)(*batch.numbers(np.float64))
         return value, as_tuple(grads)
     return expected_in_parts(batch)
 
 
 def expected_in_parts(batch: Batch) -> Result:
-    """Compute the expected value and gradients of a sum over elements, `AT_ONCE` elements at a time."""
+    """Compute the expected value and gradients of a sum over entries, `AT_ONCE` elements at a time."""
     length, size = len(batch.arrays[0]), batch.arrays[0].size
     value: Any = 0.0
     gradients: list[list[Array]] = [[] for _ in batch.case.subject.gradients]
@@ -81,17 +81,12 @@ def expected_of_part(batch: Batch, part: slice) -> Result:
     """Compute the contribution of a part of the batch to the value, and the gradients of the part."""
     case, divisor = batch.case, batch.divisor()
     extra = {name: x[part] if x.shape == case.shape else x for name, x in batch.extra.items()}
-    value, slopes = weighted(case.loss, widened(batch, part), extra)
+    value, slopes = weighted(case.loss, batch.numbers(np.float64, part), extra)
     return value.sum() / divisor, [slope / divisor for slope in slopes]
 
 
-def widened(batch: Batch, part: slice) -> list[Array]:
-    """Convert a part of the arrays to float64, with targets in [0, 1]."""
-    return [x[part].astype(np.float64) * (SCALE if x.dtype == np.uint8 else 1) for x in batch.arrays]
-
-
 def weighted(loss: str, arrays: Sequence[Array], extra: Mapping[str, Array]) -> tuple[Array, list[Array]]:
-    """Compute value and derivatives of every element with `fastloss.reference`, given the option of the case."""
+    """Compute the value of every entry and the derivatives by every element with `fastloss.reference`, given the option of the case."""
     factors = dict(extra)
     parameters = {"pos_weight": factors.pop("pos_weight")} if "pos_weight" in factors else {}
     value, *slopes = getattr(reference, loss)(*arrays, **parameters)

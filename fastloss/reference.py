@@ -104,9 +104,46 @@ def binary_entropy(t: Array) -> Array:
 
 
 def value_and_grad(loss: Callable[..., tuple[Array, Array]], z: Array, t: Array, **parameters: Any) -> tuple[Any, Array]:
-    """Return the mean of an elementwise loss over all elements, and the gradient of the mean."""
+    """Return the mean of a loss over all elements, or over all entries with several classes, and the gradient of the mean."""
     value, slope = loss(z, t, **parameters)
-    return value.mean(dtype=np.float64), slope / slope.size
+    return value.mean(dtype=np.float64), slope / value.size
+
+
+def cross_entropy(z: Array, t: Array, label_smoothing: float = 0.0) -> tuple[Array, Array]:
+    """Return the value of cross-entropy for every entry of logits (N, C, ...) or (C,), and the slope for every logit."""
+    p, surprise, is_class = _softmax(z, t)
+    axis = _class_axis(z)
+    cost = np.where(is_class, surprise, 0).sum(axis)
+    if not label_smoothing:
+        return cost, p - is_class
+    share = z.dtype.type(1 - label_smoothing) * is_class + z.dtype.type(label_smoothing / z.shape[axis])
+    return (1 - label_smoothing) * cost + label_smoothing * surprise.mean(axis), p - share
+
+
+def focal_cross_entropy_loss(z: Array, t: Array, gamma: float = 2.0) -> tuple[Array, Array]:
+    """Return the value of the focal cross-entropy for every entry of logits (N, C, ...) or (C,), and the slope for every logit."""
+    p, surprise, is_class = _softmax(z, t)
+    axis = _class_axis(z)
+    hit, cost = (np.where(is_class, x, 0).sum(axis, keepdims=True) for x in (p, surprise))
+    missed = np.where(is_class, 0, p).sum(axis, keepdims=True)
+    factor = missed ** (gamma - 1)
+    return np.squeeze(factor * missed * cost, axis), factor * (missed + gamma * hit * cost) * (p - is_class)
+
+
+def _softmax(z: Array, t: Array) -> tuple[Array, Array, npt.NDArray[np.bool_]]:
+    """Return p and -log p of every class, for the softmax p of the logits, and whether the class is that of its entry."""
+    axis = _class_axis(z)
+    below = z.max(axis, keepdims=True) - z
+    p = np.exp(-below)
+    total = p.sum(axis, keepdims=True)
+    p /= total
+    classes = np.arange(z.shape[axis]).reshape([-1 if k == axis else 1 for k in range(z.ndim)])
+    return p, np.log(total) + below, classes == np.expand_dims(t, axis)
+
+
+def _class_axis(z: Array) -> int:
+    """Return the axis of classes of logits (N, C, ...) or (C,)."""
+    return min(1, z.ndim - 1)
 
 
 def gaussian_kl_loss(mu: Array, logvar: Array) -> tuple[Array, Array, Array]:
@@ -126,6 +163,22 @@ def dice_with_logits_loss(z: Array, t: Array, smooth: float = 1.0) -> tuple[Any,
 def dice_bce_with_logits_loss(z: Array, t: Array, smooth: float = 1.0) -> tuple[Any, Array]:
     """Return the sum of the mean Dice loss and the mean binary cross-entropy, and the gradient of the sum."""
     parts = dice_with_logits_loss(z, t, smooth), value_and_grad(binary_cross_entropy_with_logits, z, t)
+    return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
+
+
+def dice_softmax_loss(z: Array, t: Array, smooth: float = 1.0) -> tuple[Any, Array]:
+    """Return the mean over samples and classes of the Dice loss of logits (N, C, ...), and the gradient of the mean."""
+    axes = tuple(range(2, z.ndim))
+    p, _, is_class = _softmax(z, t)
+    size = (p + is_class).sum(axes, keepdims=True) + smooth
+    loss = np.where(is_class, 1 - p, p).sum(axes, keepdims=True) / size
+    by_p = np.where(is_class, -1 - loss, 1 - loss) / (size * loss.size)
+    return loss.mean(dtype=np.float64), p * (by_p - (p * by_p).sum(1, keepdims=True))
+
+
+def dice_cross_entropy_loss(z: Array, t: Array, smooth: float = 1.0) -> tuple[Any, Array]:
+    """Return the sum of the mean Dice loss and the mean cross-entropy of logits (N, C, ...), and the gradient of the sum."""
+    parts = dice_softmax_loss(z, t, smooth), value_and_grad(cross_entropy, z, t)
     return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
 
 

@@ -1,7 +1,7 @@
 """The oracle: the losses from the textbook, in 60 digits (mpmath) or in extended precision. It imports nothing of fastloss.
 
 Every function returns value, slope, curvature, and for each the magnitude whose last digit the promise is measured in:
-the quantity itself, or the larger of two terms where it is their difference and passes through 0.
+the quantity itself, or the larger of two terms where it is their difference and passes through 0. Losses of classes have no curvature.
 """
 
 from __future__ import annotations
@@ -161,6 +161,7 @@ _ENOUGH = 400
 _numbers = np.frompyfunc(lambda x: mpmath.mpf(float(x)), 1, 1)
 _exp = np.frompyfunc(_mp_exp, 1, 1)
 _most = np.frompyfunc(max, 2, 1)
+ARRAYS = SimpleNamespace(exp=_exp, log1p=np.frompyfunc(MP.log1p, 1, 1), maximum=_most, number=_numbers)  # arrays of numbers of 60 digits
 
 
 def _round(x):
@@ -205,3 +206,50 @@ def gaussian_kl_loss(mu, logvar):
         value = np.where(logvar == mpmath.inf, logvar, (mu * mu + variance - 1 - logvar) / 2)
         quantities = value, mu, (variance - 1) / 2, np.ones(mu.shape), variance / 2
         return tuple(_round(x) for x in quantities)
+
+
+def cross_entropy(z, t, m, weight=None, label_smoothing=0):
+    """Return the value of each entry of logits (N, C, ...) or (C,), and the slopes by the logits."""
+    p, q, surprise, is_class = _of_classes(z, t, m)
+    axis, smoothing = _class_axis(z), m.number(label_smoothing)
+    share = (1 - smoothing) * is_class + smoothing / z.shape[axis]
+    if weight is not None:
+        share = share * _along_classes(m.number(weight), z)
+    others = share.sum(axis, keepdims=True) - share
+    value = (share * surprise).sum(axis)
+    return (value, value), (others * p - share * q, m.maximum(others * p, share * q))
+
+
+def focal_cross_entropy_loss(z, t, m, gamma=2, weight=None):
+    p, q, surprise, is_class = _of_classes(z, t, m)
+    axis = _class_axis(z)
+    share = is_class if weight is None else is_class * _along_classes(m.number(weight), z)
+    hit, missed, cost, w = (np.where(is_class, x, 0).sum(axis, keepdims=True) for x in (p, q, surprise, share))
+    rate = w * (missed**gamma + gamma * missed ** (gamma - 1) * hit * cost)
+    value, slope = (w * missed**gamma * cost).sum(axis), rate * np.where(is_class, -q, p)
+    return (value, value), (slope, abs(slope))
+
+
+def _of_classes(z, t, m):
+    """Return p, 1 - p and -log p of every class, and whether the class is that of its entry."""
+    axis = _class_axis(z)
+    return *softmax(z, axis, m), _along_classes(np.arange(z.shape[axis]), z) == np.expand_dims(t, axis)
+
+
+def softmax(z, axis, m):
+    """Return p, 1 - p and -log p of every class, none of them by subtraction."""
+    z = m.number(z)
+    below = z.max(axis, keepdims=True) - z
+    e, is_largest = m.exp(-below), np.zeros(z.shape, bool)
+    np.put_along_axis(is_largest, z.argmax(axis, keepdims=True), True, axis)
+    rest = np.where(is_largest, 0, e).sum(axis, keepdims=True)
+    return e / (1 + rest), (1 - e + rest) / (1 + rest), m.log1p(rest) + below
+
+
+def _class_axis(z):
+    return min(1, z.ndim - 1)
+
+
+def _along_classes(x, z):
+    """Return numbers of the classes in a shape that broadcasts against logits."""
+    return np.reshape(x, [-1 if axis == _class_axis(z) else 1 for axis in range(z.ndim)])

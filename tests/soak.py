@@ -71,7 +71,7 @@ def call(rng: Any, row: Case, method: str, dtype: Any, shape: tuple[int, ...], w
     operands = row.draw(rng, dtype, shape)
     taken, options = options_of(row), {}
     if with_options:
-        options = {"weight": rng.random(shape).astype(dtype), "mask": rng.random(shape) < 0.7}
+        options = {row.entry_weight: rng.random(row.entries(shape)).astype(dtype), "mask": rng.random(row.entries(shape)) < 0.7}
         options |= {"validate": True} if "validate" in taken else {}
         options = {name: x for name, x in options.items() if name in taken}
     if not as_tensors:

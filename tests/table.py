@@ -11,6 +11,7 @@ import numpy as np
 
 from fastloss import reference
 from fastloss.core.checks import REDUCTIONS
+from fastloss.core.definition import class_axis, entries_of
 from fastloss.losses import table
 from tests import oracle
 
@@ -21,6 +22,7 @@ KINDS = {  # how to draw an operand, by its kind
     "logits": lambda rng, shape: 3 * rng.standard_normal(shape),
     "probabilities": lambda rng, shape: 1 / (1 + np.exp(-3 * rng.standard_normal(shape))),
     "targets": lambda rng, shape: rng.random(shape),
+    "classes": lambda rng, shape: rng.integers(shape[class_axis(len(shape))], size=entries_of(shape), dtype=np.uint8),
     "mu": lambda rng, shape: rng.standard_normal(shape),
     "logvar": lambda rng, shape: rng.standard_normal(shape),
     "latent_mu": lambda rng, shape: rng.standard_normal((shape[0], LATENTS)),
@@ -34,8 +36,8 @@ class Case:
 
     row: table.Row
     reductions: tuple[str, ...] = REDUCTIONS  # the reductions that the loss supports; empty if it has no such option
-    sums_elements: bool = True  # whether the value is a sum over elements
-    is_local: bool = True  # whether an element's gradient depends on that element alone
+    is_sum: bool = True  # whether the value is a sum over entries: elements, or in losses of classes the pixels with their classes
+    is_local: bool = True  # whether an element's gradient depends on its own entry alone
     samples: tuple[str, ...] = ()  # dtypes in which this loss is the sample of many similar tests
 
     def __str__(self) -> str:
@@ -66,6 +68,36 @@ class Case:
         return self.row.is_elementwise
 
     @property
+    def has_classes(self) -> bool:
+        return self.row.classes
+
+    @property
+    def pairs_elements(self) -> bool:
+        """Whether each element of the input, not each entry with several classes, has a target, a weight and a place in the mask."""
+        return not self.has_classes
+
+    @property
+    def entry_weight(self) -> str:
+        """The name of the option with a weight for each entry."""
+        return "pixel_weight" if self.has_classes else "weight"
+
+    @property
+    def sums_elements(self) -> bool:
+        return self.is_sum and self.pairs_elements
+
+    @property
+    def sums_pixels(self) -> bool:
+        return self.is_sum and self.has_classes
+
+    @property
+    def takes_dask(self) -> bool:
+        return self.is_sum or self.pairs_elements
+
+    @property
+    def runs_on_devices(self) -> bool:
+        return self.is_sum or self.pairs_elements
+
+    @property
     def has_targets(self) -> bool:
         return "targets" in self.arrays
 
@@ -90,8 +122,13 @@ class Case:
         return getattr(reference, self.name)
 
     def draw(self, rng: Any, dtype: Any, shape: tuple[int, ...]) -> list[Any]:
-        """Draw random operands for a batch of images of a shape."""
-        return [np.asarray(KINDS[kind](rng, shape)).astype(dtype) for kind in self.arrays]
+        """Draw random operands for a batch of images of a shape. Class indices are bytes for each dtype of the others."""
+        drawn = (np.asarray(KINDS[kind](rng, shape)) for kind in self.arrays)
+        return [x if x.dtype == np.uint8 else x.astype(dtype) for x in drawn]
+
+    def entries(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the values, and of masks and weights, of a batch of a shape."""
+        return entries_of(shape) if self.has_classes else shape
 
     def reduced(self, reduction: str) -> dict[str, str]:
         """Return the option `reduction` with this reduction, or with another one if the loss does not support it."""
@@ -102,19 +139,25 @@ class Case:
         return buffers[0] if self.has_one_gradient else tuple(buffers)
 
 
-# the properties of losses that are not sums over the elements of an input and a target, and the samples
+# the properties of losses that are not sums over entries, and the samples
 OWN: dict[str, dict[str, Any]] = {
     "binary_cross_entropy_with_logits": {"samples": ("float32", "float64")},
     "sigmoid_focal_loss": {"samples": ("float32",)},
     "gaussian_kl_loss": {"samples": ("float32",)},
-    "vae_loss": {"reductions": (), "sums_elements": False, "samples": ("float32",)},
-    "dice_with_logits_loss": {"sums_elements": False, "is_local": False, "samples": ("float32",)},
+    "vae_loss": {"reductions": (), "is_sum": False, "samples": ("float32",)},
+    "dice_with_logits_loss": {"is_sum": False, "is_local": False, "samples": ("float32",)},
     "dice_bce_with_logits_loss": {
         "reductions": tuple(reduction for reduction in REDUCTIONS if reduction != "none"),
-        "sums_elements": False,
+        "is_sum": False,
         "is_local": False,
         "samples": ("float32",),
     },
+    "cross_entropy": {"samples": ("float32",)},
+    "dice_softmax_loss": {"is_sum": False, "is_local": False},
+    "dice_cross_entropy_loss": {
+        "reductions": tuple(reduction for reduction in REDUCTIONS if reduction != "none"),
+        "is_sum": False,
+        "is_local": False,
+    },
 }
-# without the losses of classes, whose tests are in test_classes.py and test_torch_classes.py
-LOSSES = {name: Case(row, **OWN.get(name, {})) for name, row in table.LOSSES.items() if row.gradients and not row.classes}
+LOSSES = {name: Case(row, **OWN.get(name, {})) for name, row in table.LOSSES.items() if row.gradients}

@@ -138,6 +138,7 @@ OF_ANY_SHAPE = {
 }
 ACCEPTED = {
     "weight": ARRAYS | ANY_NUMBERS - {"decimal", "fraction"},
+    "pixel_weight": ARRAYS | ANY_NUMBERS - {"decimal", "fraction"} | {"empty tuple"},
     "mask": {"bool", "bool array"},
     "ignore_index": ANY_NUMBERS - {"NaN"},
     "target_scale": ANY_NUMBERS - {"NaN"} | {"masked"},
@@ -153,11 +154,16 @@ ACCEPTED = {
     "delta": PARAMETERS | {"infinity"},
     "eps": PARAMETERS,
     "smooth": NUMBERS,
+    "smooth_denominator": NUMBERS,
+    "background": {"bool"},
+    "squared": {"bool"},
+    "zero_absent": {"bool"},
+    "ce_weight": NUMBERS,
     "dice_weight": NUMBERS,
     "bce_weight": NUMBERS,
     "out": {"float32 array", "matrix"},
 }
-OPERANDS = {"targets": FLOAT_ARRAYS | {"bool array", "integer array"}}
+OPERANDS = {"targets": FLOAT_ARRAYS | {"bool array", "integer array"}, "classes": FLOAT_ARRAYS}  # floats: probabilities of classes
 ENTROPY_TARGETS = OPERANDS["targets"] | ARRAYS | ANY_NUMBERS - {"decimal", "fraction"} | OF_ANY_SHAPE
 HUGE_ARRAYS = ("huge array", "huge array of several axes")
 
@@ -172,7 +178,8 @@ def accepted(row, argument):
     if row.name == "binary_entropy" and argument == 0:  # the target alone decides the shape; a huge one would be read for years
         return ENTROPY_TARGETS | set(HUGE_ARRAYS)
     if isinstance(argument, int):  # a huge input is a case of its own
-        return OPERANDS.get(row.arrays[argument], FLOAT_ARRAYS) | (set(HUGE_ARRAYS) if argument == 0 and row.is_elementwise else set())
+        of_inputs = set(HUGE_ARRAYS) if row.is_elementwise else {"array of no elements"} if row.has_classes else set()  # no classes
+        return OPERANDS.get(row.arrays[argument], FLOAT_ARRAYS) | (of_inputs if argument == 0 else set())
     if argument == "reduction":  # a case of its own
         return set(HUGE_ARRAYS) if row.is_local else set()
     if argument == "out" and row.name == "gaussian_kl_loss":

@@ -12,6 +12,7 @@ from ml_dtypes import bfloat16
 
 import fastloss as fl
 from fastloss.cpu.abi import LEAST_BLOCK
+from tests import oracle
 from tests.devices import is_about_the_host, only_on, some
 from tests.ulp import SUM, ULP, assert_close, ulp_error
 
@@ -29,36 +30,6 @@ SHAPES = {
     "pixels": (3, 5, 7, 11), "one pixel": (2, 19, 1), "samples": (300, 10), "one sample": (5,), "volume": (2, 3, 4, 5, 6),
     "many classes": (7, 1000), "two classes": (4, 2, 33), "one class": (4, 1, 9), "a long row": (1, 19, 2000), "short rows": (70, 4, 3),
 }  # fmt: skip
-
-
-def softmax_terms(z):
-    """Return e, R and m of `fastloss.cpu.classes` with the classes last, in extended precision."""
-    z = z.astype(np.longdouble)
-    m = z.max(axis=-1, keepdims=True)
-    e = np.exp(z - m)
-    return e, e.sum(axis=-1, keepdims=True) - 1, m - z
-
-
-def oracle(z, t, *, weight=None, label_smoothing=0.0, gamma=0.0):
-    """Return value and slope of every entry from the textbook, with the classes last, and the magnitude of the slope's larger term."""
-    e, _, below = softmax_terms(z)
-    classes = z.shape[-1]
-    is_class = np.arange(classes) == t[..., None]
-    top = np.zeros_like(is_class)
-    np.put_along_axis(top, z.argmax(axis=-1)[..., None], True, axis=-1)
-    rest = np.where(top, 0, e).sum(axis=-1, keepdims=True)
-    p, q, surprise = e / (1 + rest), ((1 - e) + rest) / (1 + rest), np.log1p(rest) + below
-    w = np.ones(classes, np.longdouble) if weight is None else weight.astype(np.longdouble)
-    u = w * ((1 - np.longdouble(label_smoothing)) * is_class + np.longdouble(label_smoothing) / classes)
-    total = u.sum(axis=-1, keepdims=True)
-    value = np.where(u == 0, 0, u * surprise)
-    slope, magnitude = (total - u) * p - u * q, np.maximum((total - u) * p, u * q)
-    if gamma:
-        miss, own = (np.where(is_class, x, 0).sum(axis=-1, keepdims=True) for x in (q, surprise))
-        value = value * miss**gamma
-        rate = miss**gamma + np.where(miss == 0, 0, gamma * miss ** (gamma - 1) * np.exp(-own) * own)
-        slope, magnitude = slope * rate, magnitude * rate
-    return value.sum(axis=-1), slope, magnitude
 
 
 def last(x):
@@ -79,11 +50,10 @@ def draw(rng, shape, dtype=np.float32, targets=np.uint8, scale=3.0):
 def test_every_digit_in_extended_precision(loss, options, name, classes, scale, dtype, rng):
     z, t = draw(rng, (4, classes, 300 if classes < 1000 else 50), dtype, scale=scale)
     value, grad = loss.value_and_grad(z, t, reduction="none", **options)
-    gamma = options.get("gamma", 2.0) if loss is FOCAL else 0.0
-    want, slope, magnitude = oracle(last(z), t, gamma=gamma, label_smoothing=options.get("label_smoothing", 0.0))
+    (want, _), (slope, magnitude) = getattr(oracle, loss.__name__)(z, t, oracle.LONG, **options)
     tiny = np.finfo(dtype).tiny
     assert ulp_error(value, want, want, dtype)[want > tiny].max() <= ULP[name, "value"]
-    assert ulp_error(last(grad), slope, magnitude, dtype)[magnitude > tiny].max() <= ULP[name, "slope"]
+    assert ulp_error(grad, slope, magnitude, dtype)[magnitude > tiny].max() <= ULP[name, "slope"]
 
 
 @pytest.mark.parametrize("case", SHAPES)
@@ -99,13 +69,13 @@ def test_reductions_of_every_shape(case, reduction, dtype, rng):
         return
     counted = mask & (t != ignored)
     divisors = np.where(counted, weight[t], 0).astype(np.longdouble)
-    values, slopes, _ = oracle(last(z), t, weight=weight)
+    (values, _), (slopes, _) = oracle.cross_entropy(z, t, oracle.LONG, weight)
     values = np.where(counted, values * own, 0)
     along = tuple(range(1, t.ndim)) if reduction.startswith("sample") else None
     divisor = {"mean": divisors.sum(axis=along), "sample_mean": divisors.sum(axis=along), "batchmean": len(z)}.get(reduction, 1)
     want = (values if reduction == "none" else values.sum(axis=along)) / divisor
     factor = np.reshape(divisor, np.shape(divisor) + (1,) * (t.ndim - np.ndim(divisor)))
-    want_slopes = np.where(counted[..., None], slopes * (own / factor)[..., None], 0)
+    want_slopes = np.where(counted[..., None], last(slopes) * (own / factor)[..., None], 0)
     options = {"ignore_index": ignored, "mask": mask, "pixel_weight": own, "reduction": reduction}
     value, grad = CE.value_and_grad(z, t, weight, **options)
     assert_close(value, want, SUM[np.dtype(dtype)])
@@ -304,6 +274,8 @@ WRONG = {
     "probabilities": (TypeError, "target has a floating-point dtype; accepted: class indices, of an integer dtype", lambda: FOCAL(Z, Z)),
     "weights": (ValueError, r"weight has shape \(4,\); accepted: \(3,\), a weight for each class", lambda: CE(Z, T, np.ones(4))),
     "weights of pixels": (ValueError, r"weight has shape \(4, 3\); accepted: \(3,\)", lambda: CE(Z, T, np.ones((4, 3)))),
+    "mask of classes": (ValueError, r"mask has shape \(2, 3, 4\), which does not broadcast to the target's shape \(2, 4\)",
+        lambda: CE(Z, T, mask=Z == 0)),
     "a number as weight": (ValueError, r"weight has shape \(\); accepted: \(3,\)", lambda: CE(Z, T, 2.0)),
     "ignored probabilities": (ValueError, "ignore_index excludes class indices", lambda: CE(Z, Z, ignore_index=1)),
     "smoothing": (ValueError, "label_smoothing is 1.5; accepted: from 0 to 1", lambda: CE(Z, T, label_smoothing=1.5)),

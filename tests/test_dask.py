@@ -37,6 +37,7 @@ def flat(results):
     return [x for part in results for x in flat(part)] if isinstance(results, tuple) else [results]
 
 
+@pytest.mark.rows("takes_dask")
 @pytest.mark.parametrize("along", CHUNKS[1::2], ids=str)
 def test_every_loss(row, along, rng, dtype):
     operands = row.draw(rng, dtype, SHAPE)

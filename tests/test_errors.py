@@ -236,7 +236,7 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(package, module
 
 @pytest.mark.usefixtures("device")
 @pytest.mark.alike
-@pytest.mark.rows("has_one_gradient")
+@pytest.mark.rows("has_one_gradient", "pairs_elements")
 def test_overlapping_out(row):
     loss = row.loss
     memory = np.linspace(0, 1, 30, dtype=np.float32)

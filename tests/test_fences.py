@@ -113,32 +113,36 @@ def values_of_options(row, names, shape, kind, rng):
         return given | ({"target_scale": 1 / 255} if "target_scale" in taken else {})
     if options == "none":
         return given
-    small = shape if options == "arrays" else (shape[1], 1)
-    given = {name: rng.uniform(0.25, 0.75, small).astype(dtype) for name in ("weight", *parameters_of(row))}
-    given["mask"] = rng.random(shape if options == "arrays" else shape[-1:]) < 0.7
-    if "grad_output" in taken and row.is_elementwise and "grad" in names and reduction in ("none", "sample_mean"):
-        given["grad_output"] = rng.random(shape if reduction == "none" else shape[:1]).astype(dtype)
+    entries = row.entries(shape)
+    small = entries if options == "arrays" else (shape[1], 1) if row.pairs_elements else shape[-1:]
+    given = {name: rng.uniform(0.25, 0.75, small).astype(dtype) for name in (row.entry_weight, *parameters_of(row))}
+    given |= {"weight": rng.uniform(0.25, 0.75, shape[1]).astype(dtype)} if row.has_classes else {}
+    given["mask"] = rng.random(entries if options == "arrays" else shape[-1:]) < 0.7
+    if "grad_output" in taken and row.is_sum and row.has_one_gradient and "grad" in names and reduction in ("none", "sample_mean"):
+        given["grad_output"] = rng.random(entries if reduction == "none" else shape[:1]).astype(dtype)
     return given
 
 
 def run(row, kind, shape, edge):
     """Make one call with fenced arrays, and compare its gradients with those of plain copies."""
     dtype, layout, options, method, reduction, whole = kind
-    rng = np.random.default_rng(1)
+    rng, entries = np.random.default_rng(1), row.entries(shape)
     method = method if hasattr(row.loss, method) else "__call__"
     operands = row.draw(rng, dtype, shape)
     if options == "whole targets" and row.has_targets:
         at = row.arrays.index("targets")
         operands[at] = rng.integers(0, 2 if whole.kind == "b" else 100, shape).astype(whole)
+    if row.has_classes:
+        operands[1] = operands[1].astype(whole)
     reduction = row.reduced(reduction) if row.name != "binary_entropy" else {"reduction": reduction}
     given = values_of_options(row, method, shape, kind, rng)
     spread = itertools.cycle(MIXED if layout == "mixed" else [layout])
     if layout == "broadcast":
         operands = [np.broadcast_to(x[:1], x.shape) for x in operands]
     fenced = [Fenced(x, next(spread), edge) for x in operands]
-    arrays = {name: Fenced(x, next(spread) if np.ndim(x) == 3 else "contiguous", edge) for name, x in given.items() if np.ndim(x)}
+    arrays = {name: Fenced(x, next(spread) if x.shape == entries else "contiguous", edge) for name, x in given.items() if np.ndim(x)}
     if layout == "broadcast":
-        given |= {name: np.broadcast_to(given[name][:1], shape) for name in arrays if given[name].shape == shape}
+        given |= {name: np.broadcast_to(given[name][:1], entries) for name in arrays if given[name].shape == entries}
     writes = "grad" in method or (method == "curvature")
     out_layout = {"broadcast": "contiguous", "mixed": "cropped"}.get(layout, layout)
     outputs = [Fenced(np.zeros_like(operands[k], order="C"), out_layout, edge) for k in row.gradients] if writes else []

@@ -35,13 +35,15 @@ except ImportError:  # PyTorch is optional
 LONG_RUN = int(os.environ.get("FASTLOSS_FUZZ", "0"))
 EXAMPLES = LONG_RUN or 10_000
 SUMS = [row for row in LOSSES.values() if row.sums_elements]  # losses that are sums over elements
+CLASSES = [row for row in LOSSES.values() if row.sums_pixels]
 POKES = [0.0, -0.0, 1e-45, -1e-40, 1e-38, 1e-20, 1.0, -1.0, 15.9, -88.5, 104.0, 745.5, np.nan]  # of logits and of differences
 BEYOND = [1e4, -1e18, 1e30, np.inf, -np.inf]  # where the loss is defined there, and the oracle too
 # `images`: uint8 targets, a scale, and an ignored value; `tensors`: the call is made with tensors too
 OPTIONS = ((), ("weight", "tensors"), ("mask", "grad_output"), ("weight", "mask", "images"))
+CLASS_OPTIONS = (("pixel_weight", "tensors"), ("mask", "grad_output"), ("weight", "mask", "ignored"))
 
 fuzz = settings(
-    max_examples=-(-EXAMPLES // (len(SUMS) + 2)),
+    max_examples=-(-EXAMPLES // (len(SUMS) + len(CLASSES) + 2)),
     deadline=None,
     derandomize=not LONG_RUN,
     print_blob=True,
@@ -204,6 +206,60 @@ def assert_value(value, want, allowed, w, counted, count, reduction, dtype, told
         assert_within(value, each.sum(axis=axes) / np.squeeze(count), room, most, f"value of {told}")
 
 
+# --- pixels with several classes --------------------------------------------------------------------------------------
+
+
+def check_classes(row, dtype, shape, seed, pokes, names, parameters, reduction, layouts):
+    """Compare the value and the gradient of one call with the oracle."""
+    rng = np.random.default_rng(seed)
+    z, t = row.draw(rng, dtype, shape)
+    for at, value in pokes:
+        z.flat[at % z.size] = value
+    weight, own, counted, options = options_of_classes(rng, t, shape[1], names, dtype)
+    options |= {"reduction": reduction, **parameters}
+    upstream = rng.choice([0.5, -2.0, 100.0]) if "grad_output" in names else 1.0
+    along = {"mean": None, "sample_mean": tuple(range(1, t.ndim))}
+    shares = np.where(counted, weight[t], 0)  # of the pixels in the number that a mean divides by
+    count = shares.sum(axis=along[reduction], keepdims=True) if reduction in along else np.ones((1,) * t.ndim)
+    if np.any(count == 0):
+        return
+    value, grad = call(row, (z, t), options, upstream)
+    if "tensors" in names and to_tensor:
+        assert_same(call_with_tensors(row, (z, t), options), [np.asarray(value, dtype), grad])
+    if layouts:
+        value, slope = call(row, (lay_out(z, *layouts), t), options, upstream)
+        assert_same([slope], [grad])
+    told = f"{row.name}, {dtype}, {', '.join(names)}, {reduction}, {parameters}"
+    (want, allowed), slopes = expected_of_classes(row, z.astype(arithmetic(dtype)), t, {"weight": weight, **parameters}, dtype)
+    factor = np.broadcast_to(np.longdouble(upstream) * own / count, t.shape)
+    assert_slopes([grad], [slopes], np.expand_dims(factor, 1), np.expand_dims(counted, 1), dtype, told)
+    assert_value(value, want, allowed, own, counted, count, reduction, dtype, told)
+
+
+def options_of_classes(rng, t, classes, names, dtype):
+    """Return the weights of classes and of pixels, which pixels count, and the options of a call that say so."""
+    weight = rng.choice([0.25, 1.0, 3.0], classes) if "weight" in names else np.ones(classes)
+    own = rng.choice([0.0, 0.25, 1.0, 3.0], t.shape) if "pixel_weight" in names else np.ones(t.shape)
+    counted = rng.random(t.shape) < 0.7 if "mask" in names else np.ones(t.shape, bool)
+    counted.flat[0] = True
+    options = chosen(names, weight=weight.astype(dtype), pixel_weight=own.astype(dtype), mask=counted)
+    if "ignored" in names:
+        options["ignore_index"] = int(t.flat[-1])
+        counted = counted & (t != t.flat[-1])
+    return weight, own, counted, options
+
+
+def expected_of_classes(row, z, t, parameters, dtype):
+    """Return the value of every pixel and the slopes, each with how far the loss may be from it before it is stored."""
+    name = row.name + (", label_smoothing" if "label_smoothing" in parameters else "")
+    found = []
+    for quantity, (want, magnitude) in zip(("value", "slope"), row.oracle(z, t, oracle.LONG, **parameters), strict=True):
+        limit = HALF if dtype in HALVES else ULP[name, quantity]
+        lost = np.finfo(arithmetic(dtype)).tiny  # factors below the smallest normal number have lost digits
+        found.append((want, limit * spacing(magnitude, dtype) + lost))
+    return found
+
+
 # --- regions and parts ------------------------------------------------------------------------------------------------
 
 
@@ -257,17 +313,20 @@ def check_objective(dtype, shape, seed, pokes, names, reconstruction, beta):
 
 def parameters_of(row):
     """Return the settings of a loss at which its errors are promised."""
-    more = [{"pos_weight": 2.5}, {"label_smoothing": 0.1}] if row.name == "binary_cross_entropy_with_logits" else []
-    return [*row.settings, *more]
+    more = {
+        "binary_cross_entropy_with_logits": [{"pos_weight": 2.5}, {"label_smoothing": 0.1}],
+        "cross_entropy": [{"label_smoothing": 0.1}],
+    }
+    return [*row.settings, *more.get(row.name, [])]
 
 
 def kinds(row):
     """Return kinds of calls: dtype, options, reduction and parameters. A normal run takes few, because each compiles its kernels."""
-    options = [names for names in OPTIONS if row.has_targets or "images" not in names]
+    options = CLASS_OPTIONS if row.has_classes else [names for names in OPTIONS if row.has_targets or "images" not in names]
     reductions, parameters = ["none", "mean", "sample_mean"], parameters_of(row)
     if LONG_RUN:
         return list(itertools.product(FLOATS, options, reductions, parameters))
-    first = SUMS.index(row)
+    first = [*SUMS, *CLASSES].index(row)
     return [(FLOATS[(first + k) % 4], names, reductions[k % 3], parameters[k % len(parameters)]) for k, names in enumerate(options)]
 
 
@@ -276,9 +335,9 @@ def pokes(special):
     return st.lists(st.tuples(st.integers(0, 139), st.sampled_from(special)), max_size=4)
 
 
-def shapes():
+def shapes(usual=(2, 1, 1, 70)):
     """Draw the shape of a batch. A normal run takes one, because numbers of regions and strides are compiled in."""
-    return st.lists(st.integers(1, 9), min_size=4, max_size=4).map(tuple) if LONG_RUN else st.just((2, 1, 1, 70))
+    return st.lists(st.integers(1, 9), min_size=4, max_size=4).map(tuple) if LONG_RUN else st.just(usual)
 
 
 in_parts = pytest.mark.timeout(0 if LONG_RUN else 300)
@@ -296,6 +355,21 @@ def test_sums_over_elements(case):
         dtype, names, reduction, parameters = kind
         layouts = [data.draw(views()) for _ in range(2)] if LONG_RUN else []
         check(case, dtype, shape, seed, poked, names, parameters, reduction, layouts)
+
+    calls()
+
+
+@in_parts
+@pytest.mark.parametrize("case", CLASSES, ids=str)
+def test_sums_over_pixels(case):
+    special = [x for x in POKES if not np.isnan(x)]
+
+    @fuzz
+    @given(data=st.data(), shape=shapes((3, 5, 1, 9)), seed=st.integers(0, 2**32), poked=pokes(special), kind=st.sampled_from(kinds(case)))
+    def calls(data, shape, seed, poked, kind):
+        dtype, names, reduction, parameters = kind
+        layouts = data.draw(views()) if LONG_RUN else []
+        check_classes(case, dtype, shape, seed, poked, names, parameters, reduction, layouts)
 
     calls()
 

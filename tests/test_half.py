@@ -76,11 +76,12 @@ def test_every_sum_of_one_element_in_extended_precision(device, row, half, targe
 @sums_in_another_order
 def test_results_are_those_of_float32_rounded(row, half, rng):
     loss, given = row.loss, row.draw(rng, half, (3, 2, 7, 11))
-    wide = [x.astype(np.float32) for x in given]
-    (weight,), mask = arrays(rng, (3, 2, 7, 11), half), rng.random((7, 11)) < 0.7
+    wide = [x.astype(np.float32) if x.dtype == half else x for x in given]
+    (weight,), mask = arrays(rng, row.entries((3, 2, 7, 11)), half), rng.random((7, 11)) < 0.7
     for reduction in ("mean", "sample_sum"):
-        value, grads = loss.value_and_grad(*given, weight=weight, mask=mask, **row.reduced(reduction))
-        want, want_grads = loss.value_and_grad(*wide, weight=weight.astype(np.float32), mask=mask, **row.reduced(reduction))
+        options = {"mask": mask, **row.reduced(reduction)}
+        value, grads = loss.value_and_grad(*given, **{row.entry_weight: weight}, **options)
+        want, want_grads = loss.value_and_grad(*wide, **{row.entry_weight: weight.astype(np.float32)}, **options)
         for got, exact in zip(flat(value), flat(want), strict=True):
             np.testing.assert_allclose(got, exact, rtol=HALF_SUM)
         for got, exact in zip(flat(grads), flat(want_grads), strict=True):

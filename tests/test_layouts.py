@@ -102,17 +102,18 @@ def test_nothing_outside_the_inputs_is_read(tmp_path, rng):
 @pytest.mark.alike
 def test_read_only_and_memory_mapped_arrays(row, rng, dtype, tmp_path):
     arrays = row.draw(rng, dtype, (4, 3, 5, 7))
-    weight, mask = rng.random((3, 5, 7)), rng.random((5, 7)) < 0.5
-    want, want_grads = row.loss.value_and_grad(*arrays, weight=weight, mask=mask)
+    weight, mask = rng.random(row.entries((4, 3, 5, 7))[1:]), rng.random((5, 7)) < 0.5
+    options = {row.entry_weight: weight, "mask": mask}
+    want, want_grads = row.loss.value_and_grad(*arrays, **options)
     first = arrays[0]
     first.tofile(tmp_path / "first")
     arrays[0] = np.memmap(tmp_path / "first", dtype, "r+", shape=first.shape)
     for array in (*arrays[1:], weight, mask):
         array.flags.writeable = False
-    value, grads = row.loss.value_and_grad(*arrays, weight=weight, mask=mask)
+    value, grads = row.loss.value_and_grad(*arrays, **options)
     assert_same(flat(value, grads), flat(want, want_grads))
     buffers = [arrays[0], *(np.empty_like(arrays[k]) for k in row.gradients[1:])]
-    assert flat(row.loss.grad(*arrays, weight=weight, mask=mask, out=row.out(buffers)))[0] is arrays[0]
+    assert flat(row.loss.grad(*arrays, **options, out=row.out(buffers)))[0] is arrays[0]
     np.testing.assert_array_equal(arrays[0], flat(want_grads)[0])
 
 

@@ -81,7 +81,7 @@ def test_weight_multiplies_but_does_not_change_the_denominator_of_the_mean(row, 
         assert_scaled(x, plain, np.longdouble(1) * weight / count, dtype, "weight and scale")
 
 
-@pytest.mark.rows("has_reductions")
+@pytest.mark.rows("has_reductions", "pairs_elements")
 def test_weights_of_0_and_2_equal_dropped_and_repeated_elements(row, arrays, dtype):
     arrays = [x.reshape(-1) if row.sums_elements else x.reshape(1, 1, -1) for x in arrays]
     times = np.arange(arrays[0].size) % 3
@@ -133,7 +133,7 @@ def test_mask_takes_elements_out(row, arrays, dtype, rng, shape, reduction):
 @pytest.mark.rows("has_reductions")
 @pytest.mark.parametrize("shape", ["full", "per sample"])
 def test_a_sample_without_elements_has_mean_nan_and_gradient_0(row, arrays, dtype, device, shape):
-    mask = np.ones(SHAPES[shape], bool)
+    mask = np.ones(row.entries(SHAPES[shape]), bool)
     mask[2] = False
     warns = pytest.warns(RuntimeWarning, match="mean of no elements") if device == "cpu" else nullcontext()  # a device would wait
     with warns:
@@ -335,8 +335,8 @@ def test_entropy_takes_the_options_of_the_losses(batch, rng):
 
 
 @pytest.mark.rows("has_reductions")
-def test_empty_input(row, dtype, device):
-    loss, empty = row.loss, [np.empty((0, 3), dtype)] * 2
+def test_empty_input(row, dtype, device, rng):
+    loss, empty = row.loss, row.draw(rng, dtype, (0, 3))
     for method in ("__call__", "grad", "value_and_grad", *["curvature"] * row.has_curvature):
         result = getattr(loss, method)(*empty, reduction="sum")
         value, grads = {"__call__": (result, ()), "value_and_grad": result}.get(method, (0.0, result))
@@ -348,13 +348,13 @@ def test_empty_input(row, dtype, device):
         if method == "__call__":
             assert np.isnan(result)
     assert loss(*empty, reduction="sample_sum").shape == (0,)
-    assert loss(*[np.empty((2, 0), dtype)] * 2, reduction="sample_sum").tolist() == [0.0, 0.0]
+    assert loss(*row.draw(rng, dtype, (2, 3, 0)), reduction="sample_sum").tolist() == [0.0, 0.0]
 
 
 @warns_the_caller
 @pytest.mark.parametrize("method", ["__call__", "value_and_grad"])
-def test_a_mean_of_no_elements_warns_at_the_caller(row, method):
-    empty = [np.empty((0, 3)) for _ in row.arrays]
+def test_a_mean_of_no_elements_warns_at_the_caller(row, method, rng):
+    empty = row.draw(rng, np.float64, (0, 3))
     for reduction in ("mean", "batchmean"):
         with pytest.warns(RuntimeWarning, match="mean of no elements") as record:
             value, *_ = flat(getattr(row.loss, method)(*empty, **row.reduced(reduction)))

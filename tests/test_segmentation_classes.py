@@ -10,7 +10,8 @@ import pytest
 from ml_dtypes import bfloat16
 
 import fastloss as fl
-from tests.test_classes import ORDERS, draw, softmax_terms
+from tests.oracle import LONG, softmax
+from tests.test_classes import ORDERS, draw
 from tests.ulp import DIFFERENCE, SUM, ULP, assert_close, assert_rounded, assert_ulp
 
 DICE, BOTH, CE = fl.dice_softmax_loss, fl.dice_cross_entropy_loss, fl.cross_entropy
@@ -40,10 +41,7 @@ def oracle(
 ):
     """Return the losses of regions from the textbook, the slopes of their sum with the classes last, and the magnitudes of both."""
     z, t = z.reshape(*z.shape[:2], -1).swapaxes(1, 2), t.reshape(len(t), -1)
-    e, others, _ = softmax_terms(z)
-    is_top = np.arange(z.shape[-1]) == z.argmax(axis=-1)[..., None]
-    others = np.where(is_top, 0, e).sum(axis=-1, keepdims=True)
-    p, q = e / (1 + others), ((1 - e) + others) / (1 + others)
+    p, q, _ = softmax(z, -1, LONG)
     own = np.arange(z.shape[-1]) == t[..., None]
     miss, lack = (p * p, q * q) if squared else (p, q)
     groups = {"per_channel": per_channel, "per_sample": per_sample, "background": background}

@@ -14,9 +14,16 @@ from bench.batch import SCALE, Batch
 from bench.formulas import FORMULAS, reduced
 from bench.row import Result, Row, split
 
+
+def cross_entropy(z: Any, t: Any) -> Any:
+    """Compute the cross-entropy of every entry from class indices."""
+    own = jnp.take_along_axis(z, jnp.expand_dims(t, 1), 1)
+    return jax.scipy.special.logsumexp(z, 1) - jnp.squeeze(own, 1)
+
+
 XP = SimpleNamespace(
     abs=jnp.abs, exp=jnp.exp, log=jnp.log, log1p=jnp.log1p, sigmoid=jax.nn.sigmoid, softplus=jax.nn.softplus, sqrt=jnp.sqrt,
-    where=jnp.where,
+    where=jnp.where, cross_entropy=cross_entropy, softmax=jax.nn.softmax, one_hot=lambda t, classes: jax.nn.one_hot(t, classes, axis=1),
     bce=lambda z, t: jnp.maximum(z, 0) - z * t + jnp.log1p(jnp.exp(-jnp.abs(z))),
 )  # fmt: skip
 
@@ -44,8 +51,9 @@ def compiled(batch: Batch, formula: Callable[..., Any]) -> tuple[Callable[..., A
     jax.config.update("jax_enable_x64", case.dtype == "float64")
 
     def loss(*arrays: Any) -> Any:
-        given = [x.astype(jnp.float32) if case.is_half else x * jnp.float32(SCALE) if x.dtype == jnp.uint8 else x for x in arrays]
+        given = [x.astype(jnp.float32) if x.dtype.itemsize == 2 else x * jnp.float32(SCALE) if x.dtype == jnp.uint8 else x for x in arrays]
         return reduced(case, formula(*given))
 
     transform: Any = {"value": lambda f, _: f, "grad": jax.grad, "value_and_grad": jax.value_and_grad}[case.part]
-    return jax.jit(transform(loss, case.subject.gradients)), [jnp.asarray(x) for x in batch.arrays]
+    arrays = [jnp.asarray(x, jnp.int32 if kind == "classes" else None) for kind, x in zip(case.subject.arrays, batch.arrays, strict=True)]
+    return jax.jit(transform(loss, case.subject.gradients)), arrays

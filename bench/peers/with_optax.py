@@ -16,6 +16,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "mse_loss": optax.squared_error,
     "huber_loss": optax.huber_loss,
     "log_cosh_loss": optax.log_cosh,
+    "cross_entropy": lambda z, t: optax.softmax_cross_entropy_with_integer_labels(z, t, axis=1),
     "sigmoid_focal_loss": lambda z, t: optax.sigmoid_focal_loss(z, t, alpha=0.25, gamma=2.0),
 }
 

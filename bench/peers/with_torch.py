@@ -23,6 +23,8 @@ from fastloss.cpu.memory import empty_cache
 XP = SimpleNamespace(
     abs=torch.abs, exp=torch.exp, log=torch.log, log1p=torch.log1p, sigmoid=torch.sigmoid, softplus=F.softplus, sqrt=torch.sqrt,
     where=torch.where,
+    cross_entropy=functools.partial(F.cross_entropy, reduction="none"), softmax=torch.softmax,
+    one_hot=lambda t, classes: torch.movedim(F.one_hot(t, classes), -1, 1),
     bce=functools.partial(F.binary_cross_entropy_with_logits, reduction="none"),
 )  # fmt: skip
 
@@ -39,7 +41,7 @@ def rows(batch: Batch, threads: int) -> list[Row]:
 
 def our_rows(batch: Batch) -> list[Row]:
     """Return the rows of fastloss on tensors: with a gradient of its own, and with `inplace_grad` if the loss has one gradient."""
-    made = [replace(row(batch, "fastloss on tensors", our_function(batch)), release=empty_cache)]
+    made = [replace(row(batch, "fastloss on tensors", our_function(batch), torch.uint8), release=empty_cache)]
     return [*made, in_place(batch)] if len(batch.case.subject.gradients) == 1 else made
 
 
@@ -80,7 +82,7 @@ def in_place(batch: Batch) -> Row:
     def loss(*tensors: Any) -> Any:
         return function(*(Output.apply(x, memory) if k == slot else x for k, x in enumerate(tensors)))
 
-    return replace(row(batch, "fastloss on tensors, in place", loss), restore=lambda: np.copyto(memory, batch.arrays[slot]))
+    return replace(row(batch, "fastloss on tensors, in place", loss, torch.uint8), restore=lambda: np.copyto(memory, batch.arrays[slot]))
 
 
 def loss_function(batch: Batch) -> Callable[..., Any]:
@@ -90,7 +92,7 @@ def loss_function(batch: Batch) -> Callable[..., Any]:
     own: Any = getattr(F, case.loss, None)
 
     def loss(*tensors: Any) -> Any:
-        given = [x.float() if case.is_half else x * SCALE if x.dtype == torch.uint8 else x for x in tensors]
+        given = [x.float() if x.dtype.itemsize == 2 else x * SCALE if x.dtype == torch.uint8 else x for x in tensors]
         if "mask" in extra:
             return (own(*given, reduction="none") * extra["mask"]).sum() / extra["mask"].sum()
         if own:
@@ -100,10 +102,11 @@ def loss_function(batch: Batch) -> Callable[..., Any]:
     return loss
 
 
-def row(batch: Batch, name: str, loss: Callable[..., Any]) -> Row:
-    """Return the row of a loss in PyTorch: the value, or forward and backward."""
+def row(batch: Batch, name: str, loss: Callable[..., Any], index: Any = torch.int64) -> Row:
+    """Return the row of a loss in PyTorch: the value, or forward and backward. `index` is the dtype of class indices."""
     case = batch.case
-    tensors = [to_tensor(x) for x in batch.arrays]
+    kinds = zip(case.subject.arrays, map(to_tensor, batch.arrays), strict=True)
+    tensors = [x.to(index) if kind == "classes" else x for kind, x in kinds]
     if case.part == "value":
         return Row(name, functools.partial(without_grad, loss, tensors), lambda result: (result.item(), ()))
     leaves = [tensors[k].requires_grad_() for k in case.subject.gradients]

@@ -172,6 +172,13 @@ def check_class_weight(shape: tuple[int, ...], classes: int) -> None:
         )
 
 
+def check_broadcast(name: str, shape: tuple[int, ...], other: str, to: tuple[int, ...]) -> None:
+    """Raise ValueError if an array does not broadcast to the shape of another."""
+    missing = len(to) - len(shape)
+    if missing < 0 or any(have not in (1, want) for have, want in zip(shape, to[missing:], strict=True)):
+        raise ValueError(f"{name} has shape {tuple(shape)}, which does not broadcast to the {other}'s shape {tuple(to)}")
+
+
 def check_shapes(name: str, shape: tuple[int, ...], other: str, other_shape: tuple[int, ...]) -> None:
     """Raise ValueError if two arrays have different shapes."""
     if shape != other_shape:

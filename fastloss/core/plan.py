@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastloss.core.checks import ArrayInfo, check_arrays
+from fastloss.core.checks import ArrayInfo, check_arrays, check_broadcast
 from fastloss.core.definition import operand_of
 from fastloss.core.dtypes import BY_CODE, FRACTIONS, code_of
 from fastloss.core.overlap import Distances, extent, overlap_distances, refuse_overlap, span_of
@@ -289,11 +289,9 @@ def order_axes(axes: list[Axis], arrays: int, group_axes: int) -> tuple[list[Axi
 
 def broadcast_strides(name: str, shape: tuple[int, ...], strides: tuple[int, ...], to: tuple[int, ...]) -> tuple[int, ...]:
     """Return the strides of an array broadcast to the shape `to`: 0 along the axes that it lacks."""
-    missing = len(to) - len(shape)
-    if missing < 0 or any(have not in (1, want) for have, want in zip(shape, to[missing:], strict=True)):
-        raise ValueError(f"{name} has shape {shape}, which does not broadcast to the input's shape {to}")
+    check_broadcast(name, shape, "input", to)
     along = (0 if have == 1 else stride for have, stride in zip(shape, strides, strict=True))
-    return (0,) * missing + tuple(along)
+    return (0,) * (len(to) - len(shape)) + tuple(along)
 
 
 def merge_axes(axes: list[Axis]) -> list[Axis]:

@@ -124,7 +124,11 @@ class EmptyLaunch:
 
     def run(self, *_: Any) -> tuple[Any, bool]:
         """Return sums of 0, and that no element lies outside [0, 1]."""
-        return np.zeros((len(self.plan.spec.summed), self.plan.groups) if self.plan.group_axes else len(self.plan.spec.summed)), False
+        plan, spec = self.plan, self.plan.spec
+        if not plan.group_axes:
+            return np.zeros(len(spec.summed)), False
+        shapes = [(plan.groups, plan.walked) if name in spec.sums_by_class else plan.groups for name in spec.summed]
+        return list(map(np.zeros, shapes)), False
 
 
 def output_alignment(plan: Plan) -> int:

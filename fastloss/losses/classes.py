@@ -16,7 +16,15 @@ import numpy as np
 from fastloss.backends.find import find_backend
 from fastloss.core.abstract_loss import AbstractLoss, C, signature
 from fastloss.core.call import Arguments
-from fastloss.core.checks import check_class_target, check_class_weight, is_none, refuse_grad_output, to_bounded
+from fastloss.core.checks import (
+    check_broadcast,
+    check_class_target,
+    check_class_weight,
+    check_dtype,
+    is_none,
+    refuse_grad_output,
+    to_bounded,
+)
 from fastloss.core.definition import Bounds, Definition, class_axis, classes_last, entries_of
 from fastloss.core.docstrings import OPTIONS, complete
 from fastloss.core.dtypes import is_float
@@ -47,8 +55,7 @@ OWN = {
     "label_smoothing": "a in [0, 1]; each entry belongs to its class by 1 - a + a / C, and to each other class by a / C.",
 }
 ROW: dict[str, Any] = {
-    "input": "logits, (N, C, ...)", "arrays": ("logits", "classes"), "axes": 2, "reduction": "mean", "is_elementwise": False,
-    "classes": True,
+    "input": "logits, (N, C, ...)", "arrays": ("logits", "classes"), "axes": 2, "is_elementwise": False, "classes": True,
 }  # fmt: skip
 _RETURNS = (
     "The call itself returns a float64 number, or arrays for the reductions that keep an axis. `grad` returns an array of the input's "
@@ -106,8 +113,9 @@ class ClassLoss(AbstractLoss):
 
     def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
         """Compute the requested quantities in one pass."""
-        value, outputs = self.bind(arguments, call).compute()
-        return value, [x[..., 0] if name == "value" else classes_second(x) for name, x in zip(arguments.wanted, outputs, strict=True)]
+        value, computed = self.bind(arguments, call).compute()
+        outputs = [x[..., 0] if name == "value" else classes_second(x) for name, x in zip(arguments.wanted, computed, strict=True)]
+        return value, with_buffer(outputs, arguments.options)
 
     def bind(self, arguments: Arguments, call: type[C]) -> C:
         """Make the call of a pass, on views of the arrays whose last axis is that of classes."""
@@ -159,21 +167,34 @@ def call_of_classes(loss: AbstractLoss, definition: Definition, arguments: Argum
     if weight is not None:
         weight = call.as_array("weight", weight)
         check_class_weight(weight.shape, logits.shape[-1])
+        check_dtype("weight", weight.dtype)
     if options.get("mask") is not None:
-        options["mask"] = append_axis(call.as_array("mask", options["mask"]))
+        options["mask"] = for_entries("mask", options["mask"], first.shape, call)
     if (out := options.get("out")) is not None:
         call.check_buffer("out", out)
         options["out"] = append_axis(out) if arguments.wanted == VALUE else classes_last(out)
     second = append_axis(second) if has_indices else classes_last(second)
     made = call(definition, arguments._replace(first=logits, second=second, weight=weight, options=options))
     if entry_weight is not None:
-        made.add("pixel_weight", append_axis(call.as_array("pixel_weight", entry_weight)))
+        made.add("pixel_weight", for_entries("pixel_weight", entry_weight, first.shape, call))
     return made
+
+
+def with_buffer(outputs: list[Any], options: Mapping[str, Any]) -> list[Any]:
+    """Return outputs with the caller's buffer, if there is one, in place of the view of it that was written."""
+    return outputs if options.get("out") is None else [options["out"], *outputs[1:]]
 
 
 def is_integer(dtype: Any) -> bool:
     """Whether a dtype, of NumPy or of PyTorch, is that of class indices."""
     return not dtype.is_floating_point if hasattr(dtype, "is_floating_point") else not is_float(dtype)
+
+
+def for_entries(name: str, x: Any, shape: tuple[int, ...], call: type[C]) -> Any:
+    """Return an option with a number for each entry of an input of a shape, with an axis of length 1 in place of the classes."""
+    array = call.as_array(name, x)
+    check_broadcast(name, array.shape, "target", entries_of(shape))
+    return append_axis(array)
 
 
 def append_axis(x: Any) -> Any:
@@ -222,7 +243,7 @@ def cross_entropy(surprise: Any, missed: Any) -> Any:
 
 @row(
     "focal cross-entropy", "the same, where most entries are easy and would outweigh the few hard ones",
-    ulp={"value": 9, "slope": 10}, module="FocalCrossEntropyLoss", **ROW,
+    ulp={"value": 9, "slope": 10}, settings=({}, {"gamma": 0.5}), module="FocalCrossEntropyLoss", **ROW,
 )  # fmt: skip
 @class_loss(bounds={"gamma": (0.0, inf)})
 def focal_cross_entropy_loss(surprise: Any, missed: Any, gamma: Any = 2.0) -> Any:

@@ -16,7 +16,7 @@ from fastloss.core.definition import Definition
 from fastloss.core.docstrings import OPTIONS, complete
 from fastloss.core.plan import Array
 from fastloss.formula import Formula
-from fastloss.losses.classes import OPERANDS, OPTIONS_OF_CLASSES, OWN, ROW, call_of_classes, classes_second, is_integer
+from fastloss.losses.classes import OPERANDS, OPTIONS_OF_CLASSES, OWN, ROW, call_of_classes, classes_second, is_integer, with_buffer
 from fastloss.losses.regions import SETTINGS, SETTINGS_DOC, Passes, RegionLoss
 from fastloss.losses.table import row
 
@@ -84,6 +84,11 @@ class SoftmaxDiceLoss(RegionLoss):
         if backend.is_lazy:
             raise NotImplementedError(f"{self.__name__} takes no Dask arrays; accepted: their blocks, by a fastloss.Accumulator")
         return super().on(input, arguments)
+
+    def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
+        """Compute the requested quantities: sums in one pass, gradients in a second."""
+        value, gradients = super().compute(arguments, call)
+        return value, with_buffer(gradients, arguments.options)
 
     def check_operands(self, first: tuple[int, ...], second: Any) -> None:
         """Raise an error if the targets are not class indices that fit the shape of the input."""
@@ -250,9 +255,9 @@ _DICE_CROSS_ENTROPY = """Dice loss plus cross-entropy, from the same two passes 
     """
 dice_softmax_loss = row(
     "Dice of classes", "segmentation into several classes where small regions should count as much as large ones",
-    module="DiceSoftmaxLoss", ulp={"value": 4, "slope": 12}, **ROW
+    module="DiceSoftmaxLoss", ulp={"value": 4, "slope": 12}, reduction="mean", **ROW
 )(SoftmaxDiceLoss("dice_softmax_loss", _DICE.format(settings=_SETTINGS_DOC), with_entropy=False))  # fmt: skip
 dice_cross_entropy_loss = row(
     "Dice + cross-entropy", "segmentation into several classes as a first choice: Dice, with a gradient that does not vanish",
-    module="DiceCrossEntropyLoss", **ROW
+    module="DiceCrossEntropyLoss", reduction="mean", **ROW
 )(SoftmaxDiceLoss("dice_cross_entropy_loss", _DICE_CROSS_ENTROPY.format(settings=_SETTINGS_DOC), with_entropy=True))  # fmt: skip
