@@ -28,7 +28,7 @@ If p is close to 1 for a wrong class, d - A would cancel: there it is d (1 - p) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf, nan
 from typing import NamedTuple
@@ -77,11 +77,13 @@ class Sums(NamedTuple):
     """Sums over the classes of each entry."""
 
     others: Vector  # R
-    # the sum of w, or of u if there are probabilities; 0 if neither these nor label smoothing need it. With slopes of regions, the sum of
-    # e d over the classes that are neither the entry's nor have e = 1
-    weights: Vector
-    spread: Vector  # the sum of the same times m - z. With slopes of regions, the sum of d over the other classes that have e = 1
-    tops: Vector  # the number of classes with z = m, or with regions e = 1
+    low: Vector  # the rounding errors of R
+    tops: Vector  # the number of classes with z = m, or with e = 1 if slopes of regions are computed
+    weights: Vector  # of w, or of u if there are probabilities; 0 if neither these nor label smoothing need it
+    spread: Vector  # of the same times m - z
+    pull: Vector  # of e d over the classes that are neither the entry's nor have e = 1; 0 without slopes of regions
+    low_pull: Vector  # the rounding errors of `pull`
+    top: Vector  # of d over the classes that are not the entry's and have e = 1
 
 
 class Step:
@@ -286,42 +288,53 @@ class BlockEmitter:
         The rounding errors of the sum are added up too (Kahan): with 1,000 classes the gradient was off by 34 ulp without.
         """
         builder, m = self.builder, entries.m
-        count = m.type.count
-        ties_type = ir.VectorType(ir.IntType(m.bits), count)
-        kinds = m.type, m.type, ties_type, m.type, m.type, m.type
-        places = [cgutils.alloca_once_value(builder, ir.Constant(kind, None)) for kind in kinds]
-        for place in places:
-            builder.store(ir.Constant(place.allocated_type, None), place)
+        names = [name for name in Sums._fields if self.adds_up(name)]
+        integers = ir.VectorType(ir.IntType(m.bits), m.type.count)
+        zeros = {name: ir.Constant(integers if name == "tops" else m.type, None) for name in names}
+        places = {name: cgutils.alloca_once_value(builder, zero) for name, zero in zeros.items()}
+        for name, place in places.items():
+            builder.store(zeros[name], place)
         with cgutils.for_range(builder, self.block.classes, intp=I64) as classes:
             step = self.step(first, classes.index)
-            rest, low, ties, weights, spread_, low_pull = [m.like(builder.load(place)) for place in places]
+            old = {name: m.like(builder.load(place)) for name, place in places.items()}
             step.prefetch_next_block()
-            z = step.read()
-            e, is_max = exp_of_difference(z, m), z == m
-            if self.has_gradient or self.spec.sums_by_class:
-                step.keep(e)
-            if self.has_region_slopes:
-                is_max = e == 1.0
-            other = where(is_max, 0.0, e)
-            total, low = add_exactly(rest, other, low)
-            new = [total, low, ties.like(builder.add(ties.value, builder.sext(is_max.value, ties_type)))]
-            if self.spec.has_probabilities or self.is_smoothed:
-                u = step.load("weight")
-                if self.spec.has_probabilities:
-                    u = share_of_class(step.read(PROBABILITY), u, self.options, step.whole(self.block.classes))
-                far = distance(m, z)
-                new += [weights + (1.0 if u is None else u), spread_ + (far if u is None else where(u == 0.0, 0.0, u * far))]
-            if self.has_region_slopes:
-                pull = where(entries.target == step.whole(step.index), 0.0, self.slope_of_others(step, e) * e)
-                total, low_pull = add_exactly(weights, where(is_max, 0.0, pull), low_pull)
-                new += [total, spread_ + where(is_max, pull, 0.0), low_pull]
-            for place, x in zip(places, new, strict=False):
-                builder.store(x.value, place)
-        rest, low, ties, weights, spread_, low_pull = [m.like(builder.load(place)) for place in places]
-        weights = weights + low_pull if self.has_region_slopes else weights
-        ties = -ties.to_float()  # the classes where z = m
-        is_undefined = (m.intrinsic("fabs") == self.huge) & (ties != 1.0)  # several infinite logits have no limit
-        return Sums(where(is_undefined, nan, (rest + low) + (ties - 1.0)), weights, spread_, ties)
+            for name, x in self.add_class(step, old, entries).items():
+                builder.store(x.value, places[name])
+        found = {name: m.like(builder.load(place)) for name, place in places.items()}
+        tops = -found["tops"].to_float()
+        is_undefined = (m.intrinsic("fabs") == self.huge) & (tops != 1.0)  # several infinite logits have no limit
+        found["others"] = where(is_undefined, nan, (found["others"] + found["low"]) + (tops - 1.0))
+        nothing = Vector(builder, ir.Constant(m.type, None))
+        return Sums(**{**dict.fromkeys(Sums._fields, nothing), **found, "tops": tops})
+
+    def adds_up(self, name: str) -> bool:
+        """Whether a sum over the classes is needed."""
+        if name in ("weights", "spread"):
+            return self.spec.has_probabilities or self.is_smoothed
+        return self.has_region_slopes or name not in ("pull", "low_pull", "top")
+
+    def add_class(self, step: Step, old: Mapping[str, Vector], entries: Entries) -> dict[str, Vector]:
+        """Keep e of the step's class in the scratch memory, and return the sums with its terms."""
+        m, z = entries.m, step.read()
+        e = exp_of_difference(z, m)
+        if self.has_gradient or self.spec.sums_by_class:
+            step.keep(e)
+        is_top = e == 1.0 if self.has_region_slopes else z == m
+        others, low = add_exactly(old["others"], where(is_top, 0.0, e), old["low"])
+        tops = old["tops"].like(self.builder.add(old["tops"].value, self.builder.sext(is_top.value, old["tops"].type)))
+        new = {"others": others, "low": low, "tops": tops}
+        if "weights" in old:
+            u = step.load("weight")
+            if self.spec.has_probabilities:
+                u = share_of_class(step.read(PROBABILITY), u, self.options, step.whole(self.block.classes))
+            far = distance(m, z)
+            new["weights"] = old["weights"] + (1.0 if u is None else u)
+            new["spread"] = old["spread"] + (far if u is None else where(u == 0.0, 0.0, u * far))
+        if self.has_region_slopes:
+            term = where(entries.target == step.whole(step.index), 0.0, self.slope_of_others(step, e) * e)
+            new["pull"], new["low_pull"] = add_exactly(old["pull"], where(is_top, 0.0, term), old["low_pull"])
+            new["top"] = old["top"] + where(is_top, term, 0.0)
+        return new
 
     def evaluate(self, step: Step, entries: Entries, w: Vector | None, factor: Vector) -> Vector:
         """Return the value of each entry, and keep the factors of its gradient."""
@@ -353,7 +366,7 @@ class BlockEmitter:
         p, q = own
         slope = self.region_slopes(step, p, q, own=entries.target)["own"]
         by_p = inverse * inverse if self.is_squared else inverse
-        pull, top, besides = sums.weights * by_p, sums.spread * by_p, p * slope
+        pull, top, besides = (sums.pull + sums.low_pull) * by_p, sums.top * by_p, p * slope
         own_slope, rest = factor * (p * (slope * q - (pull + top))), -(factor * (pull + top + besides))
         largest = factor * (top * sums.others - (pull + besides))  # of the class with e = 1, if there is one, and it is wrong
         if (entropy_rate := step.load("entropy_rate")) is not None:

@@ -437,11 +437,11 @@ MUTATIONS = (
     ),
     # --- classes
     Mutation(
-        "maximum-in-the-rest", "cpu/classes.py", "other = where(is_max, 0.0, e)", "other = e",
+        "maximum-in-the-rest", "cpu/classes.py", 'old["others"], where(is_top, 0.0, e)', 'old["others"], e',
         "The sum of the other classes has the largest logit's term too.", (DIGITS,), select="options0-cross_entropy-5",
     ),
     Mutation(
-        "ties-dropped", "cpu/classes.py", "(rest + low) + (ties - 1.0)", "rest + low",
+        "ties-dropped", "cpu/classes.py", 'found["low"]) + (tops - 1.0)', 'found["low"])',
         "Further classes with the largest logit are left out.", ("test_classes.py::test_two_classes_with_equal_logits",),
     ),
     Mutation(
@@ -464,6 +464,31 @@ MUTATIONS = (
     Mutation(
         "next-block-too-early", "cpu/class_loop.py", "last = min(k + length, end_of_row)", "last = k + length",
         "A block goes on past the end of its row.", ("test_classes.py::test_nothing_outside_the_gradient_is_written",),
+    ),
+    Mutation(
+        "saturated-classes-cancel", "cpu/classes.py", "limit = where(sums.tops == 1.0, 1.0, 2.0)", "limit = step.constant(2.0)",
+        "The gradient of a wrong class with p close to 1 is a difference of nearly equal numbers.",
+        ("test_segmentation_classes.py::test_every_digit_in_extended_precision",), select="wrong",
+    ),
+    Mutation(
+        "equal-slopes-cancel", "losses/segmentation_classes.py", "parameters = {name: x - least for name", "parameters = {name: x for name",
+        "The slopes of several classes in one region are not subtracted before they are rounded.",
+        ("test_segmentation_classes.py::test_one_region_keeps_the_tails",),
+    ),
+    Mutation(
+        "rounding-of-slopes-dropped", "cpu/classes.py", "(sums.pull + sums.low_pull)", "sums.pull",
+        "The rounding errors of sums of slopes over classes are not added.",
+        ("test_segmentation_classes.py::test_many_classes",), select="1000",
+    ),
+    Mutation(
+        "excluded-pixels-are-false-positives", "cpu/classes.py", "where(is_own | (target == NO_CLASS), 0.0", "where(is_own, 0.0",
+        "Pixels that do not count are false positives of every class.",
+        ("test_segmentation_classes.py::test_excluded_pixels_do_not_count",),
+    ),
+    Mutation(
+        "background-in-the-mean", "losses/segmentation_classes.py", 'by_class["elements"][:, 0] = 0.0', "pass",
+        "The mean counts the background, though it has no region.",
+        ("test_segmentation_classes.py::test_settings_of_other_packages",), select="background",
     ),
     # --- data sets in parts
     Mutation(
