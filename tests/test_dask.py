@@ -37,7 +37,6 @@ def flat(results):
     return [x for part in results for x in flat(part)] if isinstance(results, tuple) else [results]
 
 
-@pytest.mark.rows("takes_dask")
 @pytest.mark.parametrize("along", CHUNKS[1::2], ids=str)
 def test_every_loss(row, along, rng, dtype):
     operands = row.draw(rng, dtype, SHAPE)
@@ -182,6 +181,20 @@ def test_any_blocks_of_classes_give_the_bits_of_an_accumulator(loss, reduction, 
     values = [loss(cut(z, along), cut(t, along), reduction=reduction, **given).compute() for along in CHUNKS]
     values += [loss.value_and_grad(cut(z, along), cut(t, along), reduction=reduction, **given)[0].compute() for along in CHUNKS]
     assert set(map(float, values)) == {float(total.compute())}
+
+
+@pytest.mark.parametrize("per_sample", [True, False])
+@pytest.mark.parametrize("loss", [fl.dice_softmax_loss, fl.dice_cross_entropy_loss], ids=lambda loss: loss.__name__)
+def test_regions_of_classes(loss, per_sample, rng):
+    z, t, options = classes(rng, (13, 5, 9, 11))
+    given = {**options["ignored"], **options["excluded"], "per_sample": per_sample}
+    lazy = {name: cut(x) if np.shape(x)[:1] == (13,) else x for name, x in given.items()}
+    of_samples = ("sample_mean",) if per_sample else ()
+    for reduction in ("mean", "sum", "batchmean", *of_samples, *(("none",) if loss is fl.dice_softmax_loss else ())):
+        got = dask.compute(*loss.value_and_grad(cut(z), cut(t), reduction=reduction, **lazy))
+        want = loss.value_and_grad(z, t, reduction=reduction, **given)
+        assert_close(got[0], want[0], SUM[z.dtype])
+        assert_close(got[1], want[1], SUM[z.dtype])
 
 
 def test_wrong_use_of_losses_of_classes(rng):

@@ -23,6 +23,7 @@ from fastloss import __main__
 from fastloss.score import batches, statistics, thumbnails
 from fastloss.score.batches import Scores
 from tests.labels import misplaced
+from tests.ulp import SUM, assert_close
 
 BCE = fl.binary_cross_entropy_with_logits
 SHAPE = (23, 3, 12, 10)
@@ -149,7 +150,15 @@ def score_classes(*arguments, x="z.npy", y="t.npy", loss="cross_entropy", **file
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
-@pytest.mark.parametrize(("loss", "own"), [("cross_entropy", {"label_smoothing": 0.1}), ("focal_cross_entropy_loss", {"gamma": 0.5})])
+@pytest.mark.parametrize(
+    ("loss", "own"),
+    [
+        ("cross_entropy", {"label_smoothing": 0.1}),
+        ("focal_cross_entropy_loss", {"gamma": 0.5}),
+        ("dice_softmax_loss", {"smooth": 0.5}),
+        ("dice_cross_entropy_loss", {"ce_weight": 0.5}),
+    ],
+)
 def test_losses_of_classes(masks, capsys, rng, loss, own, reduction):
     z, t = masks
     options = {
@@ -169,6 +178,13 @@ def test_losses_of_classes(masks, capsys, rng, loss, own, reduction):
     whole = fl.Accumulator(getattr(fl, loss), reduction=reduction, ignore_index=255, weight=options.pop("weight"), **own)
     whole.update(z, t, **options)
     assert total(capsys.readouterr().out) == whole.compute()
+
+
+def test_classes_of_a_data_set_that_is_one_image(masks, capsys):
+    np.save("weight.npy", weight := np.linspace(0.5, 2, CLASSES))
+    assert score_classes("--no-per-sample", "--weight", "weight.npy", loss="dice_softmax_loss") == 0
+    want = fl.dice_softmax_loss(*masks, weight, per_sample=False, ignore_index=255)
+    assert_close(total(capsys.readouterr().out), want, SUM[np.dtype(np.float32)])
 
 
 def palette_masks(t):

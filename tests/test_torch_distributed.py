@@ -81,6 +81,14 @@ def weighted_probabilities(z, t, **options):
     return ft.cross_entropy(z, t.softmax(1), torch.tensor([0.5, 2.0, 1.0]), mask=t[:, 1] > 0.25, **options)
 
 
+def regions_of_classes(z, t, **options):
+    return ft.DiceSoftmaxLoss(per_sample=False)(z, indices(t), weight=torch.tensor([0.5, 2.0, 1.0]), **options)
+
+
+def regions_and_pixels(z, t, **options):
+    return fl.dice_cross_entropy_loss(z, indices(t), torch.tensor([0.5, 2.0, 1.0]), mask=t[:, 1] > 0.25, **options)
+
+
 JOINED = {  # losses that take a process_group; without one, they are computed on the whole batch
     "BCE, mask": bce,
     "BCE, ignored": ignoring,
@@ -99,6 +107,8 @@ JOINED = {  # losses that take a process_group; without one, they are computed o
     "cross-entropy, probabilities": weighted_probabilities,
     "focal cross-entropy, sum of all": lambda z, t, **options: ft.FocalCrossEntropyLoss(reduction="sum")(z, indices(t), **options),
     "focal cross-entropy, ignored": lambda z, t, **options: fl.focal_cross_entropy_loss(z, indices(t), ignore_index=2, **options),
+    "Dice of classes of the batch": regions_of_classes,
+    "Dice and cross-entropy": regions_and_pixels,
     "both gradients": lambda z, t, **options: ft.mse_loss(z, z.sin(), **options),
 }
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from fastloss.core.accumulated import Accumulated
 from fastloss.core.call import Arguments, Call
 from fastloss.core.checks import check_shapes, count_group_axes
-from fastloss.core.definition import INPUT_AND_TARGET, Definition
+from fastloss.core.definition import INPUT_AND_TARGET, Definition, class_axis, entry_axes
 
 C = TypeVar("C", bound=Call)
 REGISTER: dict[str, AbstractLoss] = {}  # by key
@@ -72,7 +72,11 @@ class AbstractLoss(Accumulated):
 
         The array is an operand, an option, or `grad_output`, whose axes are those of the value. A reduction keeps the leading axes.
         """
-        return tuple(range(count) if name == "grad_output" else range(axes - count, axes))
+        if name == "grad_output":
+            return tuple(range(count))
+        if not self.definitions[0].classes or count == axes:
+            return tuple(range(axes - count, axes))
+        return (class_axis(axes),) if name == "weight" else entry_axes(axes)[axes - 1 - count :]
 
     def check_operands(self, first: tuple[int, ...], second: Any) -> None:
         """Raise an error if the second operand does not fit the shape of the first."""

@@ -36,6 +36,11 @@ def classes_last(x: Any) -> Any:
     return np.moveaxis(x, class_axis(x.ndim), -1)
 
 
+def entry_axes(axes: int) -> tuple[int, ...]:
+    """Return the axes of an input with so many axes that are not the axis of classes."""
+    return tuple(axis for axis in range(axes) if axis != class_axis(axes))
+
+
 def entries_of(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of an input (N, C, ...) or (C,) without its axis of classes."""
     axis = class_axis(len(shape))

@@ -25,7 +25,7 @@ from fastloss.core.checks import (
     refuse_grad_output,
     to_bounded,
 )
-from fastloss.core.definition import Bounds, Definition, class_axis, classes_last, entries_of
+from fastloss.core.definition import Bounds, Definition, class_axis, classes_last, entries_of, entry_axes
 from fastloss.core.docstrings import OPTIONS, complete
 from fastloss.core.dtypes import is_float
 from fastloss.core.plan import Array
@@ -138,13 +138,7 @@ class ClassLoss(AbstractLoss):
 
     def axes_of(self, name: str, count: int, axes: int) -> tuple[int, ...]:
         """Return the axes of an input that the axes of an array lie along; see `AbstractLoss`."""
-        of_classes = class_axis(axes)
-        if name == "weight":
-            return (of_classes,)
-        if name == self.operands[0] or (name == self.operands[1] and count == axes):
-            return tuple(range(axes))
-        of_entries = (*range(of_classes), *range(of_classes + 1, axes))
-        return of_entries[:count] if name == "grad_output" else of_entries[max(0, len(of_entries) - count) :]
+        return entry_axes(axes)[:count] if name == "grad_output" else super().axes_of(name, count, axes)
 
     def check_operands(self, first: tuple[int, ...], second: Any) -> None:
         """Raise an error if the targets are not class indices that fit the shape of the input."""

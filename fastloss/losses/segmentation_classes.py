@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from fastloss.backends.find import find_backend
 from fastloss.core.abstract_loss import signature
 from fastloss.core.call import Arguments
 from fastloss.core.checks import check_class_target
@@ -78,13 +77,6 @@ class SoftmaxDiceLoss(RegionLoss):
         self.__doc__ = complete(doc, ("weight", "reduction", *OPTIONS_OF_CLASSES), example, (), OPERANDS, OPTIONS | own, _RETURNS)
         self.register(*self.passes[False], *self.passes[True])
 
-    def on(self, input: Any, arguments: Arguments) -> tuple[Any, list[Any]]:
-        """Compute with the backend of the input's framework."""
-        backend = find_backend(input)
-        if backend.is_lazy:
-            raise NotImplementedError(f"{self.__name__} takes no Dask arrays; accepted: their blocks, by a fastloss.Accumulator")
-        return super().on(input, arguments)
-
     def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
         """Compute the requested quantities: sums in one pass, gradients in a second."""
         value, gradients = super().compute(arguments, call)
@@ -143,6 +135,18 @@ class SoftmaxDiceLoss(RegionLoss):
     def weights_of_regions(self, settings: Mapping[str, Any]) -> Any:
         """Return the weight of each class."""
         return super().weights_of_regions(settings) if settings["weight"] is None else np.asarray(settings["weight"], np.float64)
+
+    def sample_sums(self, operands: Sequence[Any], options: Mapping[str, Any], call: Any) -> dict[str, Any]:
+        """Return the sums of the samples; see `Accumulated`. If the data set is one image, its losses also need the class weights."""
+        found = super().sample_sums(operands, options, call)
+        if "overlap" in found and options.get("weight") is not None:
+            found["weight"] = np.tile(np.asarray(options["weight"], np.float64), (len(operands[0]), 1))
+        return found
+
+    def value_of_sums(self, sums: Mapping[str, Any], samples: int, reduction: str, options: Mapping[str, Any]) -> Any:
+        """Return the loss, given the sums; see `Accumulated`."""
+        own = {"weight": sums["weight"] / samples} if "weight" in sums else {}
+        return super().value_of_sums(sums, samples, reduction, {**options, **own})
 
     def slope_call(self, passes: Passes) -> Any:
         """Make the call of the second pass, whose parameters have a number for each class, or for each class of each sample."""

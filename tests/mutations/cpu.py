@@ -529,7 +529,7 @@ MUTATIONS = (
         ("test_dask.py::test_any_blocks_give_the_bits_of_an_accumulator",),
     ),
     Mutation(
-        "class-weights-cut-as-samples", "losses/classes.py", "return (of_classes,)", "return (0,)",
+        "class-weights-cut-as-samples", "core/abstract_loss.py", "(class_axis(axes),)", "(0,)",
         "Class weights beside a Dask array with as many samples as classes are cut into its blocks.",
         ("test_dask.py::test_losses_of_classes",),
     ),
