@@ -21,7 +21,8 @@ from tests.labels import misplaced  # noqa: E402
 DIGITS = ["--data", "digits", "--batch", "32"]
 PHOTOGRAPHS = ["--data", "photographs", "--size", "32", "--batch", "4"]
 TRAININGS = [
-    *((vae_torch, [*data, "--loss", loss]) for data in (DIGITS, PHOTOGRAPHS) for loss in ("bce", "mse")),
+    (vae_torch, [*DIGITS, "--loss", "bce"]),
+    (vae_torch, [*PHOTOGRAPHS, "--loss", "mse"]),
     (segmentation_torch, ["--size", "32", "--batch", "4"]),
     (segmentation_classes_torch, ["--size", "32", "--batch", "4"]),
 ]
