@@ -118,7 +118,10 @@ DICE_CASES = [
     {"alpha": 0.3, "beta": 0.8, "smooth_denominator": 0.5, "per_channel": False, "per_sample": False},
 ]  # fmt: skip
 
+only_on_the_cpu = only_on("cpu", reason="a GPU does not compute the Dice losses of classes")
 
+
+@only_on_the_cpu
 @pytest.mark.parametrize("options", DICE_CASES, ids=str)
 @pytest.mark.parametrize("loss", [fl.dice_softmax_loss, fl.dice_cross_entropy_loss], ids=["Dice", "both"])
 def test_first_and_second_derivatives_of_dice(loss, options, batch):
@@ -135,6 +138,7 @@ def test_first_and_second_derivatives_of_dice(loss, options, batch):
         assert torch.autograd.gradcheck(lambda z: loss(z, t, weight, "none", **options), (z,))
 
 
+@only_on_the_cpu
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled_dice(reduction, batch):
     z, t, weight, *_ = batch
