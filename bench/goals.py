@@ -74,6 +74,7 @@ GOALS = [
         for size in ("large", "volume", "many classes")
         for peer, least in (("torch eager", 8), ("torch.compile", 3))
     ),
+    Goal(Case("dice_cross_entropy_loss"), "torch eager", least=15, row=TENSORS),
     *(Goal(Case(loss, size="1Ki"), "torch eager", least=1, row=TENSORS) for loss in (BCE, MSE)),
     Goal(Case(CROSS_ENTROPY, size="mnist"), "torch eager", least=1, row=TENSORS),
     Goal(Case(size="mnist"), FASTEST, least=4),

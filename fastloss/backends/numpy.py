@@ -10,6 +10,7 @@ import numpy as np
 from fastloss.backends.protocol import ArrayBackend
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import Arguments, get_layout
+from fastloss.core.checks import check_target
 from fastloss.core.definition import operand_of
 from fastloss.core.dtypes import float_of
 from fastloss.core.plan import Array
@@ -68,6 +69,8 @@ class NumpyBackend(ArrayBackend):
             call, out = loss.bind(arguments, HostCall), arguments.options.get("out")
             divides_groups = call.group_axes and (arguments.wanted or call.reduction != "sample_sum")
             several = divides_groups or (out is not None and (call.validate or len(arguments.wanted) != 1))
+            if not call.loss.classes:
+                check_target(call.shape, call.arrays[1].shape)  # before an array of the input's size is allocated
             if not several and arguments.first.size:
                 operands = {"input": arguments.first, "target": arguments.second}
                 outputs = [memory.empty_like(operands[operand_of(name)]) if out is None else out for name in arguments.wanted]
