@@ -22,6 +22,7 @@ from fastloss.losses.table import row
 __all__ = ["dice_cross_entropy_loss", "dice_softmax_loss"]
 
 _SETTINGS = {**SETTINGS, "background": True, "squared": False, "zero_absent": False}
+_OPERANDS = {**OPERANDS, "input": OPERANDS["input"].replace(" or (C,)", "")}
 _WEIGHTS = {"dice_weight": 1.0, "ce_weight": 1.0}
 _RETURNS = (
     "The call itself returns a float64 number, or arrays for the reductions that keep an axis. `grad` returns an array of the input's "
@@ -74,7 +75,7 @@ class SoftmaxDiceLoss(RegionLoss):
         self.__signature__ = signature(("input", "target"), "mean", {**self.settings, **OPTIONS_OF_CLASSES})
         example = f"value, grad = fastloss.{name}.value_and_grad(input, target)"
         own = OWN | (_OWN_WITH_ENTROPY if with_entropy else _OWN)
-        self.__doc__ = complete(doc, ("weight", "reduction", *OPTIONS_OF_CLASSES), example, (), OPERANDS, OPTIONS | own, _RETURNS)
+        self.__doc__ = complete(doc, ("weight", "reduction", *OPTIONS_OF_CLASSES), example, (), _OPERANDS, OPTIONS | own, _RETURNS)
         self.register(*self.passes[False], *self.passes[True])
 
     def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
