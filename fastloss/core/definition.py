@@ -36,6 +36,11 @@ def classes_last(x: Any) -> Any:
     return np.moveaxis(x, class_axis(x.ndim), -1)
 
 
+def classes_second(x: Any) -> Any:
+    """Return a view of an array whose last axis is that of classes as (N, C, ...) or (C,)."""
+    return np.moveaxis(x, -1, class_axis(x.ndim))
+
+
 def entry_axes(axes: int) -> tuple[int, ...]:
     """Return the axes of an input with so many axes that are not the axis of classes."""
     return tuple(axis for axis in range(axes) if axis != class_axis(axes))

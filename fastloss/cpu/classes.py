@@ -1,20 +1,12 @@
 """A block of the CPU's loop over classes, in LLVM code: entries of a row, such as pixels, each with several classes.
 
-With the logits z of an entry, and m = max(z):
-
-    e = exp(z - m),  R = the sum of e over all classes but one of those where z = m
-    p = e / (1 + R),  1 - p = ((1 - e) + R) / (1 + R),  -log p = log(1 + R) + (m - z)
-
-No term is negative, so nothing cancels: where the logits are saturated, 1 - p and -log p keep their digits.
+The arithmetic of an entry is that of `kernel/entry.py`, with its letters.
 
 The loop (`class_loop.py`) calls four functions for each block. LOAD copies the logits to scratch memory and finds the maxima, one class
 after another, so that memory is read once, and in long rows. COMPUTE walks along the classes in that memory, a vector's width of entries
 after another: it computes e and R, and evaluates the formula, which takes -log p and 1 - p of the entry's class and returns the value
 and its derivative by -log p. SUM adds up sums that have a number for each class. WRITE computes the gradient. Both go one class after
 another again.
-
-With class weights w, label smoothing a, and a probability y of each class (1 for the entry's class, if there are indices), the value is the
-sum over the classes of u (-log p), u = w ((1 - a) y + a / C), and the gradient (U - u) p - u (1 - p), where U is the sum of u.
 
 Losses of regions, such as Dice, take two passes. In the first, SUM applies the formula to p and 1 - p of each class. In the second, a
 formula gives the derivatives of the loss by p: h <= 0 for the entry's class t, and d[c] >= 0 for another class c, from which the same
@@ -28,9 +20,9 @@ If p is close to 1 for a wrong class, d - A would cancel: there it is d (1 - p) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import inf, nan
+from math import inf
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -42,7 +34,18 @@ from fastloss.cpu.abi import count_partials
 from fastloss.cpu.step import DOUBLE, I64, Row, StepEmitter, Values, define, differs_from, lanes_of, spread, spread_number
 from fastloss.cpu.vector import Vector, call, gather, scalar_type
 from fastloss.kernel import element
-from fastloss.kernel.entry import HUGE, distance, evaluate, exp_of_difference, share_of_class, slope_of_class
+from fastloss.kernel.entry import (
+    HUGE,
+    Sums,
+    add_class,
+    add_exactly,
+    distance,
+    evaluate,
+    exp_of_difference,
+    limited,
+    slope_of_class,
+    sum_of_others,
+)
 from fastloss.ops import log1p, where
 
 LOAD, COMPUTE, SUM, WRITE = "fastloss_load", "fastloss_compute", "fastloss_sum", "fastloss_write"  # names of the functions
@@ -73,16 +76,11 @@ class Entries(NamedTuple):
     bad: Vector  # 1 if the index is that of no class
 
 
-class Sums(NamedTuple):
-    """Sums over the classes of each entry."""
+class RegionSums(NamedTuple):
+    """Further sums over the classes of each entry, from which the slopes of losses of regions are computed. They begin at 0."""
 
-    others: Vector  # R
-    low: Vector  # the rounding errors of R
-    tops: Vector  # the number of classes with z = m, or with e = 1 if slopes of regions are computed
-    weights: Vector  # of w, or of u if there are probabilities; 0 if neither these nor label smoothing need it
-    spread: Vector  # of the same times m - z
-    pull: Vector  # of e d over the classes that are neither the entry's nor have e = 1; 0 without slopes of regions
-    low_pull: Vector  # the rounding errors of `pull`
+    pull: Vector  # of e d over the classes that are neither the entry's nor have e = 1
+    lost: Vector  # of the rounding errors of `pull`
     top: Vector  # of d over the classes that are not the entry's and have e = 1
 
 
@@ -177,7 +175,6 @@ class BlockEmitter:
 
     def __init__(self, spec: Spec, builder: ir.IRBuilder, block: Block, numbers: dict[str, ir.Value]) -> None:
         self.spec, self.builder, self.block, self.numbers = spec, builder, block, numbers
-        self.huge = HUGE[8 * BY_CODE[spec.compute].size]
         self.has_logits = spec.trace != ""
         self.has_gradient = any(op.name != "value" for op in spec.outputs)
         self.is_smoothed = "label_smoothing" in spec.numbers
@@ -217,11 +214,11 @@ class BlockEmitter:
         with self.steps_by_class() as step:
             z = step.load("input")
             assert z is not None
-            z = where(z < -self.huge, -self.huge, where(z > self.huge, self.huge, z))
+            z = limited(z)
             step.keep(z)
             # selecting the first class here also keeps LLVM from making this a masked store, which takes much longer
             is_first = self.builder.icmp_signed("==", step.index, I64(0))
-            m = z.like(self.builder.select(is_first, step.constant(-self.huge).value, step.read(MAXIMUM).value))
+            m = z.like(self.builder.select(is_first, step.constant(-HUGE[z.bits]).value, step.read(MAXIMUM).value))
             step.keep(where(z > m, z, m), MAXIMUM)
             if self.spec.has_probabilities:
                 y = step.load("target")
@@ -282,71 +279,60 @@ class BlockEmitter:
         code = self.spec.operands[k].code
         return step.convert(step.gather(code, step.memory.lane_pointers(k, scalar_type(code)), self.block.class_strides[k], index), name)
 
-    def walk(self, first: ir.Value, entries: Entries) -> Sums:
+    def walk(self, first: ir.Value, entries: Entries) -> tuple[Sums, RegionSums]:
         """Walk along the classes of the entries of a step: keep e in the scratch memory, and add it up.
 
         The rounding errors of the sum are added up too (Kahan): with 1,000 classes the gradient was off by 34 ulp without.
         """
-        builder, m = self.builder, entries.m
-        names = [name for name in Sums._fields if self.adds_up(name)]
-        integers = ir.VectorType(ir.IntType(m.bits), m.type.count)
-        zeros = {name: ir.Constant(integers if name == "tops" else m.type, None) for name in names}
-        places = {name: cgutils.alloca_once_value(builder, zero) for name, zero in zeros.items()}
-        for name, place in places.items():
-            builder.store(zeros[name], place)
+        builder, m, own = self.builder, entries.m, len(Sums._fields)
+        zero = ir.Constant(m.type, None)
+        places = [cgutils.alloca_once_value(builder, zero) for _ in (*Sums._fields, *RegionSums._fields)]
+        for place in places:
+            builder.store(zero, place)
+
+        def loaded() -> tuple[Sums, RegionSums]:
+            found = [m.like(builder.load(place)) for place in places]
+            return Sums(*found[:own]), RegionSums(*found[own:])
+
         with cgutils.for_range(builder, self.block.classes, intp=I64) as classes:
-            step = self.step(first, classes.index)
-            old = {name: m.like(builder.load(place)) for name, place in places.items()}
+            step, old = self.step(first, classes.index), loaded()
             step.prefetch_next_block()
-            for name, x in self.add_class(step, old, entries).items():
-                builder.store(x.value, places[name])
-        found = {name: m.like(builder.load(place)) for name, place in places.items()}
-        tops = -found["tops"].to_float()
-        is_undefined = (m.intrinsic("fabs") == self.huge) & (tops != 1.0)  # several infinite logits have no limit
-        found["others"] = where(is_undefined, nan, (found["others"] + found["low"]) + (tops - 1.0))
-        nothing = Vector(builder, ir.Constant(m.type, None))
-        return Sums(**{**dict.fromkeys(Sums._fields, nothing), **found, "tops": tops})
+            for place, x in zip(places, self.add_class(step, *old, entries), strict=True):
+                builder.store(x.value, place)
+        return loaded()
 
-    def adds_up(self, name: str) -> bool:
-        """Whether a sum over the classes is needed."""
-        if name in ("weights", "spread"):
-            return self.spec.has_probabilities or self.is_smoothed
-        return self.has_region_slopes or name not in ("pull", "low_pull", "top")
-
-    def add_class(self, step: Step, old: Mapping[str, Vector], entries: Entries) -> dict[str, Vector]:
+    def add_class(self, step: Step, sums: Sums, regions: RegionSums, entries: Entries) -> list[Vector]:
         """Keep e of the step's class in the scratch memory, and return the sums with its terms."""
         m, z = entries.m, step.read()
         e = exp_of_difference(z, m)
         if self.has_gradient or self.spec.sums_by_class:
             step.keep(e)
         is_top = e == 1.0 if self.has_region_slopes else z == m
-        others, low = add_exactly(old["others"], where(is_top, 0.0, e), old["low"])
-        tops = old["tops"].like(self.builder.add(old["tops"].value, self.builder.sext(is_top.value, old["tops"].type)))
-        new = {"others": others, "low": low, "tops": tops}
-        if "weights" in old:
-            u = step.load("weight")
-            if self.spec.has_probabilities:
-                u = share_of_class(step.read(PROBABILITY), u, self.options, step.whole(self.block.classes))
-            far = distance(m, z)
-            new["weights"] = old["weights"] + (1.0 if u is None else u)
-            new["spread"] = old["spread"] + (far if u is None else where(u == 0.0, 0.0, u * far))
+        y = step.read(PROBABILITY) if self.spec.has_probabilities else None
+        w, classes = step.load("weight"), step.whole(self.block.classes)
+        sums = add_class(self.spec, sums, e, is_top, z, m, y, w, self.options, classes)
         if self.has_region_slopes:
             term = where(entries.target == step.whole(step.index), 0.0, self.slope_of_others(step, e) * e)
-            new["pull"], new["low_pull"] = add_exactly(old["pull"], where(is_top, 0.0, term), old["low_pull"])
-            new["top"] = old["top"] + where(is_top, term, 0.0)
-        return new
+            pull, lost = add_exactly(regions.pull, regions.lost, where(is_top, 0.0, term))
+            regions = RegionSums(pull, lost, regions.top + where(is_top, term, 0.0))
+        return [*sums, *regions]
 
     def evaluate(self, step: Step, entries: Entries, w: Vector | None, factor: Vector) -> Vector:
         """Return the value of each entry, and keep the factors of its gradient."""
-        sums, m, z = self.walk(step.first, entries), entries.m, entries.logit
+        (sums, regions), m, z = self.walk(step.first, entries), entries.m, entries.logit
+        others = sum_of_others(sums, m)
         if not self.has_regions:
             value, factors = evaluate(
-                self.spec, sums.others, sums.weights, sums.spread, m, z, w, factor, self.options, step.whole(self.block.classes)
+                self.spec, others, sums.weights, sums.spread, m, z, w, factor, self.options, step.whole(self.block.classes)
             )
             self.keep_factors(step, entries.target, *factors)
             return factor.match(value)
-        log_norm, inverse, e = log1p(sums.others.within(0.0, inf)), 1.0 / (sums.others + 1.0), exp_of_difference(z, m)
-        self.keep_regions(step, entries, sums, (e * inverse, ((1.0 - e) + sums.others) * inverse), inverse, w, factor)
+        log_norm, inverse, e = log1p(others.within(0.0, inf)), 1.0 / (others + 1.0), exp_of_difference(z, m)
+        if self.has_gradient:
+            self.keep_slopes(step, entries, e * inverse, others, inverse, sums.ties, regions, w, factor)
+        else:
+            share = step.load("pixel_weight")
+            self.keep_factors(step, entries.target, inverse, others, *([] if share is None else [share]))
         return element.multiply(w, log_norm + distance(m, z))
 
     def keep_factors(self, step: Step, *factors: Vector) -> None:
@@ -355,24 +341,21 @@ class BlockEmitter:
             for name, x in zip((CLASS, FACTOR, SLOPE, SHARE, TOP, LIMIT), factors, strict=False):
                 step.keep(x, name)
 
-    def keep_regions(
-        self, step: Step, entries: Entries, sums: Sums, own: tuple[Vector, Vector], inverse: Vector, w: Vector | None, factor: Vector
-    ) -> None:
-        """Keep what the sums of regions, or their gradient, need to know about each entry. `own` holds p and 1 - p of its class."""
-        if not self.has_gradient:
-            share = step.load("pixel_weight")
-            self.keep_factors(step, entries.target, inverse, sums.others, *([] if share is None else [share]))
-            return
-        p, q = own
+    def keep_slopes(
+        self, step: Step, entries: Entries, p: Vector, others: Vector, inverse: Vector, tops: Vector, regions: RegionSums, w: Vector | None,
+        factor: Vector
+    ) -> None:  # fmt: skip
+        """Keep what the gradient of a loss of regions needs to know about each entry, whose class has the probability p."""
+        q = ((1.0 - exp_of_difference(entries.logit, entries.m)) + others) * inverse
         slope = self.region_slopes(step, p, q, own=entries.target)["own"]
         by_p = inverse * inverse if self.is_squared else inverse
-        pull, top, besides = (sums.pull + sums.low_pull) * by_p, sums.top * by_p, p * slope
+        pull, top, besides = (regions.pull + regions.lost) * by_p, regions.top * by_p, p * slope
         own_slope, rest = factor * (p * (slope * q - (pull + top))), -(factor * (pull + top + besides))
-        largest = factor * (top * sums.others - (pull + besides))  # of the class with e = 1, if there is one, and it is wrong
+        largest = factor * (top * others - (pull + besides))  # of the class with e = 1, if there is one, and it is wrong
         if (entropy_rate := step.load("entropy_rate")) is not None:
             entropy = element.multiply(w, factor * entropy_rate)
             own_slope, rest, largest = own_slope - entropy * q, rest + entropy, largest + entropy
-        limit = where(sums.tops == 1.0, 1.0, 2.0)
+        limit = where(tops == 1.0, 1.0, 2.0)
         self.keep_factors(step, entries.target, factor * by_p, own_slope, rest * inverse, largest * inverse, limit)
 
     def region_slopes(self, step: Step, p: Vector, q: Vector, own: Vector | None = None) -> dict[str, Vector]:
@@ -443,12 +426,6 @@ class BlockEmitter:
                 w, classes = step.load("weight"), step.whole(self.block.classes)
                 slope = slope_of_class(self.spec, factors, e, is_own, y, w, self.options, classes)
             step.store("slope", where(target == NO_CLASS, 0.0, slope) if self.spec.excludes else slope, mode)
-
-
-def add_exactly(total: Vector, x: Vector, low: Vector) -> tuple[Vector, Vector]:
-    """Add a number, of which none is negative, to a total and the rounding error to those before (Kahan); return both."""
-    added = total + x
-    return added, low + (x - (added - total))
 
 
 # --- functions that the loop calls -------------------------------------------------------------------------------------

@@ -163,7 +163,8 @@ def adding(spec: Spec) -> str:
     """Write the function that adds a class to the sums."""
     at = Entry(spec)
     before = at.sums()
-    after = entry.add_class(spec, before, at.logit(), at.symbol("m"), at.probability, at.load("weight"), at.number, at.classes)
+    z, m, y, w = at.logit(), at.symbol("m"), at.probability, at.load("weight")
+    after = entry.add_class(spec, before, entry.exp_of_difference(z, m), z == m, z, m, y, w, at.number, at.classes)
     at.lines += [f"{old.name} = {new.name};" for old, new in zip(before, after, strict=True) if new is not old]
     return function(f"void add_class({SUMS}, const compute_t m, {GIVEN})", at.lines)
 

@@ -34,7 +34,7 @@ class Sums(NamedTuple):
 
     rest: Symbol  # of e, without the classes where z = m
     low: Symbol  # of its rounding errors (Kahan)
-    ties: Symbol  # number of classes where z = m
+    ties: Symbol  # number of the classes where z = m
     weights: Symbol  # of w, or of u if there are probabilities; not used if neither these nor label smoothing need it
     spread: Symbol  # of the same times m - z
 
@@ -67,14 +67,19 @@ def share_of_class(y: Symbol, w: Symbol | None, number: Mapping[str, Symbol], cl
     return multiply(w, y)
 
 
+def add_exactly(total: Symbol, low: Symbol, x: Symbol) -> tuple[Symbol, Symbol]:
+    """Add a number to a total, and the rounding error to those before (Kahan); return both. No number is negative."""
+    added = total + x
+    return added, low + (x - (added - total))
+
+
 def add_class(
-    spec: Spec, sums: Sums, z: Symbol, m: Symbol, y: Symbol | None, w: Symbol | None, number: Mapping[str, Symbol], classes: Symbol
-) -> Sums:
-    """Return the sums with the terms of a class added."""
-    e, is_max = exp_of_difference(z, m), z == m
-    other = where(is_max, 0.0, e)
-    rest = sums.rest + other
-    sums = sums._replace(rest=rest, low=sums.low + (other - (rest - sums.rest)), ties=sums.ties + where(is_max, z.splat(1.0), 0.0))
+    spec: Spec, sums: Sums, e: Symbol, is_max: Symbol, z: Symbol, m: Symbol, y: Symbol | None, w: Symbol | None,
+    number: Mapping[str, Symbol], classes: Symbol
+) -> Sums:  # fmt: skip
+    """Return the sums with the terms of a class added. `is_max` is the condition that z = m; e = 1 may take its place."""
+    rest, low = add_exactly(sums.rest, sums.low, where(is_max, 0.0, e))
+    sums = sums._replace(rest=rest, low=low, ties=sums.ties + where(is_max, z.splat(1.0), 0.0))
     if not (spec.has_probabilities or "label_smoothing" in number):
         return sums
     u = share_of_class(y, w, number, classes) if spec.has_probabilities else w

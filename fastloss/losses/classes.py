@@ -25,7 +25,7 @@ from fastloss.core.checks import (
     refuse_grad_output,
     to_bounded,
 )
-from fastloss.core.definition import Bounds, Definition, class_axis, classes_last, entries_of, entry_axes
+from fastloss.core.definition import Bounds, Definition, classes_last, classes_second, entries_of, entry_axes
 from fastloss.core.docstrings import OPTIONS, complete
 from fastloss.core.dtypes import is_float
 from fastloss.core.plan import Array
@@ -86,30 +86,25 @@ class ClassLoss(AbstractLoss):
         """Return the loss: a float64 number, one number for each sample, or with reduction "none" an array of the target's shape."""
         refuse_grad_output(options)
         if is_none(reduction):
-            return self.on(input, Arguments((), VALUE, input, target, weight, reduction, options))[1][0]
+            return find_backend(input).compute(self, Arguments((), VALUE, input, target, weight, reduction, options))[1][0]
         if options.get("out") is not None:
             raise ValueError(
                 f"out takes an array of the target's shape, and with reduction {reduction!r} the value is none; use grad or value_and_grad"
             )
-        return self.on(input, Arguments(VALUE, (), input, target, weight, reduction, options))[0]
+        return find_backend(input).compute(self, Arguments(VALUE, (), input, target, weight, reduction, options))[0]
 
     def grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Array:
         """Return the gradient with respect to the input, in the input's dtype."""
-        gradient: Array = self.on(input, Arguments((), SLOPE, input, target, weight, reduction, options))[1][0]
+        gradient: Array = find_backend(input).compute(self, Arguments((), SLOPE, input, target, weight, reduction, options))[1][0]
         return gradient
 
     def value_and_grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> tuple[Any, Array]:
         """Return the loss and its gradient with respect to the input, from one pass over memory."""
         if is_none(reduction):
-            slope, value = self.on(input, Arguments((), (*SLOPE, *VALUE), input, target, weight, reduction, options))[1]
+            slope, value = find_backend(input).compute(self, Arguments((), (*SLOPE, *VALUE), input, target, weight, reduction, options))[1]
             return value, slope
-        value, outputs = self.on(input, Arguments(VALUE, SLOPE, input, target, weight, reduction, options))
+        value, outputs = find_backend(input).compute(self, Arguments(VALUE, SLOPE, input, target, weight, reduction, options))
         return value, outputs[0]
-
-    def on(self, input: Any, arguments: Arguments) -> tuple[Any, list[Any]]:
-        """Compute with the backend of the input's framework."""
-        computed: tuple[Any, list[Any]] = find_backend(input).compute(self, arguments)
-        return computed
 
     def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
         """Compute the requested quantities in one pass."""
@@ -194,11 +189,6 @@ def for_entries(name: str, x: Any, shape: tuple[int, ...], call: type[C]) -> Any
 def append_axis(x: Any) -> Any:
     """Return a view with an axis of length 1 at the end."""
     return x[..., np.newaxis]
-
-
-def classes_second(x: Any) -> Any:
-    """Return a view with the axis of classes moved back."""
-    return np.moveaxis(x, -1, class_axis(x.ndim))
 
 
 def class_loss(

@@ -70,22 +70,17 @@ class RegionLoss(AbstractLoss):
         refuse_grad_output(options)
         if options.get("out") is not None:
             raise ValueError("out takes the gradient, and the value alone has none: use grad or value_and_grad")
-        return self.on(input, Arguments(VALUE, (), input, target, weight, reduction, options))[0]
+        return find_backend(input).compute(self, Arguments(VALUE, (), input, target, weight, reduction, options))[0]
 
     def grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Array:
         """Return the gradient with respect to the input, in the input's dtype."""
-        gradient: Array = self.on(input, Arguments((), SLOPE, input, target, weight, reduction, options))[1][0]
+        gradient: Array = find_backend(input).compute(self, Arguments((), SLOPE, input, target, weight, reduction, options))[1][0]
         return gradient
 
     def value_and_grad(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> tuple[Any, Array]:
         """Return the loss and its gradient with respect to the input, from two passes over memory."""
-        value, outputs = self.on(input, Arguments(VALUE, SLOPE, input, target, weight, reduction, options))
+        value, outputs = find_backend(input).compute(self, Arguments(VALUE, SLOPE, input, target, weight, reduction, options))
         return value, outputs[0]
-
-    def on(self, input: Any, arguments: Arguments) -> tuple[Any, list[Any]]:
-        """Compute with the backend of the input's framework."""
-        computed: tuple[Any, list[Any]] = find_backend(input).compute(self, arguments)
-        return computed
 
     def compute(self, arguments: Arguments, call: Any) -> tuple[Any, list[Any]]:
         """Compute the requested quantities: sums in one pass, gradients in a second."""
@@ -107,7 +102,7 @@ class RegionLoss(AbstractLoss):
         """Make the first pass, and return its sums.
 
         "overlap", "missed" and "elements", the number of elements that count, are those of each region of each sample. "entropy", and
-        "count", by which its mean divides, are those of each sample or of smaller groups.
+        "count", by which its mean divides, are those of each sample or of smaller groups. If "elements" is missing, it is "count".
         """
         raise NotImplementedError
 
@@ -195,7 +190,7 @@ def leading_axes(settings: Mapping[str, Any]) -> int:
 def score(sums: Mapping[str, Any], settings: Mapping[str, Any]) -> Scores:
     """Return the losses of regions, given their sums."""
     smooth, more = settings["smooth"], settings["smooth_denominator"]
-    right, missed, is_present = 2 * sums["overlap"] + smooth, sums["missed"], sums["elements"] > 0
+    right, missed, is_present = 2 * sums["overlap"] + smooth, sums["missed"], sums.get("elements", sums["count"]) > 0
     if more is not None:
         missed = missed + (more - smooth)
     size = missed + right

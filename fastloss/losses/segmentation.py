@@ -109,7 +109,7 @@ class DiceLoss(RegionLoss):
         if "count" not in named:
             named["count"] = np.full_like(named["missed"], float(prod(call.shape[call.group_axes :])))
         named.setdefault("entropy", named["count"])  # which has no weight then
-        return {**named, "elements": named["count"]}
+        return named
 
     def slope_call(self, passes: Passes) -> Any:
         """Make the call of the second pass, whose parameters broadcast against the input."""

@@ -11,11 +11,11 @@ import numpy as np
 from fastloss.core.abstract_loss import signature
 from fastloss.core.call import Arguments
 from fastloss.core.checks import check_class_target
-from fastloss.core.definition import Definition
+from fastloss.core.definition import Definition, classes_second
 from fastloss.core.docstrings import OPTIONS, complete
 from fastloss.core.plan import Array
 from fastloss.formula import Formula
-from fastloss.losses.classes import OPERANDS, OPTIONS_OF_CLASSES, OWN, ROW, call_of_classes, classes_second, is_integer, with_buffer
+from fastloss.losses.classes import OPERANDS, OPTIONS_OF_CLASSES, OWN, ROW, call_of_classes, is_integer, with_buffer
 from fastloss.losses.regions import SETTINGS, SETTINGS_DOC, Passes, RegionLoss
 from fastloss.losses.table import row
 

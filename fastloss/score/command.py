@@ -169,7 +169,7 @@ class Run:
         picture.draw(png, values, [picture.Shown(*x) for x in sheet], self.note())
 
     def note(self) -> str:
-        """Return what the sheet shows of an image, if that is not all of it."""
+        """Return a note for the title of the sheet: the part of an image that it shows, or "" for all of it."""
         if LOSSES[self.arguments.loss].classes:
             return " (the most probable class of each pixel)"
         channels = thumbnails.channels(self.sources["input"].shape[1:])

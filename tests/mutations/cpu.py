@@ -437,15 +437,15 @@ MUTATIONS = (
     ),
     # --- classes
     Mutation(
-        "maximum-in-the-rest", "cpu/classes.py", 'old["others"], where(is_top, 0.0, e)', 'old["others"], e',
+        "maximum-in-the-rest", "kernel/entry.py", "sums.low, where(is_max, 0.0, e)", "sums.low, e",
         "The sum of the other classes has the largest logit's term too.", (DIGITS,), select="options0-cross_entropy-5",
     ),
     Mutation(
-        "ties-dropped", "cpu/classes.py", 'found["low"]) + (tops - 1.0)', 'found["low"])',
+        "ties-dropped", "kernel/entry.py", "(sums.rest + sums.low) + (sums.ties - 1.0)", "sums.rest + sums.low",
         "Further classes with the largest logit are left out.", ("test_classes.py::test_two_classes_with_equal_logits",),
     ),
     Mutation(
-        "rounding-of-sums-dropped", "cpu/classes.py", "low + (x - (added - total))", "low",
+        "rounding-of-sums-dropped", "kernel/entry.py", "low + (x - (added - total))", "low",
         "The rounding errors of sums over classes are not added.", (DIGITS,), select="options0-cross_entropy-1000",
     ),
     Mutation(
@@ -466,7 +466,7 @@ MUTATIONS = (
         "A block goes on past the end of its row.", ("test_classes.py::test_nothing_outside_the_gradient_is_written",),
     ),
     Mutation(
-        "saturated-classes-cancel", "cpu/classes.py", "limit = where(sums.tops == 1.0, 1.0, 2.0)", "limit = step.constant(2.0)",
+        "saturated-classes-cancel", "cpu/classes.py", "limit = where(tops == 1.0, 1.0, 2.0)", "limit = step.constant(2.0)",
         "The gradient of a wrong class with p close to 1 is a difference of nearly equal numbers.",
         ("test_segmentation_classes.py::test_every_digit_in_extended_precision",), select="wrong",
     ),
@@ -476,7 +476,7 @@ MUTATIONS = (
         ("test_segmentation_classes.py::test_one_region_keeps_the_tails",),
     ),
     Mutation(
-        "rounding-of-slopes-dropped", "cpu/classes.py", "(sums.pull + sums.low_pull)", "sums.pull",
+        "rounding-of-slopes-dropped", "cpu/classes.py", "(regions.pull + regions.lost)", "regions.pull",
         "The rounding errors of sums of slopes over classes are not added.",
         ("test_segmentation_classes.py::test_many_classes",), select="1000",
     ),
