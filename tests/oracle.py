@@ -1,7 +1,7 @@
 """The oracle: the losses from the textbook, in 60 digits (mpmath) or in extended precision. It imports nothing of fastloss.
 
 Every function returns value, slope, curvature, and for each the magnitude whose last digit the promise is measured in:
-the quantity itself, or the larger of two terms where it is their difference and passes through 0. Losses of classes have no curvature.
+the quantity itself, or the larger of two terms where it is their difference and passes through 0.
 """
 
 from __future__ import annotations
@@ -209,15 +209,15 @@ def gaussian_kl_loss(mu, logvar):
 
 
 def cross_entropy(z, t, m, weight=None, label_smoothing=0):
-    """Return the value of each entry of logits (N, C, ...) or (C,), and the slopes by the logits."""
+    """Return the value of each entry of logits (N, C, ...) or (C,), and the slopes and curvatures by the logits."""
     p, q, surprise, is_class = _of_classes(z, t, m)
     axis, smoothing = _class_axis(z), m.number(label_smoothing)
     share = (1 - smoothing) * is_class + smoothing / z.shape[axis]
     if weight is not None:
         share = share * _along_classes(m.number(weight), z)
-    others = share.sum(axis, keepdims=True) - share
-    value = (share * surprise).sum(axis)
-    return (value, value), (others * p - share * q, m.maximum(others * p, share * q))
+    total = share.sum(axis, keepdims=True)
+    others, value, curvature = total - share, (share * surprise).sum(axis), total * p * q
+    return (value, value), (others * p - share * q, m.maximum(others * p, share * q)), (curvature, curvature)
 
 
 def focal_cross_entropy_loss(z, t, m, gamma=2, weight=None):

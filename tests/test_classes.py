@@ -14,7 +14,7 @@ import fastloss as fl
 from fastloss.cpu.abi import LEAST_BLOCK
 from tests import oracle
 from tests.devices import is_about_the_host, only_on, some
-from tests.ulp import SUM, ULP, assert_close, ulp_error
+from tests.ulp import QUANTITIES, SUM, ULP, assert_close, ulp_error
 
 pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.alike("stand-in")]
 
@@ -37,6 +37,12 @@ def last(x):
     return np.moveaxis(x, min(1, x.ndim - 1), -1)
 
 
+def of_entries(loss, z, t, **options):
+    """Return the values, the slopes and, if the loss has them, the curvatures."""
+    value, grad = loss.value_and_grad(z, t, reduction="none", **options)
+    return value, grad, *([loss.curvature(z, t, reduction="none", **options)] if hasattr(loss, "curvature") else [])
+
+
 def draw(rng, shape, dtype=np.float32, targets=np.uint8, scale=3.0):
     """Return logits and class indices."""
     classes, entries = (shape[1], (shape[0], *shape[2:])) if len(shape) > 1 else (shape[0], ())
@@ -49,11 +55,9 @@ def draw(rng, shape, dtype=np.float32, targets=np.uint8, scale=3.0):
 @pytest.mark.parametrize(("loss", "options", "name"), CASES)
 def test_every_digit_in_extended_precision(loss, options, name, classes, scale, dtype, rng):
     z, t = draw(rng, (4, classes, 300 if classes < 1000 else 50), dtype, scale=scale)
-    value, grad = loss.value_and_grad(z, t, reduction="none", **options)
-    (want, _), (slope, magnitude) = getattr(oracle, loss.__name__)(z, t, oracle.LONG, **options)
-    tiny = np.finfo(dtype).tiny
-    assert ulp_error(value, want, want, dtype)[want > tiny].max() <= ULP[name, "value"]
-    assert ulp_error(grad, slope, magnitude, dtype)[magnitude > tiny].max() <= ULP[name, "slope"]
+    results, wanted = of_entries(loss, z, t, **options), getattr(oracle, loss.__name__)(z, t, oracle.LONG, **options)
+    for quantity, got, (true, magnitude) in zip(QUANTITIES[: len(wanted)], results, wanted, strict=True):
+        assert ulp_error(got, true, magnitude, dtype)[magnitude > np.finfo(dtype).tiny].max() <= ULP[name, quantity]
 
 
 @pytest.mark.parametrize("case", SHAPES)
@@ -69,17 +73,18 @@ def test_reductions_of_every_shape(case, reduction, dtype, rng):
         return
     counted = mask & (t != ignored)
     divisors = np.where(counted, weight[t], 0).astype(np.longdouble)
-    (values, _), (slopes, _) = oracle.cross_entropy(z, t, oracle.LONG, weight)
+    (values, _), (slopes, _), (curvatures, _) = oracle.cross_entropy(z, t, oracle.LONG, weight)
     values = np.where(counted, values * own, 0)
     along = tuple(range(1, t.ndim)) if reduction.startswith("sample") else None
     divisor = {"mean": divisors.sum(axis=along), "sample_mean": divisors.sum(axis=along), "batchmean": len(z)}.get(reduction, 1)
     want = (values if reduction == "none" else values.sum(axis=along)) / divisor
     factor = np.reshape(divisor, np.shape(divisor) + (1,) * (t.ndim - np.ndim(divisor)))
-    want_slopes = np.where(counted[..., None], last(slopes) * (own / factor)[..., None], 0)
+    want_slopes, want_curvatures = (np.where(counted[..., None], last(x) * (own / factor)[..., None], 0) for x in (slopes, curvatures))
     options = {"ignore_index": ignored, "mask": mask, "pixel_weight": own, "reduction": reduction}
     value, grad = CE.value_and_grad(z, t, weight, **options)
     assert_close(value, want, SUM[np.dtype(dtype)])
     assert_close(last(grad), want_slopes, SUM[np.dtype(dtype)])
+    assert_close(last(CE.curvature(z, t, weight, **options)), want_curvatures, SUM[np.dtype(dtype)])
     np.testing.assert_array_equal(CE.grad(z, t, weight, **options), grad)
     np.testing.assert_array_equal(CE(z, t, weight, **options), value)
 
@@ -163,6 +168,10 @@ def test_infinite_logits_have_the_limits(dtype):
     others = CE.value_and_grad(z, np.array([1, 1, 2, 1, 0, 0]), reduction="none")
     np.testing.assert_array_equal(others[0][[1, 5]], [inf, inf])
     np.testing.assert_array_equal(others[1][[1, 5]], [[1, -1, 0], [-1, 0, 1]])
+    curvature = CE.curvature(z, t, reduction="sum")
+    np.testing.assert_array_equal(np.isnan(curvature), np.isnan(wanted))
+    assert_close(curvature[0], [0, p * (1 - p), p * (1 - p)], SUM[np.dtype(dtype)])
+    assert not curvature[[1, 5]].any()
     mask = np.isfinite(value)
     assert np.isfinite(CE.grad(z, t, mask=mask)).all()
 
@@ -175,6 +184,7 @@ def test_saturated_logits_keep_their_digits(gap, dtype):
     assert_close(value, math.log1p(rest), SUM[np.dtype(dtype)])
     p = np.array([[-rest, math.exp(-gap), math.exp(0.5 - gap)]]) / (1 + rest)
     assert_close(grad, p, SUM[np.dtype(dtype)])
+    assert_close(CE.curvature(z, [0]), np.abs(p) * np.abs([p[0, 0] + 1, *(1 - p[0, 1:])]), SUM[np.dtype(dtype)])
 
 
 def test_two_classes_are_the_sigmoid_losses_of_the_difference(dtype, rng):
@@ -182,6 +192,8 @@ def test_two_classes_are_the_sigmoid_losses_of_the_difference(dtype, rng):
     difference = z[:, 1] - z[:, 0]
     z = np.stack([np.zeros_like(difference), difference], axis=1)
     assert_close(CE(z, t), fl.binary_cross_entropy_with_logits(difference, t), SUM[np.dtype(dtype)])
+    curvature = fl.binary_cross_entropy_with_logits.curvature(difference, t)
+    assert_close(CE.curvature(z, t), np.stack([curvature] * 2, axis=1), SUM[np.dtype(dtype)])
     focal = fl.sigmoid_focal_loss(difference, t, alpha=-1, gamma=1.5, reduction="mean")
     assert_close(FOCAL(z, t, gamma=1.5), focal, SUM[np.dtype(dtype)])
 
@@ -202,6 +214,8 @@ def test_relations(dtype, rng):
     np.testing.assert_array_equal(CE.grad(z, t, reduction="sum", pixel_weight=own), CE.grad(z, t, reduction="sum", mask=mask))
     assert CE(z, t, ignore_index=3) == CE(z, t, mask=mask)
     value, grad = CE.value_and_grad(z, t, weight)
+    own = CE.curvature(z, t, weight, "sum", mask=mask, out=np.empty_like(z))
+    np.testing.assert_array_equal(own, CE.curvature(z, np.eye(6, dtype=dtype)[t].swapaxes(1, 2), weight, "sum", mask=mask))
     total = weight[t].sum(dtype=np.float64)
     assert_close(value, CE(z, t, weight, "sum") / total, SUM[np.dtype(dtype)])
     assert_close(grad, CE.grad(z, t, weight, "sum") / total, SUM[np.dtype(dtype)])

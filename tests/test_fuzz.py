@@ -253,7 +253,7 @@ def expected_of_classes(row, z, t, parameters, dtype):
     """Return the value of every pixel and the slopes, each with how far the loss may be from it before it is stored."""
     name = row.name + (", label_smoothing" if "label_smoothing" in parameters else "")
     found = []
-    for quantity, (want, magnitude) in zip(("value", "slope"), row.oracle(z, t, oracle.LONG, **parameters), strict=True):
+    for quantity, (want, magnitude) in zip(("value", "slope"), row.oracle(z, t, oracle.LONG, **parameters), strict=False):
         limit = HALF if dtype in HALVES else ULP[name, quantity]
         lost = np.finfo(arithmetic(dtype)).tiny  # factors below the smallest normal number have lost digits
         found.append((want, limit * spacing(magnitude, dtype) + lost))

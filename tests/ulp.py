@@ -22,6 +22,7 @@ ULP = {
     # Label smoothing subtracts two terms at the class's own logit; the error is that of the larger one.
     ("cross_entropy, label_smoothing", "value"): 8,
     ("cross_entropy, label_smoothing", "slope"): 4.5,
+    ("cross_entropy, label_smoothing", "curvature"): 7,
     # Dice: the value relative to itself, because no term is negative; the slope to
     # p (1 - p) max(1 - value, 2 t) / size, because 1 - value - 2 t passes through 0. float32 sums in blocks, then in float64:
     # its bounds hold for any size. float64 adds its own roundings: in groups of 2**20, 10 ulp.

@@ -39,12 +39,13 @@ from fastloss.kernel.entry import (
     Sums,
     add_class,
     add_exactly,
+    derivative_of_class,
     distance,
     evaluate,
     exp_of_difference,
     limited,
-    slope_of_class,
     sum_of_others,
+    writes_curvature,
 )
 from fastloss.ops import log1p, where
 
@@ -424,8 +425,9 @@ class BlockEmitter:
             else:
                 y = step.read(PROBABILITY) if self.spec.has_probabilities else None
                 w, classes = step.load("weight"), step.whole(self.block.classes)
-                slope = slope_of_class(self.spec, factors, e, is_own, y, w, self.options, classes)
-            step.store("slope", where(target == NO_CLASS, 0.0, slope) if self.spec.excludes else slope, mode)
+                slope = derivative_of_class(self.spec, factors, e, is_own, y, w, self.options, classes)
+            slope = where(target == NO_CLASS, 0.0, slope) if self.spec.excludes else slope
+            step.store("curvature" if writes_curvature(self.spec) else "slope", slope, mode)
 
 
 # --- functions that the loop calls -------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 //
 // Design: a) A thread computes an entry, so that neighbouring threads read neighbouring entries of one class, and then of the next. If
 // the classes of an entry lie side by side and are many, all threads of a block compute it together (a team), each of them some of its
-// classes. b) It walks along the classes up to three times: for the largest logit, for the sums, and for the gradient. Only the first
+// classes. b) It walks along the classes up to three times: for the largest logit, for the sums, and for the derivatives. Only the first
 // time, the logits come from memory, and then from the caches. c) It loads the logits of several classes before it computes the first.
 // d) Entries that do not count are not read. e) The arithmetic is that of the CPU (kernel/entry.py).
 
@@ -57,12 +57,12 @@ DEVICE ClassSums add_sums(const ClassSums& x, const ClassSums& y) {
 // Store 0 to all outputs of an entry.
 DEVICE void clear(const Arguments& a, const Pack& pack) {
     if (MEMBER == 0) store_value(pack, (compute_t)0);
-#if HAS_GRADIENT
-    for (index_t index = MEMBER; index < (index_t)a.classes.length; index += TEAM) store_slope(a, pack, index, (compute_t)0);
+#if HAS_DERIVATIVE
+    for (index_t index = MEMBER; index < (index_t)a.classes.length; index += TEAM) store_derivative(a, pack, index, (compute_t)0);
 #endif
 }
 
-// Compute an entry: store its value and its gradient, and add it to the sums.
+// Compute an entry: store its value and its derivatives, and add it to the sums.
 DEVICE void compute(
     Pack& pack, const Constants& constant, const int j, const bool is_inside, const index_t linear, const Arguments& a, const Numbers& number,
     Sums& sums
@@ -79,10 +79,10 @@ DEVICE void compute(
 #endif
     Class of_entry;
     load_class(of_entry, a, pack, (index_t)own);
-    const GradientFactors factors = evaluate(found, m, of_entry, a, number, pack, constant, j, sums);
-#if HAS_GRADIENT
+    const Factors factors = evaluate(found, m, of_entry, a, number, pack, constant, j, sums);
+#if HAS_DERIVATIVE
     visit_classes(a, pack, [&](const index_t index, const Class& loaded) {
-        store_slope(a, pack, index, slope_of_class(m, factors, loaded, a, number, index == (index_t)own));
+        store_derivative(a, pack, index, derivative_of_class(m, factors, loaded, a, number, index == (index_t)own));
     });
 #endif
 }

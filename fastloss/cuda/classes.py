@@ -12,25 +12,26 @@ from fastloss.cuda.text import function, move, structure
 from fastloss.kernel import entry
 from fastloss.kernel.element import multiply
 
-FACTORS = 3  # most factors from which a gradient is computed; see `entry.evaluate`
+FACTORS = 3  # most factors from which derivatives are computed; see `entry.evaluate`
+DERIVATIVES = ("slope", "curvature")  # a kernel writes one of them
 SUMS, GIVEN = "ClassSums& found", "const Class& loaded, const Arguments& a, const Numbers& number"
 
 
 def class_functions(spec: Spec) -> list[str]:
     """Write the types and the functions of a spec's entries and classes."""
     with_logits = [limiting(spec), adding(spec)] if spec.trace else []
-    with_gradient = [sloping(spec)] if writes_gradient(spec) else []
-    return [storage(spec), class_storage(spec), storing(spec), finding(spec), *with_logits, evaluating(spec), *with_gradient]
+    with_derivative = [differentiating(spec)] if writes_derivative(spec) else []
+    return [storage(spec), class_storage(spec), storing(spec), finding(spec), *with_logits, evaluating(spec), *with_derivative]
 
 
-def writes_gradient(spec: Spec) -> bool:
-    """Whether a kernel writes a gradient."""
-    return any(op.name == "slope" for op in spec.outputs)
+def writes_derivative(spec: Spec) -> bool:
+    """Whether a kernel writes a gradient, or second derivatives."""
+    return any(op.name in DERIVATIVES for op in spec.outputs)
 
 
 def has_class_axis(spec: Spec, operand: Operand) -> bool:
     """Whether an array has an element for each class."""
-    return operand.name in ("input", "weight", "slope") or (operand.name == "target" and spec.has_probabilities)
+    return operand.name in ("input", "weight", *DERIVATIVES) or (operand.name == "target" and spec.has_probabilities)
 
 
 def storage(spec: Spec) -> str:
@@ -53,31 +54,31 @@ def storage(spec: Spec) -> str:
 
 
 def class_storage(spec: Spec) -> str:
-    """Write the types of a class, of sums over the classes, and of a gradient's factors, and the function that loads a class."""
+    """Write the types of a class, of sums over the classes, and of the factors of derivatives, and the function that loads a class."""
     walked = [(k, op) for k, op in enumerate(spec.operands) if has_class_axis(spec, op)]
     lines = [f"loaded.x{k} = *(const {TYPES[op.code]}*)(pack.at{k} + (long long)index * a.classes.strides[{k}]);" for k, op in walked]
     return "\n".join(
         [
             structure("Class", (f"{TYPES[op.code]} x{k}" for k, op in walked)),
             structure("ClassSums", (f"compute_t {name}" for name in entry.Sums._fields)),
-            structure("GradientFactors", [f"compute_t x[{FACTORS}]"]),
+            structure("Factors", [f"compute_t x[{FACTORS}]"]),
             function("void load_class(Class& loaded, const Arguments& a, const Pack& pack, const index_t index)", lines),
         ]
     )
 
 
 def storing(spec: Spec) -> str:
-    """Write the functions that store the value of an entry and the gradient by the logit of a class, where there are such outputs."""
-    places = {"value": "pack.at{0}", "slope": "(pack.at{0} + (long long)index * a.classes.strides[{0}])"}
-    stores: dict[str, list[str]] = {name: [] for name in places}
+    """Write the functions that store the value of an entry and the derivative by the logit of a class, where there are such outputs."""
+    value, derivative = list[str](), list[str]()
     for k, op in enumerate(spec.outputs, len(spec.operands)):
-        lines = stores[op.name]
+        lines = derivative if op.name in DERIVATIVES else value
+        place = f"(pack.at{k} + (long long)index * a.classes.strides[{k}])" if op.name in DERIVATIVES else f"pack.at{k}"
         stored = Scalar(lines, "x", TYPES[spec.compute]).convert(spec.compute, op.code)
-        lines.append(f"*({TYPES[op.code]}*){places[op.name].format(k)} = {stored.name};")
+        lines.append(f"*({TYPES[op.code]}*){place} = {stored.name};")
     return "\n".join(
         [
-            function("void store_value(const Pack& pack, const compute_t x)", stores["value"]),
-            function("void store_slope(const Arguments& a, const Pack& pack, const index_t index, const compute_t x)", stores["slope"]),
+            function("void store_value(const Pack& pack, const compute_t x)", value),
+            function("void store_derivative(const Arguments& a, const Pack& pack, const index_t index, const compute_t x)", derivative),
         ]
     )
 
@@ -170,11 +171,11 @@ def adding(spec: Spec) -> str:
 
 
 def evaluating(spec: Spec) -> str:
-    """Write the function that computes the value of an entry, adds it to the sums, and returns the factors of the gradient."""
+    """Write the function that computes the value of an entry, adds it to the sums, and returns the factors of the derivatives."""
     at = Entry(spec)
     w = None if spec.has_probabilities else at.load("weight")
     found = {"count": at.symbol("(compute_t)1") if w is None else w}
-    at.lines.append("GradientFactors factors = {};")
+    at.lines.append("Factors factors = {};")
     if spec.trace:
         own = at.load("pixel_weight")
         factor = multiply(multiply(own, at.load("grad_output")), at.symbol("number.scale"))
@@ -187,15 +188,15 @@ def evaluating(spec: Spec) -> str:
     at.lines += [f"if (MEMBER == 0) sums.total[{k}] += {found[name].name};" for k, name in enumerate(spec.summed)]
     at.lines.append("return factors;")
     entry_ = "const Pack& pack, const Constants& constant, const int j, Sums& sums"
-    return function(f"GradientFactors evaluate(const {SUMS}, const compute_t m, {GIVEN}, {entry_})", at.lines)
+    return function(f"Factors evaluate(const {SUMS}, const compute_t m, {GIVEN}, {entry_})", at.lines)
 
 
-def sloping(spec: Spec) -> str:
-    """Write the function that returns the gradient by the logit of a class."""
+def differentiating(spec: Spec) -> str:
+    """Write the function that returns the derivative by the logit of a class."""
     at = Entry(spec)
     is_own = Scalar(at.lines, "is_own", "bool", at.type)
     factors = tuple(at.symbol(f"factors.x[{k}]") for k in range(FACTORS))
     e = entry.exp_of_difference(at.logit(), at.symbol("m"))
-    slope = entry.slope_of_class(spec, factors, e, is_own, at.probability, at.load("weight"), at.number, at.classes)
-    head = f"compute_t slope_of_class(const compute_t m, const GradientFactors& factors, {GIVEN}, const bool is_own)"
-    return function(head, [*at.lines, f"return {slope.name};"])
+    derivative = entry.derivative_of_class(spec, factors, e, is_own, at.probability, at.load("weight"), at.number, at.classes)
+    head = f"compute_t derivative_of_class(const compute_t m, const Factors& factors, {GIVEN}, const bool is_own)"
+    return function(head, [*at.lines, f"return {derivative.name};"])

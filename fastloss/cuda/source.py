@@ -18,7 +18,7 @@ from typing import Any
 
 from fastloss.core.dtypes import BY_CODE
 from fastloss.core.plan import Operand, Spec
-from fastloss.cuda.classes import class_functions, writes_gradient
+from fastloss.cuda.classes import class_functions, writes_derivative
 from fastloss.cuda.scalar import TYPES, Scalar, literal
 from fastloss.cuda.text import function, move, structure
 from fastloss.kernel import element, elementary
@@ -124,7 +124,7 @@ def constants(variant: Variant) -> str:
     }
     if spec.walk == "classes":
         least = literal(-HUGE[8 * BY_CODE[spec.compute].size], TYPES[spec.compute])
-        named |= {"AHEAD": AHEAD, "LEAST_LOGIT": least, "HAS_LOGITS": int(spec.trace != ""), "HAS_GRADIENT": int(writes_gradient(spec))}
+        named |= {"AHEAD": AHEAD, "LEAST_LOGIT": least, "HAS_LOGITS": int(spec.trace != ""), "HAS_DERIVATIVE": int(writes_derivative(spec))}
     widths = "".join(f"#define WIDTH_{k} {width}\n" for k, width in enumerate(variant.widths))
     return "".join(f"#define {name} {value}\n" for name, value in named.items()) + widths
 

@@ -8,7 +8,8 @@ With the logits z of an entry, and m = max(z):
 No term is negative, so nothing cancels: where the logits are saturated, 1 - p and -log p keep their digits.
 
 With class weights w, label smoothing a, and a probability y of each class (1 for the entry's class, if there are indices), the value is the
-sum over the classes of u (-log p), u = w ((1 - a) y + a / C), and the gradient (U - u) p - u (1 - p), where U is the sum of u.
+sum over the classes of u (-log p), u = w ((1 - a) y + a / C), the gradient (U - u) p - u (1 - p), where U is the sum of u,
+and the second derivative U p (1 - p).
 
 The functions take symbols, as those of `element.py` do.
 """
@@ -98,33 +99,46 @@ def evaluate(
     spec: Spec, others: Symbol, weights: Symbol, spread: Symbol, m: Symbol, z: Symbol, w: Symbol | None, factor: Symbol,
     number: Mapping[str, Symbol], classes: Symbol
 ) -> tuple[Symbol, tuple[Symbol, ...]]:  # fmt: skip
-    """Return the value of an entry, and the factors from which `slope_of_class` computes its gradient.
+    """Return the value of an entry, and the factors from which `derivative_of_class` computes what is written for each class.
 
     `others` is R, `weights` and `spread` are other sums over the classes, `z` and `w` are the logit and the weight of the entry's class,
-    and `factor` multiplies the gradient.
+    and `factor` multiplies the derivatives.
     """
     log_norm, inverse = log1p(others.within(0.0, inf)), 1.0 / (others + 1.0)
+    smoothing = number.get("label_smoothing")
+    each, own = (0.0, w) if smoothing is None else (smoothing / classes, multiply(w, 1.0 - smoothing))
+    if writes_curvature(spec):
+        total = weights if spec.has_probabilities else own if smoothing is None else own + each * weights
+        return factor.splat(0.0), (multiply(total, factor) * (inverse * inverse), others)
     if spec.has_probabilities:
         return weights * log_norm + spread, (factor * inverse, others, weights)
     below, e = distance(m, z), exp_of_difference(z, m)
     missed = (1.0 - e) + others
-    smoothing = number.get("label_smoothing")
     if smoothing is None:
         found = spec.formula.quantities(log_norm + below, missed * inverse, {name: number[name] for name in spec.parameters}, {})
         rate = multiply(w, factor * found["slope"]) * inverse
         return multiply(w, factor.match(found["value"])), (rate, -(missed * rate))
-    each, own = smoothing / classes, multiply(w, 1.0 - smoothing)
     total = own + each * weights
     slope = each * (weights - (1.0 if w is None else w)) * (e * inverse) - (own + multiply(w, each)) * (missed * inverse)
     value = total * log_norm + (where(own == 0.0, 0.0, own * below) + each * spread)
     return value, (factor * total * inverse, factor * slope, factor * each)
 
 
-def slope_of_class(
+def writes_curvature(spec: Spec) -> bool:
+    """Whether a kernel writes second derivatives."""
+    return any(op.name == "curvature" for op in spec.outputs)
+
+
+def derivative_of_class(
     spec: Spec, factors: tuple[Symbol, ...], e: Symbol, is_own: Symbol, y: Symbol | None, w: Symbol | None, number: Mapping[str, Symbol],
     classes: Symbol
 ) -> Symbol:  # fmt: skip
-    """Return the gradient by the logit of a class. `is_own` is the condition that it is the class of the entry."""
+    """Return the gradient by the logit of a class, or the second derivative if the kernel writes that.
+
+    `is_own` is the condition that the class is that of the entry.
+    """
+    if writes_curvature(spec):
+        return factors[0] * e * ((1.0 - e) + factors[1])
     if spec.has_probabilities:
         u, (rate, others, weights) = share_of_class(y, w, number, classes), factors
         return rate * ((weights - u) * e - u * ((1.0 - e) + others))

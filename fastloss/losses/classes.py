@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,13 +30,14 @@ from fastloss.core.docstrings import OPTIONS, complete
 from fastloss.core.dtypes import is_float
 from fastloss.core.plan import Array
 from fastloss.formula import Formula
-from fastloss.loss import SLOPE, VALUE
+from fastloss.loss import CURVATURE, SLOPE, VALUE
 from fastloss.losses.table import row
 from fastloss.ops import exp, pow, where
 
 __all__ = ["cross_entropy", "focal_cross_entropy_loss"]
 
 _IGNORED = -100  # the default of PyTorch
+K = TypeVar("K", bound="ClassLoss")
 OPTIONS_OF_CLASSES: dict[str, Any] = {"ignore_index": _IGNORED, "mask": None, "pixel_weight": None, "grad_output": None, "out": None}
 _SMOOTHING = {"label_smoothing": 0.0}
 OPERANDS = {
@@ -67,9 +68,9 @@ class ClassLoss(AbstractLoss):
     """A loss between logits of several classes and class indices. `grad` and `value_and_grad` take the arguments of a call."""
 
     definition: Definition
+    takes_probabilities = False  # whether targets may be a probability of each class
 
-    def __init__(self, function: Callable[..., Any], bounds: Bounds, settings: Mapping[str, Any], takes_probabilities: bool) -> None:
-        self.takes_probabilities = takes_probabilities
+    def __init__(self, function: Callable[..., Any], bounds: Bounds, settings: Mapping[str, Any]) -> None:
         formula = Formula(function, ("value", "slope"))
         self.__name__ = self.__qualname__ = function.__name__
         self.__module__ = function.__module__
@@ -191,18 +192,25 @@ def append_axis(x: Any) -> Any:
     return x[..., np.newaxis]
 
 
-def class_loss(
-    bounds: Bounds | None = None, settings: Mapping[str, Any] | None = None, takes_probabilities: bool = False
-) -> Callable[[Callable[..., Any]], ClassLoss]:
-    """Make a loss of classes from a formula; the bounds are those of its parameters.
+class SumOverClasses(ClassLoss):
+    """A loss of classes that is a weighted sum of -log p over them: its formula returns -log p and 1."""
 
-    A loss that takes probabilities of the classes as targets is a sum over the classes, and its formula returns -log p and 1.
-    """
-    return lambda function: ClassLoss(function, bounds or {}, settings or {}, takes_probabilities)
+    takes_probabilities = True
+
+    def curvature(self, input: Any, target: Any, weight: Any = None, reduction: str = "mean", **options: Any) -> Array:
+        """Return the second derivative with respect to each logit: the diagonal of the Hessian."""
+        computed = find_backend(input).compute(self, Arguments((), CURVATURE, input, target, weight, reduction, options))[1]
+        curvature: Array = computed[0]
+        return curvature
 
 
-@row("cross-entropy", "each image or pixel belongs to one of several classes", ulp={"value": 3, "slope": 4}, **ROW)
-@class_loss(settings=_SMOOTHING, takes_probabilities=True)
+def class_loss(kind: type[K], bounds: Bounds | None = None, settings: Mapping[str, Any] | None = None) -> Callable[[Callable[..., Any]], K]:
+    """Make a loss of classes of a kind from a formula; the bounds are those of its parameters."""
+    return lambda function: kind(function, bounds or {}, settings or {})
+
+
+@row("cross-entropy", "each image or pixel belongs to one of several classes", ulp={"value": 3, "slope": 4, "curvature": 7}, **ROW)
+@class_loss(SumOverClasses, settings=_SMOOTHING)
 def cross_entropy(surprise: Any, missed: Any) -> Any:
     """Cross-entropy between the softmax of logits and class indices.
 
@@ -210,6 +218,7 @@ def cross_entropy(surprise: Any, missed: Any) -> Any:
 
         value = w[t] (-log p[t])
         slope = w[t] (p - 1) for the entry's class, w[t] p for the others
+        curvature = w[t] p (1 - p)
 
     With label smoothing a, the value is the sum over the classes of w ((1 - a) [c = t] + a / C) (-log p); with a probability y of each
     class as target, y takes the place of [c = t], and a mean divides by the number of entries. Neither softmax nor one-hot arrays are
@@ -229,7 +238,7 @@ def cross_entropy(surprise: Any, missed: Any) -> Any:
     "focal cross-entropy", "the same, where most entries are easy and would outweigh the few hard ones",
     ulp={"value": 9, "slope": 10}, settings=({}, {"gamma": 0.5}), module="FocalCrossEntropyLoss", **ROW,
 )  # fmt: skip
-@class_loss(bounds={"gamma": (0.0, inf)})
+@class_loss(ClassLoss, bounds={"gamma": (0.0, inf)})
 def focal_cross_entropy_loss(surprise: Any, missed: Any, gamma: Any = 2.0) -> Any:
     """Cross-entropy that counts an entry less, the better it is classified.
 

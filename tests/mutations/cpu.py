@@ -454,6 +454,10 @@ MUTATIONS = (
         "The rounding error of z - m is not counted.", (DIGITS,), select="options0-cross_entropy-19-30.0",
     ),
     Mutation(
+        "curvature-of-the-rest", "kernel/entry.py", "factors[0] * e * ((1.0 - e) + factors[1])", "factors[0] * e * factors[1]",
+        "The second derivative by a logit takes 1 - p from the other classes alone.", (DIGITS,), select="options0-cross_entropy-5",
+    ),
+    Mutation(
         "class-weights-not-counted", "core/call.py", "(self.excludes or has_class_weights)", "self.excludes",
         "A mean does not divide by the sum of the class weights.", ("test_classes.py::test_relations",),
     ),
