@@ -6,23 +6,14 @@ The loop (`class_loop.py`) calls four functions for each block. LOAD copies the 
 after another, so that memory is read once, and in long rows. COMPUTE walks along the classes in that memory, a vector's width of entries
 after another: it computes e and R, and evaluates the formula, which takes -log p and 1 - p of the entry's class and returns the value
 and its derivative by -log p. SUM adds up sums that have a number for each class. WRITE computes the gradient. Both go one class after
-another again.
-
-Losses of regions, such as Dice, take two passes. In the first, SUM applies the formula to p and 1 - p of each class. In the second, a
-formula gives the derivatives of the loss by p: h <= 0 for the entry's class t, and d[c] >= 0 for another class c, from which the same
-number may be subtracted everywhere. With A, the sum of d p over the other classes, the gradient is
-
-    p (h (1 - p) - A)           for the entry's class
-    p (d - A - p[t] h)          for the others
-
-If p is close to 1 for a wrong class, d - A would cancel: there it is d (1 - p) minus the sum over the classes besides.
+another again. Losses of
+regions, such as Dice, take two passes; see `kernel/regions.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import inf
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -33,21 +24,20 @@ from fastloss.core.plan import Spec
 from fastloss.cpu.abi import count_partials
 from fastloss.cpu.step import DOUBLE, I64, Row, StepEmitter, Values, define, differs_from, lanes_of, spread, spread_number
 from fastloss.cpu.vector import Vector, call, gather, scalar_type
-from fastloss.kernel import element
+from fastloss.kernel import element, regions
 from fastloss.kernel.entry import (
     HUGE,
     Sums,
     add_class,
-    add_exactly,
     derivative_of_class,
-    distance,
     evaluate,
     exp_of_difference,
     limited,
     sum_of_others,
     writes_curvature,
 )
-from fastloss.ops import log1p, where
+from fastloss.kernel.regions import RegionSums
+from fastloss.ops import where
 
 LOAD, COMPUTE, SUM, WRITE = "fastloss_load", "fastloss_compute", "fastloss_sum", "fastloss_write"  # names of the functions
 # rows of scratch memory after those of the classes: the largest logit, the index of the entry's class, and factors of the gradient
@@ -75,14 +65,6 @@ class Entries(NamedTuple):
     target: Vector  # the index of the class, NO_CLASS if the entry does not count
     logit: Vector  # of that class
     bad: Vector  # 1 if the index is that of no class
-
-
-class RegionSums(NamedTuple):
-    """Further sums over the classes of each entry, from which the slopes of losses of regions are computed. They begin at 0."""
-
-    pull: Vector  # of e d over the classes that are neither the entry's nor have e = 1
-    lost: Vector  # of the rounding errors of `pull`
-    top: Vector  # of d over the classes that are not the entry's and have e = 1
 
 
 class Step:
@@ -179,9 +161,6 @@ class BlockEmitter:
         self.has_logits = spec.trace != ""
         self.has_gradient = any(op.name != "value" for op in spec.outputs)
         self.is_smoothed = "label_smoothing" in spec.numbers
-        self.has_regions = bool({"overlap", "own"} & set(spec.formula.names))
-        self.has_region_slopes = self.has_regions and self.has_gradient
-        self.is_squared = "others_by_p" in spec.formula.names
 
     def step(self, first: ir.Value, index: ir.Value) -> Step:
         """Return the step from an entry on, at a class."""
@@ -269,7 +248,7 @@ class BlockEmitter:
         if self.has_logits:
             own = step.load("pixel_weight")
             factor = element.multiply(element.multiply(own, step.load("grad_output")), spread_number(self.builder, scale, self.spec))
-            found["entropy" if self.has_regions else "value"] = element.multiply(own, self.evaluate(step, entries, w, factor))
+            found["entropy" if regions.has_regions(self.spec) else "value"] = element.multiply(own, self.evaluate(step, entries, w, factor))
         return {name: where(counted, x, 0.0) for name, x in found.items()}
 
     def of_class(self, step: Step, name: str, index: Vector) -> Vector | None:
@@ -302,78 +281,46 @@ class BlockEmitter:
                 builder.store(x.value, place)
         return loaded()
 
-    def add_class(self, step: Step, sums: Sums, regions: RegionSums, entries: Entries) -> list[Vector]:
+    def add_class(self, step: Step, sums: Sums, of_regions: RegionSums, entries: Entries) -> list[Vector]:
         """Keep e of the step's class in the scratch memory, and return the sums with its terms."""
         m, z = entries.m, step.read()
         e = exp_of_difference(z, m)
         if self.has_gradient or self.spec.sums_by_class:
             step.keep(e)
-        is_top = e == 1.0 if self.has_region_slopes else z == m
+        is_top = e == 1.0 if regions.has_slopes(self.spec) else z == m
         y = step.read(PROBABILITY) if self.spec.has_probabilities else None
         w, classes = step.load("weight"), step.whole(self.block.classes)
         sums = add_class(self.spec, sums, e, is_top, z, m, y, w, self.options, classes)
-        if self.has_region_slopes:
-            term = where(entries.target == step.whole(step.index), 0.0, self.slope_of_others(step, e) * e)
-            pull, lost = add_exactly(regions.pull, regions.lost, where(is_top, 0.0, term))
-            regions = RegionSums(pull, lost, regions.top + where(is_top, term, 0.0))
-        return [*sums, *regions]
+        if regions.has_slopes(self.spec):
+            of_regions = regions.add_class(self.spec, of_regions, e, entries.target == step.whole(step.index), step.load)
+        return [*sums, *of_regions]
 
     def evaluate(self, step: Step, entries: Entries, w: Vector | None, factor: Vector) -> Vector:
-        """Return the value of each entry, and keep the factors of its gradient."""
-        (sums, regions), m, z = self.walk(step.first, entries), entries.m, entries.logit
+        """Return the value of each entry, and keep the factors of its gradient, or of the terms of its classes."""
+        (sums, of_regions), m, z = self.walk(step.first, entries), entries.m, entries.logit
         others = sum_of_others(sums, m)
-        if not self.has_regions:
+        if not regions.has_regions(self.spec):
             value, factors = evaluate(
                 self.spec, others, sums.weights, sums.spread, m, z, w, factor, self.options, step.whole(self.block.classes)
             )
             self.keep_factors(step, entries.target, *factors)
             return factor.match(value)
-        log_norm, inverse, e = log1p(others.within(0.0, inf)), 1.0 / (others + 1.0), exp_of_difference(z, m)
         if self.has_gradient:
-            self.keep_slopes(step, entries, e * inverse, others, inverse, sums.ties, regions, w, factor)
+            factors = regions.factors_of_slopes(
+                self.spec, others, sums.ties, of_regions, m, z, w, factor, step.load("entropy_rate"),
+                lambda name: self.of_class(step, name, entries.target),
+            )  # fmt: skip
         else:
             share = step.load("pixel_weight")
-            self.keep_factors(step, entries.target, inverse, others, *([] if share is None else [share]))
-        return element.multiply(w, log_norm + distance(m, z))
+            factors = (1.0 / (others + 1.0), others, *([] if share is None else [share]))
+        self.keep_factors(step, entries.target, *factors)
+        return regions.entropy(others, m, z, w)
 
     def keep_factors(self, step: Step, *factors: Vector) -> None:
         """Keep the rows from CLASS on of the scratch memory, from which SUM computes sums and WRITE the gradient."""
         if self.has_gradient or self.spec.sums_by_class:
             for name, x in zip((CLASS, FACTOR, SLOPE, SHARE, TOP, LIMIT), factors, strict=False):
                 step.keep(x, name)
-
-    def keep_slopes(
-        self, step: Step, entries: Entries, p: Vector, others: Vector, inverse: Vector, tops: Vector, regions: RegionSums, w: Vector | None,
-        factor: Vector
-    ) -> None:  # fmt: skip
-        """Keep what the gradient of a loss of regions needs to know about each entry, whose class has the probability p."""
-        q = ((1.0 - exp_of_difference(entries.logit, entries.m)) + others) * inverse
-        slope = self.region_slopes(step, p, q, own=entries.target)["own"]
-        by_p = inverse * inverse if self.is_squared else inverse
-        pull, top, besides = (regions.pull + regions.lost) * by_p, regions.top * by_p, p * slope
-        own_slope, rest = factor * (p * (slope * q - (pull + top))), -(factor * (pull + top + besides))
-        largest = factor * (top * others - (pull + besides))  # of the class with e = 1, if there is one, and it is wrong
-        if (entropy_rate := step.load("entropy_rate")) is not None:
-            entropy = element.multiply(w, factor * entropy_rate)
-            own_slope, rest, largest = own_slope - entropy * q, rest + entropy, largest + entropy
-        limit = where(tops == 1.0, 1.0, 2.0)
-        self.keep_factors(step, entries.target, factor * by_p, own_slope, rest * inverse, largest * inverse, limit)
-
-    def region_slopes(self, step: Step, p: Vector, q: Vector, own: Vector | None = None) -> dict[str, Vector]:
-        """Evaluate the slopes of a loss of regions: at the step's class, or at each entry's class, if its index is given."""
-        parameters = {}
-        for name in self.spec.parameters:
-            if name.startswith("own"):
-                parameters[name] = step.constant(0.0) if own is None else self.of_class(step, name, own)
-            else:
-                parameters[name] = step.constant(0.0) if own is not None else step.load(name)
-        found: dict[str, Vector] = self.spec.formula.quantities(p, q, parameters, {})
-        return found
-
-    def slope_of_others(self, step: Step, e: Vector) -> Vector:
-        """Return the slope by p of the step's class, where it is not the entry's, at e instead of p."""
-        found = self.region_slopes(step, e, e)
-        return e.match(found["others_by_p" if self.is_squared else "others"])
 
     def emit_sum(self, sums: ir.Value) -> None:
         """Add the block's sums of each class to those of the range."""
@@ -402,27 +349,20 @@ class BlockEmitter:
         """Return the terms that the step's class adds to the sums that have a number for each class."""
         target, e, inverse, others = step.read(CLASS), step.read(), step.read(FACTOR), step.read(SLOPE)
         share = step.read(SHARE) if "pixel_weight" in step.names else None
-        is_own = target == step.whole(step.index)
-        found = self.spec.formula.quantities(e * inverse, ((1.0 - e) + others) * inverse, {}, {})
-        found = {name: element.multiply(share, x) for name, x in found.items()}
-        return {
-            "overlap": where(is_own, found["overlap"], 0.0),
-            "false_positives": where(is_own | (target == NO_CLASS), 0.0, found["false_positives"]),
-            "false_negatives": where(is_own, found["false_negatives"], 0.0),
-            "truth": where(is_own, step.constant(1.0), 0.0),
-        }
+        return regions.terms_of_class(self.spec, inverse, others, share, e, target == step.whole(step.index), target != NO_CLASS)
 
     def emit_write(self, mode: ir.Value) -> None:
         """Compute and store the gradient."""
         if not self.has_gradient:
             return
         with self.steps_by_class() as step:
-            target, e, factors = step.read(CLASS), step.read(), tuple(step.read(name) for name in (FACTOR, SLOPE, SHARE))
+            target, e = step.read(CLASS), step.read()
             is_own = target == step.whole(step.index)
-            if self.has_region_slopes:
-                slope = e * (self.slope_of_others(step, e) * factors[0] + factors[2])
-                slope = where(is_own, factors[1], where(e >= step.read(LIMIT), step.read(TOP), slope))
+            if regions.has_regions(self.spec):
+                factors = tuple(step.read(name) for name in (FACTOR, SLOPE, SHARE, TOP, LIMIT))
+                slope = regions.slope_of_class(self.spec, factors, e, is_own, step.load)
             else:
+                factors = tuple(step.read(name) for name in (FACTOR, SLOPE, SHARE))
                 y = step.read(PROBABILITY) if self.spec.has_probabilities else None
                 w, classes = step.load("weight"), step.whole(self.block.classes)
                 slope = derivative_of_class(self.spec, factors, e, is_own, y, w, self.options, classes)

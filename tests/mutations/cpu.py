@@ -470,7 +470,7 @@ MUTATIONS = (
         "A block goes on past the end of its row.", ("test_classes.py::test_nothing_outside_the_gradient_is_written",),
     ),
     Mutation(
-        "saturated-classes-cancel", "cpu/classes.py", "limit = where(tops == 1.0, 1.0, 2.0)", "limit = step.constant(2.0)",
+        "saturated-classes-cancel", "kernel/regions.py", "where(tops == 1.0, 1.0, 2.0)", "tops.splat(2.0)",
         "The gradient of a wrong class with p close to 1 is a difference of nearly equal numbers.",
         ("test_segmentation_classes.py::test_every_digit_in_extended_precision",), select="wrong",
     ),
@@ -480,12 +480,12 @@ MUTATIONS = (
         ("test_segmentation_classes.py::test_one_region_keeps_the_tails",),
     ),
     Mutation(
-        "rounding-of-slopes-dropped", "cpu/classes.py", "(regions.pull + regions.lost)", "regions.pull",
+        "rounding-of-slopes-dropped", "kernel/regions.py", "(sums.pull + sums.lost)", "sums.pull",
         "The rounding errors of sums of slopes over classes are not added.",
         ("test_segmentation_classes.py::test_many_classes",), select="1000",
     ),
     Mutation(
-        "excluded-pixels-are-false-positives", "cpu/classes.py", "where(is_own | (target == NO_CLASS), 0.0", "where(is_own, 0.0",
+        "excluded-pixels-are-false-positives", "kernel/regions.py", "where(is_own | ~is_counted, 0.0", "where(is_own, 0.0",
         "Pixels that do not count are false positives of every class.",
         ("test_segmentation_classes.py::test_excluded_pixels_do_not_count",),
     ),
