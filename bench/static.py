@@ -96,6 +96,19 @@ def class_launch(
     return launch_of(call, summed, wanted, [logits[..., :1] if name == "value" else logits for name in wanted], outcome=outcome)
 
 
+def region_launches(loss: Any, input: Any, target: Any, weight: Any = None, **options: Any) -> tuple[Launch, Launch]:
+    """Return the launches of both passes of a Dice loss of classes, with regions for each sample and class."""
+    settings = loss.take_settings(options | {"weight": weight})
+    options = {name: x for name, x in options.items() if name not in settings}
+    call = loss.first_call(Arguments((), (), input, target, weight, "sum", options), HostCall, settings)
+    first, second = (definition.formula for definition in loss.passes[settings["squared"]])
+    given = {name: array("float32", (len(input), *(1,) * (input.ndim - 2), input.shape[1])) for name in second.defaults}
+    given["entropy_rate"] = array("float64", (1,) * input.ndim)
+    names = (*first.names, "truth", *["entropy"] * loss.with_entropy)
+    second_call = call.derive(loss.passes[settings["squared"]][1], given)
+    return launch_of(call, names, (), []), launch_of(second_call, (), ("slope",), [call.arrays[0]])
+
+
 def launch_of(
     call: Any, summed: tuple[str, ...], wanted: tuple[str, ...], like: list[Any], validate: bool = False, outcome: Outcome | None = None
 ) -> Launch:

@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config, items):
     has_gpu, selected, left_out = asks_for_gpu(config), [], []
     for item in items:
         device = device_of(item)
-        has_meaning = all(device in mark.args for mark in item.iter_markers("only_on")) and runs_on(item, device)
+        has_meaning = all(device in mark.args for mark in item.iter_markers("only_on"))
         (selected if has_meaning and (has_gpu or device != "gpu") else left_out).append(item)
         if (mark := left_out_by(item, device)) is not None:
             item.add_marker(mark)
@@ -72,12 +72,6 @@ def device_of(item):
     """Return the device that a test runs on: "cpu", "stand-in" or "gpu"."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
     return params.get("device", params.get("cp", "cpu"))
-
-
-def runs_on(item, device):
-    """Return whether the loss that a test runs over is computed on a device."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    return device == "cpu" or "row" not in params or params["row"].runs_on_devices
 
 
 def left_out_by(item, device):

@@ -90,10 +90,6 @@ class Case:
         return self.is_sum and self.has_classes
 
     @property
-    def runs_on_devices(self) -> bool:
-        return self.is_sum or self.pairs_elements
-
-    @property
     def has_targets(self) -> bool:
         return "targets" in self.arrays
 

@@ -118,12 +118,29 @@ DICE_CASES = [
     {"alpha": 0.3, "beta": 0.8, "smooth_denominator": 0.5, "per_channel": False, "per_sample": False},
 ]  # fmt: skip
 
-only_on_the_cpu = only_on("cpu", reason="a GPU does not compute the Dice losses of classes")
+
+by_dice_case = pytest.mark.parametrize("options", DICE_CASES, ids=str)
+by_dice_loss = pytest.mark.parametrize("loss", [fl.dice_softmax_loss, fl.dice_cross_entropy_loss], ids=["Dice", "both"])
 
 
-@only_on_the_cpu
-@pytest.mark.parametrize("options", DICE_CASES, ids=str)
-@pytest.mark.parametrize("loss", [fl.dice_softmax_loss, fl.dice_cross_entropy_loss], ids=["Dice", "both"])
+@only_on("stand-in", "gpu", reason="compares with the CPU")
+@by_dice_case
+@by_dice_loss
+def test_derivatives_of_dice_on_a_device(loss, options, batch):
+    weight = batch[2] if options.get("per_channel", True) else None
+    found = []
+    for z, t, w, mask, own in (batch, [x.detach().cpu().requires_grad_(x.requires_grad) for x in batch]):
+        value = loss(z, t, None if weight is None else w, mask=mask, pixel_weight=own, ignore_index=1, **options)
+        (first,) = torch.autograd.grad(value, z, create_graph=True)
+        found.append((value, first, *torch.autograd.grad((first * torch.arange(first.numel()).reshape(first.shape).to(first)).sum(), z)))
+    for got, want in zip(*found, strict=True):
+        assert got.device == batch[0].device
+        assert_tensor(got.cpu(), want)
+
+
+@only_on("cpu", reason="makes thousands of calls; results on a device are those on the CPU")
+@by_dice_case
+@by_dice_loss
 def test_first_and_second_derivatives_of_dice(loss, options, batch):
     z, t, weight, mask, own = batch
     weight = weight if options.get("per_channel", True) else None
@@ -138,7 +155,7 @@ def test_first_and_second_derivatives_of_dice(loss, options, batch):
         assert torch.autograd.gradcheck(lambda z: loss(z, t, weight, "none", **options), (z,))
 
 
-@only_on_the_cpu
+@only_on("cpu", reason="compiled code sees where the tensors really are")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled_dice(reduction, batch):
     z, t, weight, *_ = batch

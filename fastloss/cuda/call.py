@@ -13,7 +13,7 @@ from fastloss.core.call import Call
 from fastloss.core.checks import describe_bad_class, describe_bad_element, warn_of_empty_mean
 from fastloss.core.dtypes import code_of
 from fastloss.core.overlap import share_memory, span_of
-from fastloss.core.plan import Request
+from fastloss.core.plan import SUMS_BY_CLASS, Request
 from fastloss.cuda import workspace
 from fastloss.cuda.launch import LAUNCHES, Launch, Outcome
 
@@ -98,16 +98,20 @@ class DeviceCall(Call):
     def run(
         self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Any], scale: Any = 1.0, validate: bool = False
     ) -> Any:  # fmt: skip
-        """Make one pass over memory and return the sums as an array on the device."""
-        sums = cupy.ndarray((len(summed), *self.shape[: self.group_axes]), np.float64) if summed else None
-        self.launch(summed, wanted, outputs, sums, 1, must_count=False, validate=validate)
-        return sums
+        """Make one pass over memory and return the sums, each as an array on the device."""
+        groups = self.shape[: self.group_axes]
+        names = [name for name in summed if self.loss.classes and name in SUMS_BY_CLASS]
+        others = [name for name in summed if name not in names]
+        sums: Any = cupy.ndarray((len(others), *groups), np.float64) if others else None
+        by_class: Any = cupy.ndarray((len(names), *groups, self.shape[-1]), np.float64) if names else None
+        self.launch(summed, wanted, outputs, sums, 1, must_count=False, validate=validate, by_class=by_class)
+        return [by_class[names.index(name)] if name in names else sums[others.index(name)] for name in summed]
 
     def launch(
         self, summed: tuple[str, ...], wanted: tuple[str, ...], outputs: list[Any], results: Any, divisor: Any, must_count: bool,
-        validate: bool
+        validate: bool, by_class: Any = None
     ) -> None:  # fmt: skip
-        """Launch one pass, which writes the outputs and the results.
+        """Launch one pass, which writes the outputs and the results, and those that have a number for each class.
 
         Sums and gradients are divided by a number, by an array with a number for each group, or if `must_count` is true by the number of
         elements that count.
@@ -123,7 +127,8 @@ class DeviceCall(Call):
         ):
             upstream = upstream.copy()  # the kernel reads it while it writes the outputs
         is_array, divides = isinstance(upstream, cupy.ndarray), isinstance(divisor, cupy.ndarray)
-        outcome = Outcome(code_of(results.dtype) if summed else "f8", is_mean, code_of(upstream.dtype) if is_array else "", counts, divides)
+        result = "f8" if results is None else code_of(results.dtype)
+        outcome = Outcome(result, is_mean, code_of(upstream.dtype) if is_array else "", counts, divides)
         arrays, device = self.arrays + outputs, workspace.current_device()
         for name, array in zip((*self.names, *OUT * len(outputs)), arrays, strict=True):
             check_device(name, array, device)
@@ -131,23 +136,26 @@ class DeviceCall(Call):
             check_device("grad_output", upstream, device)
         launch = find_launch(outcome, *self.request(summed, wanted, arrays, validate))
         if not launch.plan.size:
-            if summed:
-                results.fill(math.nan if must_count or divides or not divisor else 0.0 / divisor)
+            for array in (results, by_class):
+                if array is not None:
+                    array.fill(math.nan if must_count or divides or not divisor else 0.0 / divisor)
             return
         addresses = [a.data.ptr for a in arrays]
         if self.out is not None and wanted:
             launch.plan.check_overlap(arrays, addresses)
         if launch.request.checked:
             raise_recorded()
+        partials: Any = None if by_class is None else cupy.ndarray((launch.ranges, *by_class.shape[:1], self.shape[-1]), np.float64)
         launch.run(
             device,
             addresses,
             self.numbers.values(),
-            results.data.ptr if summed else 0,
+            0 if results is None else results.data.ptr,
             1.0 if is_array else upstream,
             1.0 if divides else divisor,
             (upstream.data.ptr, upstream.strides[0] if upstream.ndim else 0) if is_array else (0, 0),
             divisor.data.ptr if divides else 0,
+            () if by_class is None else (by_class.data.ptr, partials.data.ptr),
         )
 
 

@@ -42,15 +42,24 @@ DEVICE T over_team(const T own, const Combine& combine) {
 
 DEVICE compute_t larger(const compute_t x, const compute_t y) { return y > x ? y : x; }  // x if y is NaN; the sum over the classes is NaN then
 
-// Add the sums of two threads. The rounding error (Knuth) is added up too.
+// Add a sum of another thread and its rounding errors; the rounding error of this addition (Knuth) is added up too.
+DEVICE void add_exactly(compute_t& total, compute_t& low, const compute_t other, const compute_t other_low) {
+    const compute_t added = total + other, part = added - total;
+    low = (low + other_low) + ((total - (added - part)) + (other - part));
+    total = added;
+}
+
+// Add the sums of two threads.
 DEVICE ClassSums add_sums(const ClassSums& x, const ClassSums& y) {
-    ClassSums both;
-    both.rest = x.rest + y.rest;
-    const compute_t part = both.rest - x.rest;
-    both.low = (x.low + y.low) + ((x.rest - (both.rest - part)) + (y.rest - part));
-    both.ties = x.ties + y.ties;
-    both.weights = x.weights + y.weights;
-    both.spread = x.spread + y.spread;
+    ClassSums both = x;
+    add_exactly(both.rest, both.low, y.rest, y.low);
+    both.ties += y.ties;
+    both.weights += y.weights;
+    both.spread += y.spread;
+#if HAS_REGIONS && HAS_DERIVATIVE
+    add_exactly(both.pull, both.pull_low, y.pull, y.pull_low);
+    add_exactly(both.top, both.top_low, y.top, y.top_low);
+#endif
     return both;
 }
 
@@ -67,19 +76,21 @@ DEVICE void compute(
     Pack& pack, const Constants& constant, const int j, const bool is_inside, const index_t linear, const Arguments& a, const Numbers& number,
     Sums& sums
 ) {
-    const long long own = find_class(pack, constant, j, is_inside, linear, a, number);
+    const long long own = pack.entry.own = find_class(pack, constant, j, is_inside, linear, a, number);
     if (own < 0) return clear(a, pack);
     compute_t m = LEAST_LOGIT;
     ClassSums found = {};
 #if HAS_LOGITS
     visit_classes(a, pack, [&](const index_t, const Class& loaded) { m = larger(m, logit(loaded)); });
     m = over_team(m, larger);
-    visit_classes(a, pack, [&](const index_t, const Class& loaded) { add_class(found, m, loaded, a, number); });
+    visit_classes(a, pack, [&](const index_t index, const Class& loaded) { add_class(found, m, loaded, a, number, index == (index_t)own); });
     found = over_team(found, add_sums);
 #endif
     Class of_entry;
     load_class(of_entry, a, pack, (index_t)own);
     const Factors factors = evaluate(found, m, of_entry, a, number, pack, constant, j, sums);
+    pack.entry.m = m;
+    pack.entry.factors = factors;
 #if HAS_DERIVATIVE
     visit_classes(a, pack, [&](const index_t index, const Class& loaded) {
         store_derivative(a, pack, index, derivative_of_class(m, factors, loaded, a, number, index == (index_t)own));

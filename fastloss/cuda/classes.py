@@ -9,19 +9,22 @@ from __future__ import annotations
 from fastloss.core.plan import Operand, Spec
 from fastloss.cuda.scalar import TYPES, Scalar
 from fastloss.cuda.text import function, move, structure
-from fastloss.kernel import entry
+from fastloss.kernel import entry, regions
 from fastloss.kernel.element import multiply
 
-FACTORS = 3  # most factors from which derivatives are computed; see `entry.evaluate`
+FACTORS, SLOPE_FACTORS = 3, 5  # most factors that `entry.evaluate` returns, and those that `regions.factors_of_slopes` does
 DERIVATIVES = ("slope", "curvature")  # a kernel writes one of them
 SUMS, GIVEN = "ClassSums& found", "const Class& loaded, const Arguments& a, const Numbers& number"
+IS_OWN = "const bool is_own"  # whether the loaded class is that of the entry
 
 
 def class_functions(spec: Spec) -> list[str]:
     """Write the types and the functions of a spec's entries and classes."""
     with_logits = [limiting(spec), adding(spec)] if spec.trace else []
+    with_terms = [adding_terms(spec)] if spec.sums_by_class else []
     with_derivative = [differentiating(spec)] if writes_derivative(spec) else []
-    return [storage(spec), class_storage(spec), storing(spec), finding(spec), *with_logits, evaluating(spec), *with_derivative]
+    loads_and_stores = [entry_types(spec), storage(spec), class_storage(spec), storing(spec)]
+    return [*loads_and_stores, finding(spec), *with_logits, evaluating(spec), *with_terms, *with_derivative]
 
 
 def writes_derivative(spec: Spec) -> bool:
@@ -31,6 +34,8 @@ def writes_derivative(spec: Spec) -> bool:
 
 def has_class_axis(spec: Spec, operand: Operand) -> bool:
     """Whether an array has an element for each class."""
+    if regions.has_regions(spec) and operand.name in spec.formula.defaults:
+        return True
     return operand.name in ("input", "weight", *DERIVATIVES) or (operand.name == "target" and spec.has_probabilities)
 
 
@@ -44,7 +49,7 @@ def storage(spec: Spec) -> str:
     found = (f"pack.at{k} = entry_address<{int(spec.arrays[k].access == 'nested')}>(a, pos, {k});" for k in walked)
     return "\n".join(
         [
-            structure("Pack", [*(f"{TYPES[op.code]} x{k}[PACK]" for k, op in packed), *(f"char* at{k}" for k in walked)]),
+            structure("Pack", [*(f"{TYPES[op.code]} x{k}[PACK]" for k, op in packed), *(f"char* at{k}" for k in walked), "Entry entry"]),
             structure("Constants", (f"{TYPES[op.code]} x{k}" for k, op in constants)),
             function(f"void load(Pack& pack, {place})", [*(move("load", "pack", k, op) for k, op in packed), *found]),
             function(f"void load_constants(Constants& constant, {place})", (move("load", "constant", k, op) for k, op in constants)),
@@ -53,15 +58,25 @@ def storage(spec: Spec) -> str:
     )
 
 
+def entry_types(spec: Spec) -> str:
+    """Write the types of an entry's sums over its classes, of factors from which more is computed, and of what is known of an entry."""
+    sums = (*entry.Sums._fields, *(regions.RegionSums._fields if regions.has_slopes(spec) else ()))
+    return "\n".join(
+        [
+            structure("ClassSums", (f"compute_t {name}" for name in sums)),
+            structure("Factors", [f"compute_t x[{SLOPE_FACTORS if regions.has_slopes(spec) else FACTORS}]"]),
+            structure("Entry", ["long long own = -1", "compute_t m", "Factors factors"]),  # its class, or -1 if it does not count
+        ]
+    )
+
+
 def class_storage(spec: Spec) -> str:
-    """Write the types of a class, of sums over the classes, and of the factors of derivatives, and the function that loads a class."""
+    """Write the type of a class, and the function that loads one."""
     walked = [(k, op) for k, op in enumerate(spec.operands) if has_class_axis(spec, op)]
     lines = [f"loaded.x{k} = *(const {TYPES[op.code]}*)(pack.at{k} + (long long)index * a.classes.strides[{k}]);" for k, op in walked]
     return "\n".join(
         [
             structure("Class", (f"{TYPES[op.code]} x{k}" for k, op in walked)),
-            structure("ClassSums", (f"compute_t {name}" for name in entry.Sums._fields)),
-            structure("Factors", [f"compute_t x[{FACTORS}]"]),
             function("void load_class(Class& loaded, const Arguments& a, const Pack& pack, const index_t index)", lines),
         ]
     )
@@ -123,6 +138,15 @@ class Entry:
         """The probability of the loaded class; None if there are indices."""
         return self.load("target") if self.spec.has_probabilities else None
 
+    @property
+    def is_own(self) -> Scalar:
+        """The condition that the loaded class is that of the entry."""
+        return Scalar(self.lines, "is_own", "bool", self.type)
+
+    def region_sums(self) -> regions.RegionSums:
+        """Return the sums over the classes that losses of regions need besides."""
+        return regions.RegionSums(*(self.symbol(f"found.{name}") for name in regions.RegionSums._fields))
+
     def sums(self) -> entry.Sums:
         """Return the sums over the classes."""
         return entry.Sums(*(self.symbol(f"found.{name}") for name in entry.Sums._fields))
@@ -165,9 +189,14 @@ def adding(spec: Spec) -> str:
     at = Entry(spec)
     before = at.sums()
     z, m, y, w = at.logit(), at.symbol("m"), at.probability, at.load("weight")
-    after = entry.add_class(spec, before, entry.exp_of_difference(z, m), z == m, z, m, y, w, at.number, at.classes)
-    at.lines += [f"{old.name} = {new.name};" for old, new in zip(before, after, strict=True) if new is not old]
-    return function(f"void add_class({SUMS}, const compute_t m, {GIVEN})", at.lines)
+    e = entry.exp_of_difference(z, m)
+    is_top = e == 1.0 if regions.has_slopes(spec) else z == m
+    after = entry.add_class(spec, before, e, is_top, z, m, y, w, at.number, at.classes)
+    changed = list(zip(before, after, strict=True))
+    if regions.has_slopes(spec):
+        changed += zip(at.region_sums(), regions.add_class(spec, at.region_sums(), e, at.is_own, at.load), strict=True)
+    at.lines += [f"{old.name} = {new.name};" for old, new in changed if new is not old]
+    return function(f"void add_class({SUMS}, const compute_t m, {GIVEN}, {IS_OWN})", at.lines)
 
 
 def evaluating(spec: Spec) -> str:
@@ -177,26 +206,51 @@ def evaluating(spec: Spec) -> str:
     found = {"count": at.symbol("(compute_t)1") if w is None else w}
     at.lines.append("Factors factors = {};")
     if spec.trace:
-        own = at.load("pixel_weight")
-        factor = multiply(multiply(own, at.load("grad_output")), at.symbol("number.scale"))
-        z, m, sums = at.logit(), at.symbol("m"), at.sums()
-        others = entry.sum_of_others(sums, m)
-        value, factors = entry.evaluate(spec, others, sums.weights, sums.spread, m, z, w, factor, at.number, at.classes)
-        found["value"] = multiply(own, value)
+        value, factors = evaluated(at, w)
+        found |= dict.fromkeys(("value", "entropy"), multiply(at.load("pixel_weight"), value))
         at.lines += [f"factors.x[{k}] = {x.name};" for k, x in enumerate(factors)]
         at.lines.append(f"if (MEMBER == 0) store_value(pack, {found['value'].name});")
-    at.lines += [f"if (MEMBER == 0) sums.total[{k}] += {found[name].name};" for k, name in enumerate(spec.summed)]
+    at.lines += [f"if (MEMBER == 0) sums.total[{k}] += {found[name].name};" for k, name in enumerate(spec.sums_by_entry)]
     at.lines.append("return factors;")
     entry_ = "const Pack& pack, const Constants& constant, const int j, Sums& sums"
     return function(f"Factors evaluate(const {SUMS}, const compute_t m, {GIVEN}, {entry_})", at.lines)
 
 
+def evaluated(at: Entry, w: Scalar | None) -> tuple[Scalar, tuple[Scalar, ...]]:
+    """Compute the value of an entry without its weight, and the factors of its derivatives or of the terms of its classes."""
+    spec, z, m, sums, share = at.spec, at.logit(), at.symbol("m"), at.sums(), at.load("pixel_weight")
+    factor, others = multiply(multiply(share, at.load("grad_output")), at.symbol("number.scale")), entry.sum_of_others(sums, m)
+    if not regions.has_regions(spec):
+        return entry.evaluate(spec, others, sums.weights, sums.spread, m, z, w, factor, at.number, at.classes)
+    if regions.has_slopes(spec):
+        rate = at.load("entropy_rate")
+        factors = regions.factors_of_slopes(spec, others, sums.ties, at.region_sums(), m, z, w, factor, rate, at.load)
+    else:
+        factors = (1.0 / (others + 1.0), others, *([] if share is None else [share]))
+    return regions.entropy(others, m, z, w), factors
+
+
+def adding_terms(spec: Spec) -> str:
+    """Write the function that adds the terms of a class of an entry to the sums that have a number for each class."""
+    at = Entry(spec)
+    inverse, others, share = (at.symbol(f"entry.factors.x[{k}]") for k in range(FACTORS))
+    is_counted = Scalar(at.lines, "true", "bool", at.type)
+    e = entry.exp_of_difference(at.logit(), at.symbol("entry.m"))
+    share_given = share if "pixel_weight" in at.names else None
+    terms = regions.terms_of_class(spec, inverse, others, share_given, e, at.is_own, is_counted)
+    at.lines += [f"terms.x[{k}] += {terms[name].name};" for k, name in enumerate(spec.sums_by_class)]
+    return function(f"void add_terms(ClassTerms& terms, const Entry& entry, const Class& loaded, {IS_OWN})", at.lines)
+
+
 def differentiating(spec: Spec) -> str:
     """Write the function that returns the derivative by the logit of a class."""
     at = Entry(spec)
-    is_own = Scalar(at.lines, "is_own", "bool", at.type)
-    factors = tuple(at.symbol(f"factors.x[{k}]") for k in range(FACTORS))
     e = entry.exp_of_difference(at.logit(), at.symbol("m"))
-    derivative = entry.derivative_of_class(spec, factors, e, is_own, at.probability, at.load("weight"), at.number, at.classes)
-    head = f"compute_t derivative_of_class(const compute_t m, const Factors& factors, {GIVEN}, const bool is_own)"
+    if regions.has_regions(spec):
+        factors = tuple(at.symbol(f"factors.x[{k}]") for k in range(SLOPE_FACTORS))
+        derivative = regions.slope_of_class(spec, factors, e, at.is_own, at.load)
+    else:
+        factors = tuple(at.symbol(f"factors.x[{k}]") for k in range(FACTORS))
+        derivative = entry.derivative_of_class(spec, factors, e, at.is_own, at.probability, at.load("weight"), at.number, at.classes)
+    head = f"compute_t derivative_of_class(const compute_t m, const Factors& factors, {GIVEN}, {IS_OWN})"
     return function(head, [*at.lines, f"return {derivative.name};"])

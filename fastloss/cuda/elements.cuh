@@ -136,6 +136,9 @@ struct Arguments {
     long long divisors;  // address of the numbers that sums and gradients are divided by, one for each group, if they are on the device
     long long partials;  // address of the partial sums of the ranges
     long long counters, record;  // addresses of the counters, and of the record of a bad element on the host
+#if BY_CLASS
+    long long class_results, class_partials;  // addresses of sums of each class: of the groups, for one sum after another; and of the ranges
+#endif
     double numerator, divisor;  // used instead of the upstream gradient and the counts if these are numbers that the host knows
     double numbers[AT_LEAST_1(NUMBERS)];
     long long launch;  // the launch's number, for the record
@@ -157,6 +160,16 @@ struct Sums {  // sums over a few elements, in the type of the arithmetic
 struct Totals {  // sums over a range, or over a group, in float64
     double x[AT_LEAST_1(SUMS)];
 };
+
+#if BY_CLASS
+struct ClassTerms {  // sums over a thread's entries that have a number for each class, for one class
+    compute_t x[BY_CLASS];
+};
+
+struct ClassTotals {  // the same over a block
+    double x[BY_CLASS];
+};
+#endif
 
 // Record a bad element, by its position and operand (see Launch.bad_element) and its value, if no other is recorded.
 DEVICE void record_bad(const Arguments& a, const double key, const double found) {

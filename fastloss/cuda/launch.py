@@ -68,7 +68,7 @@ def cut(plan: Plan) -> Cut:
     is_local = group_segments == 1 or (segment_packs >= lanes and plan.groups * group_segments <= MAX_RANGES)
     walked = segment_packs if is_local else group_packs
     total = plan.groups * group_packs
-    share = max(-(-total // MAX_RANGES), min(-(-total // AT_ONCE), lanes * packs_of(pack)))
+    share = max(-(-total // MAX_RANGES), min(-(-total // AT_ONCE), lanes * packs_of(plan.spec)))
     parts = max(1, -(-walked // turns(share, lanes)))
     range_packs = turns(-(-walked // parts), lanes)
     parts = max(1, -(-walked // range_packs))
@@ -92,7 +92,7 @@ def turns(packs: int, lanes: int) -> int:
 
 def team_of(plan: Plan) -> int:
     """Return how many threads compute an entry together."""
-    if plan.spec.walk != "classes" or plan.walked < TEAM_FROM:
+    if plan.spec.walk != "classes" or plan.spec.sums_by_class or plan.walked < TEAM_FROM:
         return 1
     _, (stride, *_) = plan.axes[0]
     return THREADS if abs(stride) == plan.spec.arrays[0].size else 1
@@ -102,9 +102,6 @@ class Launch:
     """A plan with its kernels, and the part of the kernels' arguments that is the same in every call."""
 
     def __init__(self, request: Request, outcome: Outcome) -> None:
-        if request.classes and request.formula.names != ("value", "slope"):
-            what = "losses of the regions of classes, such as dice_softmax_loss, are not supported on a GPU"
-            raise NotImplementedError(f"{what}; accepted: NumPy arrays, and tensors on the CPU")
         self.request, self.plan, self.outcome = request, make_plan(request), outcome
         self.cut, plan = cut(self.plan), self.plan
         self.number = next(_numbers)
@@ -119,7 +116,7 @@ class Launch:
         sizes = [plan.inner_size, *plan.inner_strides, *plan.outer_strides, *(x for length, by in axes for x in (length, *by))]
         fields = [self.number, *self.cut, *sizes]
         self.fixed = struct.pack(f"{len(fields)}q", *fields)
-        self.varying = struct.Struct(f"{arrays + 7}q{2 + max(1, len(spec.numbers))}d")
+        self.varying = struct.Struct(f"{arrays + 7 + 2 * bool(spec.sums_by_class)}q{2 + max(1, len(spec.numbers))}d")
         self.no_numbers = (0.0,) * (not spec.numbers)
         self.frame = np.dtype((np.void, self.varying.size + len(self.fixed)))
 
@@ -166,18 +163,20 @@ class Launch:
 
     def run(
         self, device: int, addresses: Sequence[int], numbers: Iterable[float], results: int = 0, numerator: float = 1.0,
-        divisor: float = 1.0, upstream: tuple[int, int] = (0, 0), divisors: int = 0
+        divisor: float = 1.0, upstream: tuple[int, int] = (0, 0), divisors: int = 0, by_class: tuple[int, ...] = ()
     ) -> None:  # fmt: skip
         """Launch on the current stream of the current device, which the caller knows.
 
-        Arrays, results, divisors and the upstream gradient (with its stride) are given by address.
+        Arrays, results, divisors and the upstream gradient (with its stride) are given by address; and so are the results that have a
+        number for each class, with memory for those of each range.
         """
         if not self.ranges:
             return
         firsts = [address + start for address, start in zip(addresses, self.plan.starts, strict=True)]
         space = workspace.find_workspace(device)
         shared = space.partials.ptr, space.counters.ptr, space.slot.address
-        varying = self.varying.pack(*firsts, *upstream, results, divisors, *shared, numerator, divisor, *numbers, *self.no_numbers)
+        places = *firsts, *upstream, results, divisors, *shared, *by_class
+        varying = self.varying.pack(*places, numerator, divisor, *numbers, *self.no_numbers)
         frame = np.frombuffer(varying + self.fixed, self.frame)
         self.kernel(device, firsts)((self.blocks(workspace.count_multiprocessors(device)),), (THREADS,), (frame,))
 

@@ -23,11 +23,13 @@ from fastloss.cuda.scalar import TYPES, Scalar, literal
 from fastloss.cuda.text import function, move, structure
 from fastloss.kernel import element, elementary
 from fastloss.kernel.entry import HUGE
+from fastloss.kernel.regions import has_regions
 
 WORD = 16  # bytes of the widest load or store
 THREADS = 256  # in a block
 GROUPS = 1024  # largest number of groups with several ranges; each has counters
 AHEAD = 8  # classes of an entry that a thread loads before it computes
+ENTRIES = 4  # entries of a thread whose terms are added up before those of a block's threads, for sums that have a number for each class
 SUMMED = 64  # elements that a thread sums in the type of the arithmetic before it adds the sum in float64; see BLOCK in cpu/step.py
 
 
@@ -56,7 +58,7 @@ class Variant:
     @property
     def packs(self) -> int:
         """Number of packs that a thread loads before it computes."""
-        return packs_of(self.pack)
+        return packs_of(self.spec)
 
     @property
     def name(self) -> str:
@@ -75,8 +77,11 @@ def pack_of(spec: Spec) -> int:
     return WORD // max(sizes, default=2)
 
 
-def packs_of(pack: int) -> int:
-    """Return how many packs of so many elements a thread loads before it computes."""
+def packs_of(spec: Spec) -> int:
+    """Return how many packs a thread loads before it computes, or how many entries it computes before their classes are added up."""
+    if spec.walk == "classes":
+        return ENTRIES if spec.sums_by_class else 1
+    pack = pack_of(spec)
     return 1 if pack == 1 else 4 if pack <= 4 else 2
 
 
@@ -112,7 +117,8 @@ def constants(variant: Variant) -> str:
         "ARRAYS": len(spec.arrays),
         "AXES": variant.axes,
         "NUMBERS": len(spec.numbers),
-        "SUMS": len(spec.summed),
+        "SUMS": len(spec.sums_by_entry),
+        "BY_CLASS": len(spec.sums_by_class),
         "FACTORS": len(spec.multiplied),
         "IS_RAGGED": int(variant.is_ragged),
         "IS_LOCAL": int(variant.is_local),
@@ -124,7 +130,8 @@ def constants(variant: Variant) -> str:
     }
     if spec.walk == "classes":
         least = literal(-HUGE[8 * BY_CODE[spec.compute].size], TYPES[spec.compute])
-        named |= {"AHEAD": AHEAD, "LEAST_LOGIT": least, "HAS_LOGITS": int(spec.trace != ""), "HAS_DERIVATIVE": int(writes_derivative(spec))}
+        named |= {"AHEAD": AHEAD, "LEAST_LOGIT": least, "HAS_LOGITS": int(spec.trace != "")}
+        named |= {"HAS_DERIVATIVE": int(writes_derivative(spec)), "HAS_REGIONS": int(has_regions(spec))}
     widths = "".join(f"#define WIDTH_{k} {width}\n" for k, width in enumerate(variant.widths))
     return "".join(f"#define {name} {value}\n" for name, value in named.items()) + widths
 
@@ -227,7 +234,7 @@ def numbers(spec: Spec) -> str:
 
 def folding(spec: Spec) -> str:
     """Write the function that adds a thread's sums to its float64 totals."""
-    lines = [f"totals.x[{k}] += (double)sums.total[{k}];" for k in range(len(spec.summed))]
+    lines = [f"totals.x[{k}] += (double)sums.total[{k}];" for k in range(len(spec.sums_by_entry))]
     for k, name in enumerate(spec.multiplied):
         logarithm = elementary.log1p_of_product(Scalar(lines, f"sums.factor[{k}]", TYPES[spec.compute]))
         lines.append(f"totals.x[{spec.summed.index(name)}] += (double){logarithm.name};")

@@ -29,8 +29,9 @@ class RegionSums(NamedTuple):
     """Sums over the classes of an entry besides those of `entry.py`, for the second pass. All begin at 0."""
 
     pull: Symbol  # of e d over the classes that are neither the entry's nor have e = 1
-    lost: Symbol  # of the rounding errors of `pull`
+    pull_low: Symbol  # of its rounding errors (Kahan)
     top: Symbol  # of d over the classes that are not the entry's and have e = 1
+    top_low: Symbol  # of its rounding errors
 
 
 def has_regions(spec: Spec) -> bool:
@@ -64,8 +65,8 @@ def add_class(spec: Spec, sums: RegionSums, e: Symbol, is_own: Symbol, load: Loa
     """Return the sums with the terms of a class added. `is_own` is the condition that the class is that of the entry."""
     is_top = e == 1.0
     term = where(is_own, 0.0, slope_of_others(spec, e, load) * e)
-    pull, lost = add_exactly(sums.pull, sums.lost, where(is_top, 0.0, term))
-    return RegionSums(pull, lost, sums.top + where(is_top, term, 0.0))
+    pull = add_exactly(sums.pull, sums.pull_low, where(is_top, 0.0, term))
+    return RegionSums(*pull, *add_exactly(sums.top, sums.top_low, where(is_top, term, 0.0)))
 
 
 def entropy(others: Symbol, m: Symbol, z: Symbol, w: Symbol | None) -> Symbol:
@@ -82,7 +83,7 @@ def factors_of_slopes(
     p, q = e * inverse, ((1.0 - e) + others) * inverse
     slope = slope_of_own(spec, p, q, load)
     by_p = inverse * inverse if is_squared(spec) else inverse
-    pull, top, besides = (sums.pull + sums.lost) * by_p, sums.top * by_p, p * slope
+    pull, top, besides = (sums.pull + sums.pull_low) * by_p, (sums.top + sums.top_low) * by_p, p * slope
     own_slope, rest = factor * (p * (slope * q - (pull + top))), -(factor * (pull + top + besides))
     largest = factor * (top * others - (pull + besides))  # of the class with e = 1, if there is one, and it is wrong
     if entropy_rate is not None:

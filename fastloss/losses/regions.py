@@ -89,7 +89,7 @@ class RegionLoss(AbstractLoss):
 
     # --- methods that each kind of prediction defines
 
-    def first_call(self, arguments: Arguments, call: Any, settings: Mapping[str, Any]) -> Any:
+    def first_call(self, arguments: Arguments, call: Any, settings: dict[str, Any]) -> Any:
         """Make the call of the first pass."""
         raise NotImplementedError
 

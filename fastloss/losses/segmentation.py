@@ -93,7 +93,7 @@ class DiceLoss(RegionLoss):
         self.__doc__ = complete(doc, ("weight", "reduction", *OPTIONS), example, ("target",), _OPERANDS, own, _RETURNS)
         self.register(self.first, self.second)
 
-    def first_call(self, arguments: Arguments, call: Any, settings: Mapping[str, Any]) -> Any:
+    def first_call(self, arguments: Arguments, call: Any, settings: dict[str, Any]) -> Any:
         """Make the call of the first pass."""
         if not is_plain(settings):
             arguments.options.update({name: settings[name] for name in ("alpha", "beta")})

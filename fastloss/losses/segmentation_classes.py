@@ -97,10 +97,12 @@ class SoftmaxDiceLoss(RegionLoss):
             raise ValueError("weight is that of each class, whose regions per_channel=False joins; accepted: pixel_weight")
         return settings
 
-    def first_call(self, arguments: Arguments, call: Any, settings: Mapping[str, Any]) -> Any:
-        """Make the call of the first pass."""
+    def first_call(self, arguments: Arguments, call: Any, settings: dict[str, Any]) -> Any:
+        """Make the call of the first pass, and convert the weights of classes, which are checked by then."""
         made = call_of_classes(self, self.passes[settings["squared"]][0], arguments, call)
         made.group_axes = 1
+        if settings["weight"] is not None:
+            settings["weight"] = made.as_array("weight", settings["weight"]).astype(np.float64)
         return made if self.with_entropy else made.narrowed(*{*made.names, *made.numbers} - {"weight"})
 
     def shape_of(self, call: Any) -> tuple[int, ...]:
@@ -112,15 +114,14 @@ class SoftmaxDiceLoss(RegionLoss):
         counts = call.excludes or "weight" in call.names or settings["zero_absent"]
         names = (*_FORMULAS[False][0].names, *(("truth",) if counts else ()), *(("entropy",) if self.with_entropy else ()))
         found = dict(zip(names, call.run(names, (), []), strict=True))
-        samples, classes = call.shape[0], call.shape[-1]
         count = float(prod(call.shape[1:-1]))
         missed = 2.0 * (settings["alpha"] * found["false_positives"] + settings["beta"] * found["false_negatives"])
-        by_class = {"overlap": found["overlap"], "missed": missed, "elements": np.full((samples, classes), count)}
-        counted = np.full(samples, count)
+        by_class = {"overlap": found["overlap"], "missed": missed, "elements": np.full_like(missed, count)}
+        counted = np.full_like(missed[:, 0], count)
         if counts:
             truth = found["truth"]
-            by_class |= {"truth": truth, "elements": np.repeat(truth.sum(axis=1, keepdims=True), classes, axis=1)}
-            counted = truth.sum(axis=1) if "weight" not in call.names else truth @ np.asarray(settings["weight"], np.float64)
+            by_class |= {"truth": truth, "elements": np.repeat(truth.sum(axis=1, keepdims=True), call.shape[-1], axis=1)}
+            counted = (truth if "weight" not in call.names else truth * settings["weight"]).sum(axis=1)
         if not settings["background"]:
             by_class["elements"][:, 0] = 0.0
         sums = {name: self.join_classes(x, settings) for name, x in by_class.items()}
@@ -135,7 +136,7 @@ class SoftmaxDiceLoss(RegionLoss):
 
     def weights_of_regions(self, settings: Mapping[str, Any]) -> Any:
         """Return the weight of each class."""
-        return super().weights_of_regions(settings) if settings["weight"] is None else np.asarray(settings["weight"], np.float64)
+        return super().weights_of_regions(settings) if settings["weight"] is None else settings["weight"]
 
     def sample_sums(self, operands: Sequence[Any], options: Mapping[str, Any], call: Any) -> dict[str, Any]:
         """Return the sums of the samples; see `Accumulated`. If the data set is one image, its losses also need the class weights."""
@@ -161,7 +162,7 @@ class SoftmaxDiceLoss(RegionLoss):
                 parameters = {name: x - least for name, x in parameters.items()}
             parameters = {name: x.astype(passes.arithmetic) for name, x in parameters.items()}
         if (entropy_rate := passes.entropy_rate()) is not None:
-            parameters["entropy_rate"] = np.reshape(entropy_rate, (-1, 1))
+            parameters["entropy_rate"] = call.as_array("entropy_rate", entropy_rate).reshape(-1, 1)
         axes = (1,) * (len(call.shape) - 2)
         arrays = {name: x.reshape(x.shape[0], *axes, x.shape[1]) for name, x in parameters.items()}
         return call.derive(self.passes[settings["squared"]][1], arrays)

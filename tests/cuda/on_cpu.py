@@ -173,7 +173,7 @@ class ndarray:  # noqa: N801 (CuPy's name)
         self._host[unwrap(index)] = unwrap(value)
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("astype", "reshape", "sum", "transpose", "copy", "view", "max", "all", "any", "fill"):
+        if name not in ("astype", "reshape", "sum", "transpose", "copy", "view", "max", "min", "all", "any", "fill"):
             raise AttributeError(name)
 
         def method(*args: Any, **kwargs: Any) -> Any:

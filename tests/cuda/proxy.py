@@ -15,7 +15,6 @@ from numpy.lib.array_utils import byte_bounds
 import fastloss as fl
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.loss import TargetLoss
-from fastloss.losses.classes import ClassLoss
 from fastloss.losses.vae import VAELoss
 
 METHODS = ("__call__", "grad", "value_and_grad", "curvature")
@@ -38,13 +37,18 @@ class Carrier:
             self.calls, self.is_away = self.calls + 1, True
             try:
                 result = method(loss, *map(trip.there, args), **{name: trip.there(x) for name, x in options.items()})
-                if options.get("validate") or isinstance(loss, ClassLoss):  # whose class indices are always checked
+                if options.get("validate") or has_classes(loss):  # whose indices are always checked
                     fl.raise_deferred()
             finally:
                 self.is_away = False
             return trip.back(result)
 
         return carried
+
+
+def has_classes(loss: Any) -> bool:
+    """Whether a loss's targets are class indices."""
+    return isinstance(loss, AbstractLoss) and loss.definitions[0].classes
 
 
 def methods() -> Iterator[tuple[type, str]]:

@@ -78,6 +78,7 @@ def test_the_host_never_waits(cp, rng):
     _, _, z, t = batch(cp, rng, (4, 3, 50))
     mask, out = cp.asarray(rng.random((4, 3, 50)) < 0.5), cp.empty_like(z)
     upstream = cp.asarray(np.array(0.5, np.float32))
+    LOGISTIC(z, t)  # the first call of a stream waits once, when it makes a workspace
     before = cp.waits
     LOGISTIC.value_and_grad(z, t, mask=mask, out=out, validate=True, grad_output=upstream, pos_weight=upstream)
     LOGISTIC(z, t, mask=mask)
@@ -87,6 +88,8 @@ def test_the_host_never_waits(cp, rng):
     weight, index = cp.asarray(rng.random(3)), cp.zeros((4, 50), np.int64)
     fl.cross_entropy.value_and_grad(z, index, weight, mask=mask[:, 0], grad_output=upstream)
     fl.focal_cross_entropy_loss(z, index, weight, reduction="sample_mean")
+    fl.dice_cross_entropy_loss.value_and_grad(z, index, weight, mask=mask[:, 0], grad_output=upstream, zero_absent=True)
+    fl.dice_softmax_loss.value_and_grad(z, index, per_channel=False, per_sample=False, reduction="none", grad_output=upstream)
     assert cp.waits == before
 
 
@@ -100,12 +103,15 @@ def test_each_pass_is_one_launch(cp, rng, options):
     assert cp.launches == ["fastloss_binary_cross_entropy_with_logits"]
 
 
+@asks_the_stand_in
 @pytest.mark.parametrize("loss", [fl.dice_softmax_loss, fl.dice_cross_entropy_loss])
-@pytest.mark.parametrize("method", ["__call__", "grad", "value_and_grad"])
-def test_losses_of_the_regions_of_classes_are_refused(cp, rng, loss, method):
-    z, t = cp.asarray(rng.random((4, 3, 5)).astype(np.float32)), cp.asarray(rng.integers(0, 3, (4, 5)).astype(np.uint8))
-    with pytest.raises(NotImplementedError, match="dice_softmax_loss, are not supported on a GPU; accepted: NumPy arrays"):
-        getattr(loss, method)(z, t, squared=method == "grad")
+def test_losses_of_regions_of_classes_take_two_launches(cp, rng, loss):
+    z, t = cp.asarray(rng.random((4, 3, 5000)).astype(np.float32)), cp.asarray(rng.integers(0, 3, (4, 5000)).astype(np.uint8))
+    del cp.launches[:]
+    loss(z, t, mask=t != 1)
+    assert cp.launches == ["fastloss_sums"]
+    loss.value_and_grad(z, t, [1.0, 2.0, 3.0])
+    assert cp.launches == ["fastloss_sums", "fastloss_sums", "fastloss_slopes"]
 
 
 @asks_the_stand_in
@@ -202,6 +208,24 @@ def test_sums_over_classes_do_not_depend_on_the_device(cp, fresh, rng, shape):
     assert_close(found[0], fl.cross_entropy(a, b, weight), SUM[z.dtype])
 
 
+@asks_the_stand_in
+@pytest.mark.parametrize(
+    ("shape", "most"), [((2, 4, 90, 111), 1024), ((3, 2, 1200), 1024), ((700, 6), 1024), ((2, 3, 4000), 2)],
+    ids=["many ranges", "few ranges", "many samples", "ranges of several turns"],
+)  # fmt: skip
+def test_sums_of_each_class_do_not_depend_on_the_device(cp, fresh, rng, shape, most):
+    fresh.setattr("fastloss.cuda.launch.MAX_RANGES", most)
+    a, b = rng.standard_normal(shape).astype(np.float32), rng.integers(0, shape[1], (shape[0], *shape[2:]))
+    z, t, want = cp.asarray(a), cp.asarray(b), fl.dice_cross_entropy_loss.value_and_grad(a, b)
+    found = []
+    for processors in (1, 3, 1000):
+        fresh.setattr("fastloss.cuda.workspace.count_multiprocessors", lambda device, n=processors: n)
+        found.append([x.get() for x in fl.dice_cross_entropy_loss.value_and_grad(z, t)])
+        for got, first, true in zip(found[-1], found[0], want, strict=True):
+            np.testing.assert_array_equal(got, first)
+            assert_close(got, true, SUM[z.dtype])
+
+
 @pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize("most", [1, 3])
 def test_ranges_of_many_packs(cp, fresh, rng, most, is_masked):
@@ -241,13 +265,13 @@ def test_elements_counted_in_64_bits(cp, fresh, rng):
 @pytest.mark.parametrize("shape", [(5, 3, 41, 33), (5, 1000)])
 def test_classes_counted_in_64_bits(cp, fresh, rng, shape):
     z, t = cp.asarray(rng.standard_normal(shape).astype(np.float32)), cp.asarray(rng.integers(0, shape[1], (shape[0], *shape[2:])))
-    want = fl.cross_entropy.value_and_grad(z, t, reduction="sample_mean")
+    want, of_regions = fl.cross_entropy.value_and_grad(z, t, reduction="sample_mean"), fl.dice_softmax_loss.value_and_grad(z, t)
     fresh.setattr("fastloss.cuda.launch.INT32", 0)
     from fastloss.cuda import call
 
     call.find_launch.cache_clear()
     got = fl.cross_entropy.value_and_grad(z, t, reduction="sample_mean")
-    for x, y in zip(got, want, strict=True):
+    for x, y in zip((*got, *fl.dice_softmax_loss.value_and_grad(z, t)), (*want, *of_regions), strict=True):
         np.testing.assert_array_equal(x.get(), y.get())
 
 
@@ -348,7 +372,7 @@ def test_more_ranges_than_are_computed_at_once_have_a_turn_for_each_thread(dtype
     for size in (1 << 16, 3 << 16, 1 << 18, 1 << 19, 1 << 20, 3 << 20, 1 << 22):
         z = array(dtype, (size,))
         one = launch(LOGISTIC.definition, z, z, summed=("value",), wanted=("slope",))
-        turn = THREADS * packs_of(pack_of(one.plan.spec))
+        turn = THREADS * packs_of(one.plan.spec)
         assert one.ranges <= AT_ONCE or one.cut.range_packs >= turn
         assert one.ranges >= min(AT_ONCE, size // pack_of(one.plan.spec) // THREADS) * 0.9
 

@@ -19,7 +19,7 @@ import cupy  # noqa: F401 (finds NVRTC)
 
 import fastloss as fl
 from bench import sass
-from bench.static import array, class_launch, launch, launch_of, second_launch
+from bench.static import array, class_launch, launch, launch_of, region_launches, second_launch
 from fastloss.core.call import Arguments
 from fastloss.cpu.call import HostCall
 from fastloss.cuda.compile import compiled
@@ -107,7 +107,22 @@ def of_classes() -> Iterator[tuple[str, Launch]]:
     rows = array("float32", (64, 1000))
     yield "classes: many probabilities", class_launch(fl.cross_entropy, rows, rows, **both, weight=array("float32", (1000,)))
     counted = fl.cross_entropy.bind(Arguments((), (), z, index, weight, "mean", {}), HostCall)
+    yield from of_regions_of_classes(shape, index, given)
     yield "classes: counts", launch_of(counted.narrowed(*counted.counted), ("count",), (), [])
+
+
+def of_regions_of_classes(shape: tuple[int, ...], index: Any, given: dict[str, Any]) -> Iterator[tuple[str, Launch]]:
+    """Yield launches of both passes of the Dice losses of classes."""
+    dice, both = fl.dice_softmax_loss, fl.dice_cross_entropy_loss
+    options = {name: x for name, x in given.items() if name != "label_smoothing"}
+    found = {"dice_cross_entropy_loss: everything": region_launches(both, array("float32", shape), index, **options)}
+    for dtype in FLOATS:
+        z, rows = array(dtype, shape), array(dtype, (64, 1000))
+        found[f"dice_softmax_loss {dtype}"] = region_launches(dice, z, index)
+        found[f"dice_softmax_loss {dtype}, squared"] = region_launches(dice, z, index, squared=True)
+        found[f"dice_cross_entropy_loss {dtype}, classes last"] = region_launches(both, rows, array("int64", (64,)))
+    for what, passes in found.items():
+        yield from zip((f"{what}: sums", f"{what}: slopes"), passes, strict=True)
 
 
 def texts() -> Iterator[tuple[str, str, str]]:

@@ -480,7 +480,7 @@ MUTATIONS = (
         ("test_segmentation_classes.py::test_one_region_keeps_the_tails",),
     ),
     Mutation(
-        "rounding-of-slopes-dropped", "kernel/regions.py", "(sums.pull + sums.lost)", "sums.pull",
+        "rounding-of-slopes-dropped", "kernel/regions.py", "(sums.pull + sums.pull_low)", "sums.pull",
         "The rounding errors of sums of slopes over classes are not added.",
         ("test_segmentation_classes.py::test_many_classes",), select="1000",
     ),

@@ -15,6 +15,8 @@ STREAMS = f"{DEVICE}test_each_stream_has_a_workspace_and_each_captured_launch"
 COUNTED = f"{DEVICE}test_elements_are_counted_before_gradients_are_computed"
 OVERWRITTEN = f"{DEVICE}test_out_may_overwrite_grad_output"
 CLASSES, DIGITS = "test_classes.py::test_reductions_of_every_shape", "test_classes.py::test_every_digit_in_extended_precision"
+REGIONS = "test_segmentation_classes.py::"
+OF_EACH_CLASS = f"{DEVICE}test_sums_of_each_class_do_not_depend_on_the_device"
 BAD_CLASS = f"{DEVICE}test_errors_of_class_indices_are_deferred"
 VIEWS, SHORT = "test_layouts.py::test_views", "test_layouts.py::test_short_rows_are_joined"
 
@@ -241,7 +243,7 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         "Threads of a team read what others have not written yet.", (CLASSES,), select="many and none",
     ),
     Mutation(
-        "ties-of-one-thread", "cuda/classes.cuh", "both.ties = x.ties + y.ties;", "both.ties = x.ties;",
+        "ties-of-one-thread", "cuda/classes.cuh", "both.ties += y.ties;", "",
         "Classes with the largest logit count in one thread of a team.", (CLASSES,), select="many and none",
     ),
     Mutation(
@@ -265,6 +267,27 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
     Mutation(
         "divisor-of-first-group", "cuda/loop.cuh", "((const double*)a.divisors)[range.group]", "((const double*)a.divisors)[0]",
         "Every sample is divided by the weights of the first.", (CLASSES,), select="pixels and sample_mean",
+    ),
+    Mutation(
+        "classes-of-the-last-turn", "cuda/loop.cuh", "begins ? totals.x[k] : sums[k] + totals.x[k]", "totals.x[k]",
+        "Sums of classes keep the last turn of a range alone.", (OF_EACH_CLASS,), select="turns",
+    ),
+    Mutation(
+        "classes-of-the-first-range", "cuda/loop.cuh", "partials[(long long)range * sums + at]", "partials[at]",
+        "The sums of the classes of a group's first range count for all of them.", (OF_EACH_CLASS,), select="many and ranges",
+    ),
+    Mutation(
+        "sums-of-ranges-rounded", "cuda/loop.cuh", "total + low;", "total;",
+        "The rounding errors of the sums over ranges are dropped.", (f"{REGIONS}test_large_regions",), select="float64",
+    ),
+    Mutation(
+        "classes-of-uncounted-entries", "cuda/loop.cuh", "if (packs[p].entry.own >= 0) {", "if (true) {",
+        "Entries that do not count are added to the sums of classes.", (f"{REGIONS}test_excluded_pixels_do_not_count",),
+        select="float32",
+    ),
+    Mutation(
+        "tops-of-one-thread", "cuda/classes.cuh", "add_exactly(both.top, both.top_low, y.top, y.top_low);", "",
+        "Slopes of classes with the largest logit count in one thread of a team.", (f"{REGIONS}test_many_classes",), select="30",
     ),
     Mutation(
         "classes-nested-address", "cuda/elements.cuh", "outer = IS_NESTED ? column / (index_t)a.inner_size : 0;", "outer = 0;",
