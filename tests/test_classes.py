@@ -14,6 +14,7 @@ import fastloss as fl
 from fastloss.cpu.abi import LEAST_BLOCK
 from tests import oracle
 from tests.devices import is_about_the_host, only_on, some
+from tests.table import FLOATS
 from tests.ulp import QUANTITIES, SUM, ULP, assert_close, ulp_error
 
 pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.alike("stand-in")]
@@ -138,6 +139,44 @@ def test_any_memory_order(order, shape, dtype, rng):
     in_place = CE.grad(given, t, reduction="sample_sum", out=given)
     assert in_place.base is given or in_place is given or np.shares_memory(in_place, given)
     np.testing.assert_array_equal(given, want[1])
+
+
+# numbers of classes and entries that are computed in tiles where classes lie side by side: of none, of several, of several and a rest
+SIDE_BY_SIDE = list(itertools.product((1, 2, 3, 7, 8, 9, 16, 19, 33, 150), (1, 7, 16, 17, LEAST_BLOCK + 3)))
+VIEWS = {  # of memory with a row for each entry
+    "whole": lambda rows: rows,
+    "some classes": lambda rows: rows[:, 2:],
+    "every other entry, reversed": lambda rows: rows[::-2],
+}
+
+
+def side_by_side(z, view="whole"):
+    """Return a copy of an array of one sample, in memory in which the classes of an entry lie side by side."""
+    _, classes, entries = z.shape
+    rows = VIEWS[view](np.empty((entries * (2 if "other" in view else 1), classes + (2 if "some" in view else 0)), z.dtype))
+    rows[...] = z[0].T
+    return rows.T[np.newaxis]
+
+
+@is_about_the_host
+@pytest.mark.parametrize(
+    ("case", "view"), [("indices", "every other entry, reversed"), ("options", "whole"), ("probabilities", "some classes")]
+)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_classes_side_by_side_change_no_digit(case, view, dtype, rng):
+    for classes, entries in SIDE_BY_SIDE:
+        z, t = draw(rng, (1, classes, entries), dtype)
+        options = {"label_smoothing": 0.1, "weight": rng.random(classes), "mask": t % 3 != 1} if case == "options" else {}
+        targets = [t, t]
+        if case == "probabilities":
+            y = np.moveaxis(rng.dirichlet(np.ones(classes), (1, entries)), -1, 1).astype(dtype)
+            targets = [y, side_by_side(y, view)]
+        value, grad = CE.value_and_grad(z, targets[0], reduction="none", **options)
+        given = side_by_side(z, view)
+        for target, out in ((targets[1], side_by_side(z, view)), (targets[0], np.empty_like(z)), (targets[1], given)):
+            got, slopes = CE.value_and_grad(given, target, reduction="none", out=out, **options)
+            np.testing.assert_array_equal(got, value)
+            np.testing.assert_array_equal(slopes, grad)
 
 
 @pytest.mark.parametrize("targets", [np.uint8, np.int8, np.uint16, np.int32, np.uint64, np.int64, bool])

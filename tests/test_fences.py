@@ -15,9 +15,11 @@ import warnings
 import numpy as np
 import pytest
 
+import fastloss as fl
 from fastloss.cpu.step import VECTOR_BYTES
 from tests.arguments import EVERY_LOSS, options_of, parameters_of
 from tests.table import FLOATS
+from tests.test_classes import SIDE_BY_SIDE, draw
 from tests.test_threads import run_python
 
 PAGE, GUARD, PROT_NONE = mmap.PAGESIZE, 0xA5, 0
@@ -33,7 +35,9 @@ _libc.mprotect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
 def strides_of(shape, itemsize, layout):
     """Return the strides in bytes of an array with a memory layout."""
-    order = range(len(shape)) if layout == "transposed" else reversed(range(len(shape)))
+    order = list(range(len(shape)))[:: 1 if layout == "transposed" else -1]
+    if layout == "classes last":
+        order.insert(0, order.pop(order.index(1)))
     step, strides = itemsize * (2 if layout == "every second" else 1), [0] * len(shape)
     for axis in order:
         strides[axis] = -step if layout == "reversed" else step
@@ -172,27 +176,52 @@ def run_all(names, every):
     print(len(every_case))
 
 
+def run_side_by_side():
+    """Compute gradients of entries whose classes lie side by side, into another array and in place; print each case, and their number."""
+    every_case = list(itertools.product(FLOATS, SIDE_BY_SIDE, EDGES))
+    for dtype, (classes, entries), edge in every_case:
+        print(dtype, classes, entries, edge, flush=True)
+        z, t = draw(np.random.default_rng(1), (1, classes, entries), dtype)
+        given, out = (Fenced(x, "classes last", edge) for x in (z, np.zeros_like(z)))
+        fl.cross_entropy.grad(given.array, t, reduction="sum", out=out.array)
+        given.assert_unchanged(is_output=False)
+        fl.cross_entropy.grad(given.array, t, reduction="sum", out=given.array)
+        for x in (given, out):
+            x.assert_unchanged(is_output=True)
+            np.testing.assert_array_equal(x.array, fl.cross_entropy.grad(z, t, reduction="sum"))
+    print(len(every_case))
+
+
 # --- tests -----------------------------------------------------------------------------------------------------------
 
 
-def assert_fenced(names, every):
-    """Run cases in a child process, and fail with the last case that it began."""
+def assert_fenced(call, count):
+    """Run cases in a child process, by a call of a function of this file, and fail with the last case that it began."""
     try:
-        printed = run_python(f"from tests.test_fences import run_all; run_all({names!r}, {every})")
+        printed = run_python(f"from tests.test_fences import *; {call}")
     except subprocess.CalledProcessError as error:
         ended = signal.Signals(-error.returncode).name if error.returncode < 0 else error.stderr.strip()[-2000:]
         pytest.fail(f"{error.stdout.strip().splitlines()[-1]}: {ended}")
-    assert int(printed.splitlines()[-1]) == sum(1 for name in names for _ in cases(EVERY_LOSS[name], every)) > 0
+    assert int(printed.splitlines()[-1]) == count > 0
+
+
+def assert_losses_fenced(names, every):
+    """Run the cases of losses in a child process."""
+    assert_fenced(f"run_all({names!r}, {every})", sum(1 for name in names for _ in cases(EVERY_LOSS[name], every)))
 
 
 def test_no_call_touches_a_byte_outside_its_arrays():
-    assert_fenced(list(EVERY_LOSS), 25)
+    assert_losses_fenced(list(EVERY_LOSS), 25)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", EVERY_LOSS)
 def test_every_dtype_and_layout(name):
-    assert_fenced([name], 1)
+    assert_losses_fenced([name], 1)
+
+
+def test_classes_side_by_side():
+    assert_fenced("run_side_by_side()", len(FLOATS) * len(SIDE_BY_SIDE) * len(EDGES))
 
 
 def test_a_fence_stops_a_read_and_a_guard_finds_a_write():

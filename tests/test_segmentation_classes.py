@@ -12,7 +12,8 @@ from ml_dtypes import bfloat16
 import fastloss as fl
 from tests.devices import is_about_the_host
 from tests.oracle import LONG, softmax
-from tests.test_classes import ORDERS, draw
+from tests.table import FLOATS
+from tests.test_classes import ORDERS, SIDE_BY_SIDE, draw, side_by_side
 from tests.ulp import DIFFERENCE, SUM, ULP, assert_close, assert_rounded, assert_ulp
 
 pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.alike("stand-in")]
@@ -306,6 +307,17 @@ def test_memory_orders(order, dtype, rng):
         want, slope = loss.value_and_grad(z, t)
         assert_close(value, want, SUM[np.dtype(dtype)])
         assert_close(grad, slope, SUM[np.dtype(dtype)])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_classes_side_by_side_change_no_digit(dtype, rng):
+    for (classes, entries), loss in itertools.product(SIDE_BY_SIDE, (DICE, BOTH)):
+        z, t = draw(rng, (1, classes, entries), dtype)
+        want, slope = loss.value_and_grad(z, t)
+        given = side_by_side(z)
+        value, grad = loss.value_and_grad(given, t, out=given)
+        assert value == want
+        np.testing.assert_array_equal(grad, slope)
 
 
 @pytest.mark.parametrize("targets", [np.int8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64])

@@ -6,7 +6,7 @@ The loop (`class_loop.py`) calls four functions for each block. LOAD copies the 
 after another, so that memory is read once, and in long rows. COMPUTE walks along the classes in that memory, a vector's width of entries
 after another: it computes e and R, and evaluates the formula, which takes -log p and 1 - p of the entry's class and returns the value
 and its derivative by -log p. SUM adds up sums that have a number for each class. WRITE computes the gradient. Both go one class after
-another again. Losses of
+another again. Where the classes of an entry lie side by side in memory, LOAD and WRITE go in its order, by tiles (`tiles.py`). Losses of
 regions, such as Dice, take two passes; see `kernel/regions.py`.
 """
 
@@ -20,9 +20,10 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from fastloss.core.dtypes import BY_CODE
-from fastloss.core.plan import Spec
+from fastloss.core.plan import Operand, Spec
 from fastloss.cpu.abi import count_partials
 from fastloss.cpu.step import DOUBLE, I64, Row, StepEmitter, Values, define, differs_from, lanes_of, spread, spread_number
+from fastloss.cpu.tiles import classes_of, load_tile, store_tile
 from fastloss.cpu.vector import Vector, call, gather, scalar_type
 from fastloss.kernel import element, regions
 from fastloss.kernel.entry import (
@@ -56,6 +57,10 @@ class Block(NamedTuple):
     scratch: ir.Value  # address of the thread's scratch memory
     length: ir.Value  # of its rows
     classes: ir.Value  # number of classes
+
+    def has_adjacent_classes(self, builder: ir.IRBuilder, k: int, array: Operand) -> ir.Value:
+        """Return whether the classes of an entry lie side by side in array k."""
+        return builder.icmp_signed("==", self.class_strides[k], I64(array.size))
 
 
 class Entries(NamedTuple):
@@ -126,11 +131,25 @@ class Step:
         """Load an operand in the type of the arithmetic; None if it is not there."""
         return self.convert(self.memory.load_all((name,))[name], name) if name in self.names else None
 
-    def store(self, name: str, x: Vector, mode: ir.Value) -> None:
-        """Store to an output."""
+    def load_classes(self, name: str, count: int) -> list[Vector]:
+        """Load an operand at the step's class, or at the classes of a tile, whose first is the step's, in the type of the arithmetic."""
+        k = self.names[name]
+        if count == 1:
+            raw = [self.memory.load_all((name,))[name]]
+        else:
+            pointers = self.memory.pointers(k, classes_of(self.spec.operands[k]))
+            raw = [Vector(self.builder, x) for x in load_tile(self.builder, pointers, count)]
+        return [self.convert(x, name) for x in raw]
+
+    def store(self, name: str, classes: list[Vector], mode: ir.Value) -> None:
+        """Store to an output at the step's class, or at the classes of a tile, whose first is the step's."""
         for k, output in enumerate(self.spec.outputs, len(self.spec.operands)):
             if output.name == name:
-                self.memory.store(k, output, self.memory.convert(x, self.spec.compute, output.code).value, mode)
+                raw = [self.memory.convert(x, self.spec.compute, output.code).value for x in classes]
+                if len(raw) == 1:
+                    self.memory.store(k, output, raw[0], mode)
+                else:
+                    store_tile(self.builder, self.memory.pointers(k, classes_of(output)), raw)
 
     def gather(self, code: str, firsts: ir.Value, stride: ir.Value, index: Vector) -> Vector:
         """Load the element `index * stride` bytes after the pointer of each lane, or 0 if the index is negative."""
@@ -143,14 +162,22 @@ class Step:
         return Vector(builder, gather(builder, vector, pointers, BY_CODE[code].size, mask))
 
     def prefetch_next_block(self) -> None:
-        """Prefetch the logits that the next block will load: memory would be idle while the classes are walked along."""
-        k, builder = self.names["input"], self.builder
+        """Prefetch the logits that the next block will load: memory would be idle while the classes are walked along.
+
+        Where the classes of an entry lie side by side, each class prefetches its share of the memory of all.
+        """
+        k, builder, block = self.names["input"], self.builder, self.block
         operand = self.spec.operands[k]
         if operand.access == "contiguous":
-            first = builder.ptrtoint(self.memory.first_pointer(k, operand), I64)
-            ahead = builder.add(first, builder.mul(self.block.length, I64(operand.size)))
-            pointer = builder.inttoptr(ahead, ir.IntType(8).as_pointer())
-            call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *[ir.IntType(32)(n) for n in (0, 2, 1)])  # to read, L2, data
+            first, stride = builder.ptrtoint(self.memory.first_pointer(k, operand), I64), I64(operand.size)
+        elif operand.access == "strided":
+            address, stride, of_all = block.row.addresses[k], block.row.inner_strides[k], I64(operand.size * self.vector.count)
+            share = builder.select(block.has_adjacent_classes(builder, k, operand), of_all, block.class_strides[k])
+            first = builder.add(builder.add(address, builder.mul(self.first, stride)), builder.mul(self.index, share))
+        else:
+            return
+        pointer = builder.inttoptr(builder.add(first, builder.mul(block.length, stride)), ir.IntType(8).as_pointer())
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *[ir.IntType(32)(n) for n in (0, 2, 1)])  # to read, L2, data
 
 
 class BlockEmitter:
@@ -178,6 +205,39 @@ class BlockEmitter:
         with cgutils.for_range(self.builder, self.block.classes, intp=I64) as classes, self.steps() as first:
             yield self.step(first, classes.index)
 
+    @contextmanager
+    def tiles(self, width: int) -> Iterator[list[Step]]:
+        """Emit a loop over the steps of the block and, inside, over tiles of classes. The last ones of both overlap those before them."""
+        builder, block, lanes = self.builder, self.block, lanes_of(self.spec)
+        with self.steps() as first, cgutils.for_range_slice(builder, I64(0), block.classes, I64(width), I64) as (index, _):
+            first = call(builder, "llvm.smin.i64", I64, first, builder.sub(block.last, I64(lanes)))
+            index = call(builder, "llvm.smin.i64", I64, index, builder.sub(block.classes, I64(width)))
+            yield [self.step(first, builder.add(index, I64(k))) for k in range(width)]
+
+    def for_classes(self, name: str, emit: Callable[[list[Step]], None]) -> None:
+        """Emit code for every class of every step, given the steps at the classes of a tile of an array, or the step at one class."""
+
+        def for_each() -> None:
+            with self.steps_by_class() as step:
+                emit([step])
+
+        k, array = next((k, array) for k, array in enumerate(self.spec.arrays) if array.name == name)
+        if array.access != "strided":
+            for_each()
+            return
+        with self.builder.if_else(self.fills_tile(k, array)) as (tiled, other):
+            with tiled, self.tiles(classes_of(array).count) as steps:
+                emit(steps)
+            with other:
+                for_each()
+
+    def fills_tile(self, k: int, array: Operand) -> ir.Value:
+        """Return whether the classes of an entry lie side by side in array k, and the block has the classes and entries of a tile."""
+        builder, block = self.builder, self.block
+        has_classes = builder.icmp_signed(">=", block.classes, I64(classes_of(array).count))
+        has_entries = builder.icmp_signed(">=", builder.sub(block.last, block.first), I64(lanes_of(self.spec)))
+        return builder.and_(block.has_adjacent_classes(builder, k, array), builder.and_(has_classes, has_entries))
+
     def number(self, name: str) -> Vector:
         """Return an option in every lane."""
         return spread_number(self.builder, self.numbers[name], self.spec)
@@ -191,19 +251,27 @@ class BlockEmitter:
         """Copy the logits to the scratch memory, and find the maxima."""
         if not self.has_logits:
             return
-        with self.steps_by_class() as step:
-            z = step.load("input")
-            assert z is not None
-            z = limited(z)
+        self.for_classes("input", self.load_logits)
+        if self.spec.has_probabilities:
+            self.for_classes("target", self.load_probabilities)
+
+    def load_logits(self, steps: list[Step]) -> None:
+        """Copy the logits of neighbouring classes, and find the maxima of them and the classes before."""
+        first = steps[0]
+        logits = [limited(z) for z in first.load_classes("input", len(steps))]
+        for step, z in zip(steps, logits, strict=True):
             step.keep(z)
-            # selecting the first class here also keeps LLVM from making this a masked store, which takes much longer
-            is_first = self.builder.icmp_signed("==", step.index, I64(0))
-            m = z.like(self.builder.select(is_first, step.constant(-HUGE[z.bits]).value, step.read(MAXIMUM).value))
-            step.keep(where(z > m, z, m), MAXIMUM)
-            if self.spec.has_probabilities:
-                y = step.load("target")
-                assert y is not None
-                step.keep(y, PROBABILITY)
+        # selecting the first class here also keeps LLVM from making this a masked store, which takes much longer
+        is_first, m = self.builder.icmp_signed("==", first.index, I64(0)), first.constant(-HUGE[logits[0].bits])
+        m = m.like(self.builder.select(is_first, m.value, first.read(MAXIMUM).value))
+        for z in logits:
+            m = where(z > m, z, m)
+        first.keep(m, MAXIMUM)
+
+    def load_probabilities(self, steps: list[Step]) -> None:
+        """Copy the probabilities of neighbouring classes."""
+        for step, y in zip(steps, steps[0].load_classes("target", len(steps)), strict=True):
+            step.keep(y, PROBABILITY)
 
     def emit_compute(self, scale: ir.Value, mode: ir.Value, totals: list[Vector]) -> list[Vector]:
         """Compute the values of the entries, and the factors of their gradients; return the new sums of the range."""
@@ -213,7 +281,7 @@ class BlockEmitter:
             entries = self.find_entries(step)
             terms = self.terms(step, entries, scale)
             if "value" in terms:
-                step.store("value", terms["value"], mode)
+                step.store("value", [terms["value"]], mode)
             added = [terms[name] for name in self.spec.sums_by_entry] + [entries.bad]
             for place, x in zip(places, added, strict=True):
                 wide = x.value if self.spec.compute == "f8" else self.builder.fpext(x.value, ir.VectorType(DOUBLE, x.type.count))
@@ -355,19 +423,22 @@ class BlockEmitter:
         """Compute and store the gradient."""
         if not self.has_gradient:
             return
-        with self.steps_by_class() as step:
-            target, e = step.read(CLASS), step.read()
-            is_own = target == step.whole(step.index)
-            if regions.has_regions(self.spec):
-                factors = tuple(step.read(name) for name in (FACTOR, SLOPE, SHARE, TOP, LIMIT))
-                slope = regions.slope_of_class(self.spec, factors, e, is_own, step.load)
-            else:
-                factors = tuple(step.read(name) for name in (FACTOR, SLOPE, SHARE))
-                y = step.read(PROBABILITY) if self.spec.has_probabilities else None
-                w, classes = step.load("weight"), step.whole(self.block.classes)
-                slope = derivative_of_class(self.spec, factors, e, is_own, y, w, self.options, classes)
-            slope = where(target == NO_CLASS, 0.0, slope) if self.spec.excludes else slope
-            step.store("curvature" if writes_curvature(self.spec) else "slope", slope, mode)
+        output = "curvature" if writes_curvature(self.spec) else "slope"
+        self.for_classes(output, lambda steps: steps[0].store(output, [self.derivative(step) for step in steps], mode))
+
+    def derivative(self, step: Step) -> Vector:
+        """Return the gradient by the logits of the step's class, or the curvature."""
+        target, e = step.read(CLASS), step.read()
+        is_own = target == step.whole(step.index)
+        if regions.has_regions(self.spec):
+            factors = tuple(step.read(name) for name in (FACTOR, SLOPE, SHARE, TOP, LIMIT))
+            slope = regions.slope_of_class(self.spec, factors, e, is_own, step.load)
+        else:
+            factors = tuple(step.read(name) for name in (FACTOR, SLOPE, SHARE))
+            y = step.read(PROBABILITY) if self.spec.has_probabilities else None
+            w, classes = step.load("weight"), step.whole(self.block.classes)
+            slope = derivative_of_class(self.spec, factors, e, is_own, y, w, self.options, classes)
+        return where(target == NO_CLASS, 0.0, slope) if self.spec.excludes else slope
 
 
 # --- functions that the loop calls -------------------------------------------------------------------------------------

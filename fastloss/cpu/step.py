@@ -172,12 +172,17 @@ class StepEmitter:
         A gather takes the address of each lane out of a vector first, unless the CPU has instructions for it: on AVX2, a sum for each of
         40,960 samples of 32 elements took 1.6 times as long with gathers (MSE).
         """
-        builder, stride = self.builder, self.row.inner_strides[k]
-        address = builder.add(self.row.addresses[k], builder.mul(self.start, stride))
         found: ir.Value = ir.Constant(vector, ir.Undefined)
-        for lane in range(self.lanes):
-            pointer = builder.inttoptr(address, vector.element.as_pointer())
-            found = builder.insert_element(found, builder.load(pointer), ir.IntType(32)(lane))
+        for lane, pointer in enumerate(self.pointers(k, vector.element)):
+            found = self.builder.insert_element(found, self.builder.load(pointer), ir.IntType(32)(lane))
+        return found
+
+    def pointers(self, k: int, item: ir.Type) -> list[ir.Value]:
+        """Return a pointer to an item for each lane, for array k, which has a constant stride."""
+        builder, stride, found = self.builder, self.row.inner_strides[k], []
+        address = builder.add(self.row.addresses[k], builder.mul(self.start, stride))
+        for _ in range(self.lanes):
+            found.append(builder.inttoptr(address, item.as_pointer()))
             address = builder.add(address, stride)
         return found
 

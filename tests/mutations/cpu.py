@@ -470,6 +470,10 @@ MUTATIONS = (
         "A block goes on past the end of its row.", ("test_classes.py::test_nothing_outside_the_gradient_is_written",),
     ),
     Mutation(
+        "tile-past-the-block", "cpu/classes.py", "I64, first, builder.sub(block.last, I64(lanes)))", "I64, first, block.last)",
+        "The last entries of a tile lie past the end of the block.", ("test_fences.py::test_classes_side_by_side",),
+    ),
+    Mutation(
         "saturated-classes-cancel", "kernel/regions.py", "where(tops == 1.0, 1.0, 2.0)", "tops.splat(2.0)",
         "The gradient of a wrong class with p close to 1 is a difference of nearly equal numbers.",
         ("test_segmentation_classes.py::test_every_digit_in_extended_precision",), select="wrong",
