@@ -173,6 +173,8 @@ def test_classes_side_by_side_change_no_digit(case, view, dtype, rng):
             targets = [y, side_by_side(y, view)]
         value, grad = CE.value_and_grad(z, targets[0], reduction="none", **options)
         given = side_by_side(z, view)
+        curvature = CE.curvature(given, targets[1], reduction="none", out=side_by_side(z, view), **options)
+        np.testing.assert_array_equal(curvature, CE.curvature(z, targets[0], reduction="none", **options))
         for target, out in ((targets[1], side_by_side(z, view)), (targets[0], np.empty_like(z)), (targets[1], given)):
             got, slopes = CE.value_and_grad(given, target, reduction="none", out=out, **options)
             np.testing.assert_array_equal(got, value)
