@@ -10,7 +10,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 import fastloss as fl
-from tests.devices import is_about_the_host
+from tests.devices import is_about_the_host, is_long_on_the_stand_in
 from tests.oracle import LONG, softmax
 from tests.table import FLOATS
 from tests.test_classes import ORDERS, SIDE_BY_SIDE, draw, side_by_side
@@ -127,6 +127,7 @@ def test_large_regions(dtype, rng):
     assert_true((DICE(*many, reduction="none"), grad), oracle(z, t, smooth=1 / 32768), dtype)
 
 
+@is_long_on_the_stand_in
 @by_groups
 @by_kind
 def test_the_slope_is_the_derivative(kind, groups, rng):
@@ -213,6 +214,7 @@ PUBLISHED = {
 }
 
 
+@is_long_on_the_stand_in
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_settings_of_other_packages(name, rng):
     loss, arguments, options = PUBLISHED[name]
@@ -225,6 +227,7 @@ def test_settings_of_other_packages(name, rng):
 # --- relations -------------------------------------------------------------------------------------------------------
 
 
+@is_long_on_the_stand_in
 @pytest.mark.parametrize("options", [{}, {"alpha": 0.3, "beta": 0.7}], ids=["Dice", "Tversky"])
 def test_two_classes_are_the_sigmoid_of_the_difference(options, dtype, rng):
     z, t = draw(rng, (3, 2, 5, 7), dtype)
@@ -236,6 +239,7 @@ def test_two_classes_are_the_sigmoid_of_the_difference(options, dtype, rng):
     assert_close(-grad[:, :1], slope, 2 * SUM[np.dtype(dtype)])
 
 
+@is_long_on_the_stand_in
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean", "sample_mean", "sample_sum"])
 def test_dice_and_cross_entropy_add_up(reduction, dtype, rng):
     z, t = draw(rng, SHAPE, dtype)
@@ -249,6 +253,7 @@ def test_dice_and_cross_entropy_add_up(reduction, dtype, rng):
     assert_close(BOTH.grad(z, t, weight, ce_weight=0, **options), parts[0][1], SUM[np.dtype(dtype)])
 
 
+@is_long_on_the_stand_in
 @by_groups
 def test_reductions(groups, rng):
     z, t = draw(rng, SHAPE, np.float64)
@@ -309,6 +314,7 @@ def test_memory_orders(order, dtype, rng):
         assert_close(grad, slope, SUM[np.dtype(dtype)])
 
 
+@is_about_the_host
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_classes_side_by_side_change_no_digit(dtype, rng):
     for (classes, entries), loss in itertools.product(SIDE_BY_SIDE, (DICE, BOTH)):
@@ -320,6 +326,7 @@ def test_classes_side_by_side_change_no_digit(dtype, rng):
         np.testing.assert_array_equal(grad, slope)
 
 
+@is_long_on_the_stand_in
 @pytest.mark.parametrize("targets", [np.int8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64])
 def test_indices_of_any_integer_type_give_the_same_bits(targets, rng):
     z, t = draw(rng, SHAPE)
@@ -381,6 +388,7 @@ def test_no_temporaries(rng):
     assert peak < z.nbytes / 2
 
 
+@is_about_the_host
 @by_groups
 @pytest.mark.parametrize("loss", [DICE, BOTH], ids=["Dice", "both"])
 def test_an_accumulator_of_parts(loss, groups, rng):
@@ -419,6 +427,7 @@ CASES = {
 }  # fmt: skip
 
 
+@is_about_the_host
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input(case):
     kind, message, operands, options = CASES[case]
@@ -427,6 +436,7 @@ def test_bad_input(case):
             loss.grad(*operands, **options)
 
 
+@is_about_the_host
 def test_no_value_of_each_pixel(rng):
     with pytest.raises(ValueError, match="reduction 'none' is not supported here"):
         BOTH(Z, T, reduction="none")

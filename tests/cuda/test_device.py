@@ -14,7 +14,7 @@ import pytest
 
 import fastloss as fl
 from tests.devices import asks_the_stand_in
-from tests.ulp import PEER, SUM, assert_close, half_unit
+from tests.ulp import PEER, SUM, ULP, assert_close, assert_ulp, half_unit
 
 LOGISTIC = fl.binary_cross_entropy_with_logits
 ODD = [1, 2, 3, 5, 63, 1023, 1024, 1025, 4099, 262_147]
@@ -224,6 +224,15 @@ def test_sums_of_each_class_do_not_depend_on_the_device(cp, fresh, rng, shape, m
         for got, first, true in zip(found[-1], found[0], want, strict=True):
             np.testing.assert_array_equal(got, first)
             assert_close(got, true, SUM[z.dtype])
+
+
+def test_sums_of_each_class_over_many_ranges_keep_their_digits(cp, rng):
+    for _ in range(5):
+        z, t = rng.standard_normal((1, 3, 2)), rng.integers(0, 3, (1, 2))
+        want = fl.dice_softmax_loss(z, t, smooth=1 / 32768, reduction="none")
+        many = [cp.asarray(np.repeat(x, 32768, axis=-1)) for x in (z, t)]
+        got = fl.dice_softmax_loss(*many, reduction="none").get()
+        assert_ulp(got, want, want, ULP["dice_softmax_loss", "value"], z.dtype)
 
 
 @pytest.mark.parametrize("is_masked", [False, True])

@@ -278,7 +278,8 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
     ),
     Mutation(
         "sums-of-ranges-rounded", "cuda/loop.cuh", "total + low;", "total;",
-        "The rounding errors of the sums over ranges are dropped.", (f"{REGIONS}test_large_regions",), select="float64",
+        "The rounding errors of the sums over ranges are dropped.",
+        (f"{DEVICE}test_sums_of_each_class_over_many_ranges_keep_their_digits",),
     ),
     Mutation(
         "classes-of-uncounted-entries", "cuda/loop.cuh", "if (packs[p].entry.own >= 0) {", "if (true) {",
@@ -328,7 +329,7 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         "The flag of a bad element lies in the counters of the next workspace.", (STREAMS,),
     ),
     Mutation(
-        "ranges-without-turns", "cuda/launch.py", "min(-(-total // AT_ONCE), lanes * packs_of(pack))", "0",
+        "ranges-without-turns", "cuda/launch.py", "min(-(-total // AT_ONCE), lanes * packs_of(plan.spec))", "0",
         "A thread has one pack, however many ranges there are.",
         (f"{DEVICE}test_more_ranges_than_are_computed_at_once_have_a_turn_for_each_thread",),
     ),
