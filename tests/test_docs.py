@@ -30,13 +30,14 @@ def test_an_outdated_table_is_found(monkeypatch):
     assert losses.outdated() == ["README.md: the table 'losses' is out of date; run python -m docs.losses"]
 
 
-def test_speeds_are_those_of_the_results_that_the_page_names():
-    text = BENCHMARKS.read_text()
+@pytest.mark.parametrize("page", [BENCHMARKS, DOCS / "benchmarks-classes.md"], ids=lambda page: page.stem)
+def test_speeds_are_those_of_the_results_that_the_page_names(page):
+    text = page.read_text()
     (source,) = set(re.findall(r"raw rounds in `(.*)`", text))
-    pictures = [BENCHMARKS.parent / picture for picture in re.findall(r"!\[.*\]\((.*results/.*\.png)\)", text)]
-    assert report.blocks(BENCHMARKS) == [report.SUMMARY, report.REST]
-    assert text == report.filled(BENCHMARKS, load(losses.ROOT / source), source, pictures)
-    assert pictures
+    pictures = [DOCS / picture for picture in re.findall(r"!\[.*\]\((.*results/.*\.png)\)", text)]
+    assert report.blocks(page) == [report.SUMMARY, report.REST]
+    assert text == report.filled(page, load(losses.ROOT / source), source, pictures)
+    assert len(pictures) == 4 * (page == BENCHMARKS)
     assert all(picture.is_file() for picture in pictures)
 
 

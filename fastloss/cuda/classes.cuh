@@ -4,7 +4,7 @@
 // the classes of an entry lie side by side and are many, all threads of a block compute it together (a team), each of them some of its
 // classes. b) It walks along the classes up to three times: for the largest logit, for the sums, and for the derivatives. Only the first
 // time, the logits come from memory, and then from the caches. c) It loads the logits of several classes before it computes the first.
-// d) Entries that do not count are not read. e) The arithmetic is that of the CPU (kernel/entry.py).
+// d) Entries that do not count are not read. e) The arithmetic is that of the CPU (kernel/entry.py, kernel/regions.py).
 
 // Call `visit` with the index of each class of the thread and the class itself.
 template <class Visit>

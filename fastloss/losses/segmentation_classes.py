@@ -23,6 +23,7 @@ __all__ = ["dice_cross_entropy_loss", "dice_softmax_loss"]
 
 _SETTINGS = {**SETTINGS, "background": True, "squared": False, "zero_absent": False}
 _OPERANDS = {**OPERANDS, "input": OPERANDS["input"].replace(" or (C,)", "")}
+_ROW = ROW | {"axes": 3}  # regions of several entries
 _WEIGHTS = {"dice_weight": 1.0, "ce_weight": 1.0}
 _RETURNS = (
     "The call itself returns a float64 number, or arrays for the reductions that keep an axis. `grad` returns an array of the input's "
@@ -261,9 +262,9 @@ _DICE_CROSS_ENTROPY = """Dice loss plus cross-entropy, from the same two passes 
     """
 dice_softmax_loss = row(
     "Dice of classes", "segmentation into several classes where small regions should count as much as large ones",
-    module="DiceSoftmaxLoss", ulp={"value": 4, "slope": 12}, reduction="mean", **ROW
+    module="DiceSoftmaxLoss", ulp={"value": 4, "slope": 12}, reduction="mean", **_ROW
 )(SoftmaxDiceLoss("dice_softmax_loss", _DICE.format(settings=_SETTINGS_DOC), with_entropy=False))  # fmt: skip
 dice_cross_entropy_loss = row(
     "Dice + cross-entropy", "segmentation into several classes as a first choice: Dice, with a gradient that does not vanish",
-    module="DiceCrossEntropyLoss", reduction="mean", **ROW
+    module="DiceCrossEntropyLoss", reduction="mean", **_ROW
 )(SoftmaxDiceLoss("dice_cross_entropy_loss", _DICE_CROSS_ENTROPY.format(settings=_SETTINGS_DOC), with_entropy=True))  # fmt: skip

@@ -23,7 +23,7 @@ class Row:
     input: str = "logits"  # kinds of its operands, in words
     arrays: tuple[str, ...] = ("logits", "targets")  # kind of each operand: an attribute of `bench.batch.Batch`
     gradients: tuple[int, ...] = (0,)  # positions of the operands that have gradients
-    axes: int = 1  # least number of axes of its arrays
+    axes: int = 1  # least number of axes of the arrays that it is used with
     reduction: str | None = None  # the reduction of all its benchmarks; None: that of the case
     is_elementwise: bool = True  # a sum over the elements of an input and a target
     classes: bool = False  # its targets are classes
