@@ -92,9 +92,9 @@ def limits(name, quantity, t):
 
 
 def within_reach(name, quantity, z, dtype):
-    """Mark where the bound holds. The focal loss multiplies the lost digits of a subnormal p (1 - p) by |z|, and is exempt there."""
+    """Mark where the bound holds. The focal loss multiplies the lost digits of a subnormal number by |z|: at t = 1/2 of p (1 - p) / 16."""
     focal_curvature = name == "sigmoid_focal_loss" and quantity == "curvature"
-    return np.abs(z) < (-np.log(np.finfo(dtype).tiny) if focal_curvature else np.inf)
+    return np.abs(z) < (-np.log(16 * np.finfo(dtype).tiny) if focal_curvature else np.inf)
 
 
 @computes_nothing

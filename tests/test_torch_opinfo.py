@@ -7,9 +7,10 @@ import sys
 import types
 import unittest
 
+import numpy as np
 import pytest
 
-from tests.ulp import assert_tensor
+from tests.ulp import PEER, assert_tensor
 
 torch = pytest.importorskip("torch")
 
@@ -19,6 +20,7 @@ from tests.test_torch_modules import is_ours  # noqa: E402
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 NAMES = ("binary_cross_entropy_with_logits", "binary_cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
+MODULES = ("BCEWithLogitsLoss", "BCELoss", "CrossEntropyLoss", "HuberLoss", "L1Loss", "MSELoss", "SmoothL1Loss")
 WAYS = ("own", "patched")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 COMPLEX = {"l1_loss": (torch.complex64, torch.complex128)}  # all dtypes of samples that fastloss does not support
@@ -36,6 +38,14 @@ def database():
     from torch.testing._internal.common_methods_invocations import op_db
 
     return {op.name.removeprefix("nn.functional."): op for op in op_db if op.name.startswith("nn.functional.")}
+
+
+@pytest.fixture(scope="module")
+def modules(database):
+    """Return the test database of PyTorch for each module."""
+    from torch.testing._internal.common_modules import module_db
+
+    return {info.module_cls.__name__: info for info in module_db}
 
 
 @contextlib.contextmanager
@@ -76,6 +86,32 @@ def test_samples(database, way, name, dtype):
             if differentiated:
                 is_passed_on = way == "patched" and sample.kwargs in PASSED_ON.get(name, ())
                 assert is_ours(got[0]) != is_passed_on
+
+
+@pytest.mark.filterwarnings("ignore:mean of no elements")
+@pytest.mark.parametrize("name", MODULES)
+def test_samples_of_modules(modules, name):
+    info = modules[name]
+    torch.manual_seed(0)
+    found = info.module_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=True, training=True)
+    assert found
+    for sample in found:
+        results = []
+        for kind in (getattr(ft, name), info.module_cls):
+            z, t = (x.detach() for x in sample.forward_input.args)
+            value = kind(*sample.constructor_input.args, **sample.constructor_input.kwargs)(z.requires_grad_(), t)
+            upstream = torch.linspace(-1, 2, value.numel()).reshape(value.shape)
+            results.append((value, *torch.autograd.grad(value, z, upstream)))
+        (value, grad), (wanted, wanted_grad) = results
+        assert is_ours(value)
+        if wanted.isnan().any():  # all entries of a sample are ignored
+            assert value.isnan().equal(wanted.isnan())
+            continue
+        assert_tensor(grad, wanted_grad)
+        # a sum passes through 0 where probabilities are below 0, as in some samples; its error is relative to the largest term then
+        terms = info.module_cls(*sample.constructor_input.args, **sample.constructor_input.kwargs | {"reduction": "none"})(z, t)
+        scale = max(terms.abs().max(), wanted.abs().max())
+        assert (value - wanted).abs().max() <= PEER[np.dtype("f4")] * scale
 
 
 @pytest.mark.parametrize("name", NAMES)
