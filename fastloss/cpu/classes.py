@@ -379,8 +379,7 @@ class BlockEmitter:
                 lambda name: self.of_class(step, name, entries.target),
             )  # fmt: skip
         else:
-            share = step.load("pixel_weight")
-            factors = (1.0 / (others + 1.0), others, *([] if share is None else [share]))
+            factors = regions.factors_of_terms(others, step.load("pixel_weight"))
         self.keep_factors(step, entries.target, *factors)
         return regions.entropy(others, m, z, w)
 
@@ -415,9 +414,9 @@ class BlockEmitter:
 
     def terms_of_class(self, step: Step) -> dict[str, Vector]:
         """Return the terms that the step's class adds to the sums that have a number for each class."""
-        target, e, inverse, others = step.read(CLASS), step.read(), step.read(FACTOR), step.read(SLOPE)
-        share = step.read(SHARE) if "pixel_weight" in step.names else None
-        return regions.terms_of_class(self.spec, inverse, others, share, e, target == step.whole(step.index), target != NO_CLASS)
+        target, e, rows = step.read(CLASS), step.read(), (FACTOR, SLOPE, *([SHARE] if "pixel_weight" in step.names else []))
+        factors = tuple(step.read(name) for name in rows)
+        return regions.terms_of_class(self.spec, factors, e, target == step.whole(step.index), target != NO_CLASS)
 
     def emit_write(self, mode: ir.Value) -> None:
         """Compute and store the gradient."""

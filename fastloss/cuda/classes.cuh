@@ -54,11 +54,12 @@ DEVICE ClassSums add_sums(const ClassSums& x, const ClassSums& y) {
     ClassSums both = x;
     add_exactly(both.rest, both.low, y.rest, y.low);
     both.ties += y.ties;
-    both.weights += y.weights;
-    both.spread += y.spread;
 #if HAS_REGIONS && HAS_DERIVATIVE
     add_exactly(both.pull, both.pull_low, y.pull, y.pull_low);
     add_exactly(both.top, both.top_low, y.top, y.top_low);
+#else
+    both.weights += y.weights;
+    both.spread += y.spread;
 #endif
     return both;
 }

@@ -1,7 +1,8 @@
 """Generate the functions of a kernel of entries with several classes, such as pixels, which `classes.cuh` calls.
 
-Each of them loads, stores, or computes a straight line of the arithmetic in `kernel/entry.py`. Arrays that have an axis of classes are
-read and written through the address of an entry's first class; of the others, an entry has one element, as in other kernels.
+Each of them loads, stores, or computes a straight line of the arithmetic in `kernel/entry.py` and `kernel/regions.py`. Arrays that have
+an axis of classes are read and written through the address of an entry's first class; of the others, an entry has one element, as in
+other kernels.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def storage(spec: Spec) -> str:
 
 def entry_types(spec: Spec) -> str:
     """Write the types of an entry's sums over its classes, of factors from which more is computed, and of what is known of an entry."""
-    sums = (*entry.Sums._fields, *(regions.RegionSums._fields if regions.has_slopes(spec) else ()))
+    sums = ("rest", "low", "ties", *regions.RegionSums._fields) if regions.has_slopes(spec) else entry.Sums._fields
     return "\n".join(
         [
             structure("ClassSums", (f"compute_t {name}" for name in sums)),
@@ -226,18 +227,16 @@ def evaluated(at: Entry, w: Scalar | None) -> tuple[Scalar, tuple[Scalar, ...]]:
         rate = at.load("entropy_rate")
         factors = regions.factors_of_slopes(spec, others, sums.ties, at.region_sums(), m, z, w, factor, rate, at.load)
     else:
-        factors = (1.0 / (others + 1.0), others, *([] if share is None else [share]))
+        factors = regions.factors_of_terms(others, share)
     return regions.entropy(others, m, z, w), factors
 
 
 def adding_terms(spec: Spec) -> str:
     """Write the function that adds the terms of a class of an entry to the sums that have a number for each class."""
     at = Entry(spec)
-    inverse, others, share = (at.symbol(f"entry.factors.x[{k}]") for k in range(FACTORS))
-    is_counted = Scalar(at.lines, "true", "bool", at.type)
+    factors = tuple(at.symbol(f"entry.factors.x[{k}]") for k in range(3 if "pixel_weight" in at.names else 2))
     e = entry.exp_of_difference(at.logit(), at.symbol("entry.m"))
-    share_given = share if "pixel_weight" in at.names else None
-    terms = regions.terms_of_class(spec, inverse, others, share_given, e, at.is_own, is_counted)
+    terms = regions.terms_of_class(spec, factors, e, at.is_own, is_counted=Scalar(at.lines, "true", "bool", at.type))
     at.lines += [f"terms.x[{k}] += {terms[name].name};" for k, name in enumerate(spec.sums_by_class)]
     return function(f"void add_terms(ClassTerms& terms, const Entry& entry, const Class& loaded, {IS_OWN})", at.lines)
 

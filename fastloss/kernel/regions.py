@@ -99,10 +99,15 @@ def slope_of_class(spec: Spec, factors: tuple[Symbol, ...], e: Symbol, is_own: S
     return where(is_own, own_slope, where(e >= limit, largest, slope))
 
 
-def terms_of_class(
-    spec: Spec, inverse: Symbol, others: Symbol, share: Symbol | None, e: Symbol, is_own: Symbol, is_counted: Symbol
-) -> dict[str, Symbol]:  # fmt: skip
-    """Return the terms of the sums that have a number for each class, given 1 / (1 + R), R, and the weight of the entry."""
+def factors_of_terms(others: Symbol, share: Symbol | None) -> tuple[Symbol, ...]:
+    """Return the factors from which `terms_of_class` computes the terms of an entry: 1 / (1 + R), R, and its weight if it has one."""
+    return 1.0 / (others + 1.0), others, *([] if share is None else [share])
+
+
+def terms_of_class(spec: Spec, factors: tuple[Symbol, ...], e: Symbol, is_own: Symbol, is_counted: Symbol) -> dict[str, Symbol]:
+    """Return the terms of the sums that have a number for each class."""
+    inverse, others, *weights = factors
+    share = weights[0] if weights else None
     found = spec.formula.quantities(e * inverse, ((1.0 - e) + others) * inverse, {}, {})
     overlap, false_positives, false_negatives = (multiply(share, found[name]) for name in ("overlap", "false_positives", "false_negatives"))
     return {

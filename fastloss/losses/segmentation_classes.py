@@ -118,7 +118,7 @@ class SoftmaxDiceLoss(RegionLoss):
         count = float(prod(call.shape[1:-1]))
         missed = 2.0 * (settings["alpha"] * found["false_positives"] + settings["beta"] * found["false_negatives"])
         by_class = {"overlap": found["overlap"], "missed": missed, "elements": np.full_like(missed, count)}
-        counted = np.full_like(missed[:, 0], count)
+        counted = np.full_like(missed.sum(axis=1), count)
         if counts:
             truth = found["truth"]
             by_class |= {"truth": truth, "elements": np.repeat(truth.sum(axis=1, keepdims=True), call.shape[-1], axis=1)}
