@@ -21,11 +21,15 @@ DEVICE void visit_classes(const Arguments& a, const Pack& pack, const Visit& vis
     }
 }
 
+#if TEAM > 1
+__shared__ ClassSums team_memory[TEAM];  // of sums, and before of logits
+#endif
+
 // Combine what the threads of a team have found, by halves. All of them get the result.
 template <class T, class Combine>
 DEVICE T over_team(const T own, const Combine& combine) {
 #if TEAM > 1
-    __shared__ T shared[TEAM];
+    T* shared = (T*)team_memory;
     shared[MEMBER] = own;
     __syncthreads();
     for (int half = TEAM / 2; half > 0; half /= 2) {
