@@ -165,6 +165,12 @@ def test_compiled_dice(reduction, batch):
         assert_tensor(a, b)
 
 
+@only_on("cpu", reason="computes nothing")
+def test_an_accumulator_without_batches_takes_a_tensor_of_weights(device):
+    with pytest.warns(RuntimeWarning, match="mean of no elements"):
+        assert np.isnan(fl.Accumulator(fl.dice_softmax_loss, per_sample=False, weight=torch.ones(3)).compute())
+
+
 def test_module(batch):
     z, t, weight, mask, _ = batch
     made = {"weight": weight, "ignore_index": 3, "label_smoothing": 0.25}

@@ -148,7 +148,8 @@ class SoftmaxDiceLoss(RegionLoss):
 
     def value_of_sums(self, sums: Mapping[str, Any], samples: int, reduction: str, options: Mapping[str, Any]) -> Any:
         """Return the loss, given the sums; see `Accumulated`."""
-        own = {"weight": sums["weight"] / samples} if "weight" in sums else {}
+        weight = sums["weight"] / samples if "weight" in sums else options.get("weight")
+        own = {} if weight is None else {"weight": np.asarray(weight, np.float64)}
         return super().value_of_sums(sums, samples, reduction, {**options, **own})
 
     def slope_call(self, passes: Passes) -> Any:
