@@ -26,17 +26,7 @@ from fastloss.cpu.step import DOUBLE, I64, Row, StepEmitter, Values, define, dif
 from fastloss.cpu.tiles import classes_of, load_tile, store_tile
 from fastloss.cpu.vector import Vector, call, gather, scalar_type
 from fastloss.kernel import element, regions
-from fastloss.kernel.entry import (
-    HUGE,
-    Sums,
-    add_class,
-    derivative_of_class,
-    evaluate,
-    exp_of_difference,
-    limited,
-    sum_of_others,
-    writes_curvature,
-)
+from fastloss.kernel.entry import HUGE, Sums, exp_of_difference, limited, writes_curvature
 from fastloss.kernel.regions import RegionSums
 from fastloss.ops import where
 
@@ -187,7 +177,6 @@ class BlockEmitter:
         self.spec, self.builder, self.block, self.numbers = spec, builder, block, numbers
         self.has_logits = spec.trace != ""
         self.has_gradient = any(op.name != "value" for op in spec.outputs)
-        self.is_smoothed = "label_smoothing" in spec.numbers
 
     def step(self, first: ir.Value, index: ir.Value) -> Step:
         """Return the step from an entry on, at a class."""
@@ -355,33 +344,24 @@ class BlockEmitter:
         e = exp_of_difference(z, m)
         if self.has_gradient or self.spec.sums_by_class:
             step.keep(e)
-        is_top = e == 1.0 if regions.has_slopes(self.spec) else z == m
-        y = step.read(PROBABILITY) if self.spec.has_probabilities else None
-        w, classes = step.load("weight"), step.whole(self.block.classes)
-        sums = add_class(self.spec, sums, e, is_top, z, m, y, w, self.options, classes)
-        if regions.has_slopes(self.spec):
-            of_regions = regions.add_class(self.spec, of_regions, e, entries.target == step.whole(step.index), step.load)
-        return [*sums, *of_regions]
+        y, is_own = self.probability(step), entries.target == step.whole(step.index)
+        classes = step.whole(self.block.classes)
+        added = regions.add_class(self.spec, sums, of_regions, e, z, m, is_own, y, self.options, classes, step.load)
+        return [x for found in added for x in found]
+
+    def probability(self, step: Step) -> Vector | None:
+        """Return the probability of the step's class; None if there are indices."""
+        return step.read(PROBABILITY) if self.spec.has_probabilities else None
 
     def evaluate(self, step: Step, entries: Entries, w: Vector | None, factor: Vector) -> Vector:
         """Return the value of each entry, and keep the factors of its gradient, or of the terms of its classes."""
-        (sums, of_regions), m, z = self.walk(step.first, entries), entries.m, entries.logit
-        others = sum_of_others(sums, m)
-        if not regions.has_regions(self.spec):
-            value, factors = evaluate(
-                self.spec, others, sums.weights, sums.spread, m, z, w, factor, self.options, step.whole(self.block.classes)
-            )
-            self.keep_factors(step, entries.target, *factors)
-            return factor.match(value)
-        if self.has_gradient:
-            factors = regions.factors_of_slopes(
-                self.spec, others, sums.ties, of_regions, m, z, w, factor, step.load("entropy_rate"),
-                lambda name: self.of_class(step, name, entries.target),
-            )  # fmt: skip
-        else:
-            factors = regions.factors_of_terms(others, step.load("pixel_weight"))
+        sums, of_regions = self.walk(step.first, entries)
+        value, factors = regions.evaluate(
+            self.spec, sums, of_regions, entries.m, entries.logit, w, factor, self.options, step.whole(self.block.classes), step.load,
+            lambda name: self.of_class(step, name, entries.target),
+        )  # fmt: skip
         self.keep_factors(step, entries.target, *factors)
-        return regions.entropy(others, m, z, w)
+        return factor.match(value)
 
     def keep_factors(self, step: Step, *factors: Vector) -> None:
         """Keep the rows from CLASS on of the scratch memory, from which SUM computes sums and WRITE the gradient."""
@@ -429,14 +409,9 @@ class BlockEmitter:
         """Return the gradient by the logits of the step's class, or the curvature."""
         target, e = step.read(CLASS), step.read()
         is_own = target == step.whole(step.index)
-        if regions.has_regions(self.spec):
-            factors = tuple(step.read(name) for name in (FACTOR, SLOPE, SHARE, TOP, LIMIT))
-            slope = regions.slope_of_class(self.spec, factors, e, is_own, step.load)
-        else:
-            factors = tuple(step.read(name) for name in (FACTOR, SLOPE, SHARE))
-            y = step.read(PROBABILITY) if self.spec.has_probabilities else None
-            w, classes = step.load("weight"), step.whole(self.block.classes)
-            slope = derivative_of_class(self.spec, factors, e, is_own, y, w, self.options, classes)
+        factors = tuple(step.read(name) for name in (FACTOR, SLOPE, SHARE, TOP, LIMIT)[: regions.count_factors(self.spec)])
+        y, classes = self.probability(step), step.whole(self.block.classes)
+        slope = regions.derivative_of_class(self.spec, factors, e, is_own, y, self.options, classes, step.load)
         return where(target == NO_CLASS, 0.0, slope) if self.spec.excludes else slope
 
 

@@ -13,7 +13,6 @@ from fastloss.cuda.text import function, move, structure
 from fastloss.kernel import entry, regions
 from fastloss.kernel.element import multiply
 
-FACTORS, SLOPE_FACTORS = 3, 5  # most factors that `entry.evaluate` returns, and those that `regions.factors_of_slopes` does
 DERIVATIVES = ("slope", "curvature")  # a kernel writes one of them
 SUMS, GIVEN = "ClassSums& found", "const Class& loaded, const Arguments& a, const Numbers& number"
 IS_OWN = "const bool is_own"  # whether the loaded class is that of the entry
@@ -65,7 +64,7 @@ def entry_types(spec: Spec) -> str:
     return "\n".join(
         [
             structure("ClassSums", (f"compute_t {name}" for name in sums)),
-            structure("Factors", [f"compute_t x[{SLOPE_FACTORS if regions.has_slopes(spec) else FACTORS}]"]),
+            structure("Factors", [f"compute_t x[{regions.count_factors(spec)}]"]),
             structure("Entry", ["long long own = -1", "compute_t m", "Factors factors"]),  # its class, or -1 if it does not count
         ]
     )
@@ -188,14 +187,10 @@ def limiting(spec: Spec) -> str:
 def adding(spec: Spec) -> str:
     """Write the function that adds a class to the sums."""
     at = Entry(spec)
-    before = at.sums()
-    z, m, y, w = at.logit(), at.symbol("m"), at.probability, at.load("weight")
+    before, z, m = (at.sums(), at.region_sums()), at.logit(), at.symbol("m")
     e = entry.exp_of_difference(z, m)
-    is_top = e == 1.0 if regions.has_slopes(spec) else z == m
-    after = entry.add_class(spec, before, e, is_top, z, m, y, w, at.number, at.classes)
-    changed = list(zip(before, after, strict=True))
-    if regions.has_slopes(spec):
-        changed += zip(at.region_sums(), regions.add_class(spec, at.region_sums(), e, at.is_own, at.load), strict=True)
+    after = regions.add_class(spec, *before, e, z, m, at.is_own, at.probability, at.number, at.classes, at.load)
+    changed = [pair for old, new in zip(before, after, strict=True) for pair in zip(old, new, strict=True)]
     at.lines += [f"{old.name} = {new.name};" for old, new in changed if new is not old]
     return function(f"void add_class({SUMS}, const compute_t m, {GIVEN}, {IS_OWN})", at.lines)
 
@@ -207,28 +202,17 @@ def evaluating(spec: Spec) -> str:
     found = {"count": at.symbol("(compute_t)1") if w is None else w}
     at.lines.append("Factors factors = {};")
     if spec.trace:
-        value, factors = evaluated(at, w)
-        found |= dict.fromkeys(("value", "entropy"), multiply(at.load("pixel_weight"), value))
+        share, z, m = at.load("pixel_weight"), at.logit(), at.symbol("m")
+        factor = multiply(multiply(share, at.load("grad_output")), at.symbol("number.scale"))
+        sums = at.sums(), at.region_sums()
+        value, factors = regions.evaluate(spec, *sums, m, z, w, factor, at.number, at.classes, at.load, at.load)
+        found |= dict.fromkeys(("value", "entropy"), multiply(share, value))
         at.lines += [f"factors.x[{k}] = {x.name};" for k, x in enumerate(factors)]
         at.lines.append(f"if (MEMBER == 0) store_value(pack, {found['value'].name});")
     at.lines += [f"if (MEMBER == 0) sums.total[{k}] += {found[name].name};" for k, name in enumerate(spec.sums_by_entry)]
     at.lines.append("return factors;")
     entry_ = "const Pack& pack, const Constants& constant, const int j, Sums& sums"
     return function(f"Factors evaluate(const {SUMS}, const compute_t m, {GIVEN}, {entry_})", at.lines)
-
-
-def evaluated(at: Entry, w: Scalar | None) -> tuple[Scalar, tuple[Scalar, ...]]:
-    """Compute the value of an entry without its weight, and the factors of its derivatives or of the terms of its classes."""
-    spec, z, m, sums, share = at.spec, at.logit(), at.symbol("m"), at.sums(), at.load("pixel_weight")
-    factor, others = multiply(multiply(share, at.load("grad_output")), at.symbol("number.scale")), entry.sum_of_others(sums, m)
-    if not regions.has_regions(spec):
-        return entry.evaluate(spec, others, sums.weights, sums.spread, m, z, w, factor, at.number, at.classes)
-    if regions.has_slopes(spec):
-        rate = at.load("entropy_rate")
-        factors = regions.factors_of_slopes(spec, others, sums.ties, at.region_sums(), m, z, w, factor, rate, at.load)
-    else:
-        factors = regions.factors_of_terms(others, share)
-    return regions.entropy(others, m, z, w), factors
 
 
 def adding_terms(spec: Spec) -> str:
@@ -245,11 +229,7 @@ def differentiating(spec: Spec) -> str:
     """Write the function that returns the derivative by the logit of a class."""
     at = Entry(spec)
     e = entry.exp_of_difference(at.logit(), at.symbol("m"))
-    if regions.has_regions(spec):
-        factors = tuple(at.symbol(f"factors.x[{k}]") for k in range(SLOPE_FACTORS))
-        derivative = regions.slope_of_class(spec, factors, e, at.is_own, at.load)
-    else:
-        factors = tuple(at.symbol(f"factors.x[{k}]") for k in range(FACTORS))
-        derivative = entry.derivative_of_class(spec, factors, e, at.is_own, at.probability, at.load("weight"), at.number, at.classes)
+    factors = tuple(at.symbol(f"factors.x[{k}]") for k in range(regions.count_factors(spec)))
+    derivative = regions.derivative_of_class(spec, factors, e, at.is_own, at.probability, at.number, at.classes, at.load)
     head = f"compute_t derivative_of_class(const compute_t m, const Factors& factors, {GIVEN}, {IS_OWN})"
     return function(head, [*at.lines, f"return {derivative.name};"])

@@ -1,8 +1,10 @@
 """The arithmetic of losses of regions, such as Dice, at an entry with several classes. It goes on where `entry.py` ends, with its letters.
 
-They take two passes. In the first, the formula is applied to p and 1 - p of each class, for sums that have a number for each class. In
-the second, a formula gives the derivatives of the loss by p: h <= 0 for the entry's class t, and d[c] >= 0 for another class c, from which
-the same number may be subtracted everywhere. With A, the sum of d p over the other classes, the gradient is
+The last three functions serve every loss of classes, with regions or without.
+
+Losses of regions take two passes. In the first, the formula is applied to p and 1 - p of each class, for sums that have a number for
+each class. In the second, a formula gives the derivatives of the loss by p: h <= 0 for the entry's class t, and d[c] >= 0 for another
+class c, from which the same number may be subtracted everywhere. With A, the sum of d p over the other classes, the gradient is
 
     p (h (1 - p) - A)           for the entry's class
     p (d - A - p[t] h)          for the others
@@ -12,17 +14,18 @@ If p is close to 1 for a wrong class, d - A would cancel: there it is d (1 - p) 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import inf
 from typing import Any, NamedTuple
 
 from fastloss.core.plan import Spec
+from fastloss.kernel import entry
 from fastloss.kernel.element import multiply
-from fastloss.kernel.entry import add_exactly, distance, exp_of_difference
+from fastloss.kernel.entry import Sums, add_exactly, distance, exp_of_difference
 from fastloss.ops import log1p, where
 
 Symbol = Any
-Load = Callable[[str], Any]  # returns a parameter of the formula at a class
+Load = Callable[[str], Any]  # returns an operand at a class, None if it is not there
 
 
 class RegionSums(NamedTuple):
@@ -61,7 +64,7 @@ def slope_of_others(spec: Spec, e: Symbol, load: Load) -> Symbol:
     return e.match(spec.formula.quantities(e, e, parameters, {})["others_by_p" if is_squared(spec) else "others"])
 
 
-def add_class(spec: Spec, sums: RegionSums, e: Symbol, is_own: Symbol, load: Load) -> RegionSums:
+def add_slope(spec: Spec, sums: RegionSums, e: Symbol, is_own: Symbol, load: Load) -> RegionSums:
     """Return the sums with the terms of a class added. `is_own` is the condition that the class is that of the entry."""
     is_top = e == 1.0
     term = where(is_own, 0.0, slope_of_others(spec, e, load) * e)
@@ -116,3 +119,48 @@ def terms_of_class(spec: Spec, factors: tuple[Symbol, ...], e: Symbol, is_own: S
         "false_negatives": where(is_own, false_negatives, 0.0),
         "truth": where(is_own, e.splat(1.0), 0.0),
     }
+
+
+# --- every loss of classes ----------------------------------------------------------------------------------------------
+
+
+def count_factors(spec: Spec) -> int:
+    """Return the largest number of factors that `evaluate` returns."""
+    return 5 if has_slopes(spec) else 3
+
+
+def add_class(
+    spec: Spec, sums: Sums, of_regions: RegionSums, e: Symbol, z: Symbol, m: Symbol, is_own: Symbol, y: Symbol | None,
+    number: Mapping[str, Symbol], classes: Symbol, load: Load
+) -> tuple[Sums, RegionSums]:  # fmt: skip
+    """Return the sums over the classes with the terms of a class added."""
+    is_top = e == 1.0 if has_slopes(spec) else z == m
+    sums = entry.add_class(spec, sums, e, is_top, z, m, y, load("weight"), number, classes)
+    return sums, add_slope(spec, of_regions, e, is_own, load) if has_slopes(spec) else of_regions
+
+
+def evaluate(
+    spec: Spec, sums: Sums, of_regions: RegionSums, m: Symbol, z: Symbol, w: Symbol | None, factor: Symbol,
+    number: Mapping[str, Symbol], classes: Symbol, load: Load, load_own: Load
+) -> tuple[Symbol, tuple[Symbol, ...]]:  # fmt: skip
+    """Return the value of an entry without its weight, and the factors of its derivatives, or of the terms of its classes.
+
+    `load` returns an operand of the entry, and `load_own` one at the entry's class.
+    """
+    others = entry.sum_of_others(sums, m)
+    if not has_regions(spec):
+        return entry.evaluate(spec, others, sums.weights, sums.spread, m, z, w, factor, number, classes)
+    if has_slopes(spec):
+        rate = load("entropy_rate")
+        return entropy(others, m, z, w), factors_of_slopes(spec, others, sums.ties, of_regions, m, z, w, factor, rate, load_own)
+    return entropy(others, m, z, w), factors_of_terms(others, load("pixel_weight"))
+
+
+def derivative_of_class(
+    spec: Spec, factors: tuple[Symbol, ...], e: Symbol, is_own: Symbol, y: Symbol | None, number: Mapping[str, Symbol], classes: Symbol,
+    load: Load
+) -> Symbol:  # fmt: skip
+    """Return what a kernel writes for a class: the gradient by its logit, or the second derivative."""
+    if has_slopes(spec):
+        return slope_of_class(spec, factors, e, is_own, load)
+    return entry.derivative_of_class(spec, factors, e, is_own, y, load("weight"), number, classes)
