@@ -61,6 +61,15 @@ def test_every_digit_in_extended_precision(loss, options, name, classes, scale, 
         assert ulp_error(got, true, magnitude, dtype)[magnitude > np.finfo(dtype).tiny].max() <= ULP[name, quantity]
 
 
+@pytest.mark.parametrize("classes", [3, 4, 6])
+@pytest.mark.parametrize("entries", [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_the_largest_error_of_many_entries(entries, classes, dtype, rng):
+    for part in range(max(1, entries // 500_000)):
+        z, t = draw(rng, (min(entries, 500_000), classes), dtype, scale=1.0 + part % 4)
+        for quantity, got, (true, magnitude) in zip(QUANTITIES, of_entries(CE, z, t), oracle.cross_entropy(z, t, oracle.LONG), strict=True):
+            assert ulp_error(got, true, magnitude, dtype).max() <= ULP["cross_entropy", quantity]
+
+
 @pytest.mark.parametrize("case", SHAPES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_reductions_of_every_shape(case, reduction, dtype, rng):

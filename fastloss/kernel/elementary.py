@@ -143,6 +143,24 @@ def exp_of_negative(x: Number, low: Any = 0.0) -> tuple[Number, Number, Number]:
     return e.within(0.0, 1.0), rest, minus_1
 
 
+def exp_of_sum(x: Number, low: Number) -> Number:
+    """Return e**(x + low) for x <= 0 with an error below 1 ulp, by fewer operations than `exp`, of which fewer wait for low.
+
+    The number low is at most half a unit in the last place of x, or anything finite where e**x is 0.
+    """
+    fmt = FORMATS[x.bits]
+    half, least = (fmt.bias + 1) // 2, fmt.exp_range[0]
+    low = where(x < least, 0.0, low)
+    n, whole, r, _ = reduce_argument(x.at_least(least), 0.0, half, fmt)
+    r = fma(n, -fmt.ln2[1], r)
+    minus_1 = fma(r * r, r.evaluate(r, fmt.exp_terms), r)
+    minus_1 = minus_1 + fma(minus_1, low, low)
+    if x.scales_by_powers:
+        return (minus_1 + 1.0).times_power_of_two(n).within(0.0, 1.0)
+    scale = power_of_two(whole, fmt)
+    return (fma(minus_1, scale, scale) * 2.0**-half).within(0.0, 1.0)
+
+
 def sigmoid(x: Number) -> Number:
     """Return 1 / (1 + e**-x), computed as s = e / (1 + e) with e = e**-|x|, or as 1 - s.
 

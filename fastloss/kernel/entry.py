@@ -47,11 +47,10 @@ def limited(z: Symbol) -> Symbol:
 
 
 def exp_of_difference(z: Symbol, m: Symbol) -> Symbol:
-    """Return exp(z - m) for z <= m. The rounding error of z - m (Knuth) counts: it would change the result by |z - m| / 2 ulp."""
+    """Return exp(z - m) for z <= m. The rounding error of z - m (Dekker) counts: it would change the result by |z - m| / 2 ulp."""
     d = z - m
-    part = z - d
-    low = where(d < elementary.FORMATS[z.bits].exp_range[0], 0.0, (z - (d + part)) + (part - m))  # it may be large where exp is 0
-    return elementary.exp(d.within(-inf, 0.0), low)
+    large, small = where(z < -m, z, -m), where(z < -m, -m, z)
+    return elementary.exp_of_sum(d.within(-inf, 0.0), small - (d - large))
 
 
 def distance(m: Symbol, z: Symbol) -> Symbol:

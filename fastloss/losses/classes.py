@@ -209,7 +209,7 @@ def class_loss(kind: type[K], bounds: Bounds | None = None, settings: Mapping[st
     return lambda function: kind(function, bounds or {}, settings or {})
 
 
-@row("cross-entropy", "each image or pixel belongs to one of several classes", ulp={"value": 3, "slope": 4, "curvature": 7}, **ROW)
+@row("cross-entropy", "each image or pixel belongs to one of several classes", ulp={"value": 3.5, "slope": 4, "curvature": 7}, **ROW)
 @class_loss(SumOverClasses, settings=_SMOOTHING)
 def cross_entropy(surprise: Any, missed: Any) -> Any:
     """Cross-entropy between the softmax of logits and class indices.
