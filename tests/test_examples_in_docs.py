@@ -16,10 +16,10 @@ from docs import bars
 ROOT = Path(__file__).parent.parent
 SYBIL = Sybil([PythonCodeBlockParser(doctest_optionflags=doctest.ELLIPSIS)])
 PAGES = [
-    "README.md", "docs/accuracy.md", "docs/data-sets.md", "docs/index.md", "docs/losses.md", "docs/options.md", "docs/pytorch.md",
-    "docs/your-own-loss.md",
+    "README.md", "docs/accuracy.md", "docs/data-sets.md", "docs/index.md", "docs/linear.md", "docs/losses.md", "docs/options.md",
+    "docs/pytorch.md", "docs/your-own-loss.md",
 ]  # fmt: skip
-WITH_TORCH = {"README.md", "docs/pytorch.md", "docs/your-own-loss.md"}
+WITH_TORCH = {"README.md", "docs/linear.md", "docs/pytorch.md", "docs/your-own-loss.md"}
 
 
 # One test for each page: with Sybil's own collection, a test for each example, pytest-xdist would run a page's examples in different

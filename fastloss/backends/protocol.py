@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import Arguments, Call
 from fastloss.core.plan import Array
@@ -43,6 +45,15 @@ class Backend:
         """Make an input of the target's shape for a formula that reads only the target. It takes the memory of one element."""
         raise NotImplementedError
 
+    def value_of_layer(self, method: Callable[..., Any], operands: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+        """Compute the value of a loss of a linear layer by a method that also computes its gradients; see `layer.py`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def multiply(a: Any, b: Any, out: Any, adds: bool) -> None:
+        """Write the product of two matrices, as the method of `compute_jointly` receives them, to a third, or add it there."""
+        raise NotImplementedError
+
 
 class ArrayBackend(Backend):
     """A framework whose arrays can be passed to a subclass of `Call` without conversion."""
@@ -60,3 +71,15 @@ class ArrayBackend(Backend):
     def compute_jointly(self, method: Callable[..., Any], operands: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
         """Call a method that computes several losses at once, with the arrays as they are."""
         return method(**operands, **options, call=self.call)
+
+    def value_of_layer(self, method: Callable[..., Any], operands: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+        """Compute the value without gradients."""
+        return method(**operands, **options, call=self.call, wanted=(False, False, False), multiply=self.multiply)[0]
+
+    @staticmethod
+    def multiply(a: Any, b: Any, out: Any, adds: bool) -> None:
+        """Write the product of two matrices to a third, or add it there."""
+        if adds:
+            out += a @ b
+        else:
+            np.matmul(a, b, out=out)

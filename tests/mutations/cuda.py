@@ -295,8 +295,7 @@ MUTATIONS: tuple[mutation.Mutation, ...] = (
         "Entries in rows with two axes are looked for along the inner axis.", ("test_classes.py::test_any_memory_order",),
     ),
     Mutation(
-        "difference-rounded", "kernel/entry.py",
-        "return elementary.exp(d.within(-inf, 0.0), low)", "return elementary.exp(d.within(-inf, 0.0))",
+        "difference-rounded", "kernel/entry.py", "small - (d - large)", "d.splat(0.0)",
         "The rounding error of the distance to the largest logit is lost.", (DIGITS,), select="30",
     ),
     Mutation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -156,6 +157,8 @@ class TorchBackend(Backend):
             increment_version(x)
 
         def convert(x: Any) -> Any:
+            if x is None:
+                return None
             if isinstance(x, tuple):
                 return type(x)(*map(convert, x)) if hasattr(x, "_fields") else tuple(map(convert, x))
             if id(x) in buffers:
@@ -163,6 +166,32 @@ class TorchBackend(Backend):
             return as_value(x, value_dtype(first)) if isinstance(x, float) or not x.ndim else to_tensor(x)
 
         return convert(result)
+
+    def value_of_layer(self, method: Callable[..., Any], operands: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+        """Compute the value of a loss of a linear layer, with autograd attached to input, weight and bias."""
+        named = {**operands, **options}
+        differentiable = [named.pop(name, None) for name in ("input", "linear_weight", "linear_bias")]
+        for name, x in named.items():
+            if isinstance(x, Tensor):
+                refuse_gradient(name, x)
+        detached = {name: x.detach() if isinstance(x, Tensor) else x for name, x in {**operands, **options}.items()}
+
+        def compute(wanted: tuple[bool, bool, bool], **more: Any) -> Any:
+            made = functools.partial(method, wanted=wanted, multiply=self.multiply)
+            given = {**detached, **more}
+            return self.compute_jointly(made, {name: given.pop(name) for name in operands}, given)
+
+        if not (is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in differentiable)):
+            return compute((False, False, False))[0]
+        from fastloss.backends.torch.layer import LayerFunction
+
+        return LayerFunction.apply(compute, options["reduction"] in ("sample_mean", "sample_sum"), *differentiable)
+
+    @staticmethod
+    def multiply(a: Any, b: Any, out: Any, adds: bool) -> None:
+        """Write the product of two matrices to a third, or add it there."""
+        x, y, z = map(to_tensor, (a, b, out))
+        torch.addmm(z, x, y, out=z) if adds else torch.mm(x, y, out=z)
 
     def placeholder_input(self, target: Any) -> Any:
         """Make an input of the target's shape and dtype, or float32 for integers, by broadcasting a single element."""
