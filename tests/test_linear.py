@@ -143,7 +143,7 @@ def test_the_largest_error_is_that_of_products_of_float32(rng):
 def test_memory_does_not_depend_on_the_number_of_outputs(rng):
     x = rng.standard_normal((256, 16), dtype=np.float32)
     peaks = []
-    for outputs in (20_000, 80_000):
+    for outputs in (20_000, 80_000):  # of 20 and 82 MB
         w, t = rng.standard_normal((outputs, 16), dtype=np.float32), np.zeros((256, outputs), np.uint8)
         out = np.empty_like(x), np.empty_like(w)
         fl.linear(BCE).grad(x, w, t, out=out)
@@ -151,8 +151,7 @@ def test_memory_does_not_depend_on_the_number_of_outputs(rng):
         fl.linear(BCE).grad(x, w, t, out=out)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert max(peaks) < 20 << 20
-    assert peaks[1] < 1.1 * peaks[0]
+    assert max(peaks) < 12 << 20
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (7, 0), (0, 5, 4)])
