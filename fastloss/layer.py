@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastloss.backends.find import find_backend
+from fastloss.backends.protocol import Backend
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import Arguments, Call
-from fastloss.core.checks import LARGEST, check_output, check_reduction, refuse_grad_output, to_bounded, to_buffers
+from fastloss.core.checks import LARGEST, check_output, check_reduction, is_none, refuse_grad_output, to_bounded, to_buffers
+from fastloss.core.overlap import share_memory, span_of
 from fastloss.core.plan import Array
 
 REDUCTIONS = ("mean", "sum", "batchmean", "sample_mean", "sample_sum")
 PIECE = 8 << 20  # bytes of the outputs that exist at a time
+DTYPES = ("float32", "float64")
 BY_SAMPLE = ("sample_mean", "sample_sum")
 VALUE, SLOPE = ("value",), ("slope",)
 
@@ -102,7 +105,7 @@ class LinearLoss:
             raise ValueError("out and accumulate are options of calls for gradients; use grad or value_and_grad")
         refuse_grad_output(options)
         operands, given = self._arguments(input, linear_weight, target, linear_bias, weight, reduction, options)
-        return find_backend(input).value_of_layer(self._compute, operands, given)
+        return backend_of(input).value_of_layer(self._compute, operands, given)
 
     def grad(
         self, input: Any, linear_weight: Any, target: Any, linear_bias: Any = None, weight: Any = None, reduction: str | None = None,
@@ -117,7 +120,7 @@ class LinearLoss:
     ) -> tuple[Any, LinearGradient]:  # fmt: skip
         """Return the loss and the gradients. This takes three products of matrices."""
         operands, given = self._arguments(input, linear_weight, target, linear_bias, weight, reduction, options)
-        backend, wanted = find_backend(input), (True, True, linear_bias is not None)
+        backend, wanted = backend_of(input), (True, True, linear_bias is not None)
         method = functools.partial(self._compute, wanted=wanted, multiply=backend.multiply)
         value, gradients = backend.compute_jointly(method, operands, given)
         return value, LinearGradient(*gradients)
@@ -128,9 +131,9 @@ class LinearLoss:
         """Return the operands and the options of a call that are not None, by name."""
         operands = {"input": input, "linear_weight": linear_weight, "target": target}
         given = {name: x for name, x in {"linear_bias": linear_bias, "weight": weight, **options}.items() if x is not None}
-        default = self.loss.default_reduction()
-        given["reduction"] = reduction or ("mean" if default == "none" else default)
-        return operands, given
+        if reduction is None:
+            reduction = "mean" if is_none(default := self.loss.default_reduction()) else default
+        return operands, {**given, "reduction": reduction}
 
     def _compute(
         self, input: Any, linear_weight: Any, target: Any, *, call: Any, multiply: Multiply, wanted: Wanted, reduction: str,
@@ -163,7 +166,8 @@ class LinearCall:
         self.loss, self.reduction, self.call, self.multiply = loss, reduction, call, multiply
         self.options = {name: x if call.is_number(x) else call.as_array(name, x) for name, x in options.items()}
         self.splits_outputs = not loss.definitions[0].classes
-        self.placeholder = np.broadcast_to(np.zeros_like(self.input, shape=()), self.layer.shape)  # of the outputs
+        zero = np.zeros_like(self.input, shape=(1,) * self.input.ndim)
+        self.placeholder = np.broadcast_to(zero, self.layer.shape)  # of the outputs
         self.is_by_sample = reduction in BY_SAMPLE
         self.space: Any = None  # memory of a piece of the outputs
 
@@ -180,9 +184,21 @@ class LinearCall:
             check_output(f"out[{k}]", (buffer.dtype, buffer.shape, buffer.strides), like.shape, like.dtype)
             if not buffer.flags.c_contiguous:
                 raise ValueError(f"out[{k}] has shape {buffer.shape} and strides {buffer.strides}; accepted: C-contiguous arrays")
+        self.refuse_overlap(buffers)
         self.check_elements()
         given = iter(buffers)
         return tuple(next(given) if needed else None for needed in wanted)
+
+    def refuse_overlap(self, buffers: Sequence[Array]) -> None:
+        """Raise ValueError if a buffer shares memory with another, or with an array that is read."""
+        read = {"input": self.input, "linear_weight": self.weight, "target": self.target, "linear_bias": self.bias, **self.options}
+        spans = {name: span_of(x, self.call.address_of(x)) for name, x in read.items() if np.ndim(x)}
+        for k, buffer in enumerate(buffers):
+            own = span_of(buffer, self.call.address_of(buffer))
+            for name, other in spans.items():
+                if share_memory(own, other):
+                    raise ValueError(f"out[{k}] shares memory with {name}; accepted: memory of its own")
+            spans[f"out[{k}]"] = own
 
     def check_elements(self) -> None:
         """Raise the error for a target that the loss refuses, which names its index in the whole target."""
@@ -239,7 +255,7 @@ class LinearCall:
         outputs = space.reshape(shape[::-1]).T if self.layer.places else space.reshape(shape)
         self.product(rows, columns.T, outputs)
         if self.bias is not None:
-            outputs += self.bias[of_outputs]
+            np.add(outputs, self.bias[of_outputs], out=outputs)
         return rows, columns, outputs
 
     def product(self, a: Array, b: Array, out: Array, adds: bool = False) -> None:
@@ -281,12 +297,22 @@ class LinearCall:
             self.product(ones, slopes, by_bias[np.newaxis, of_outputs], adds[1])
 
 
+def backend_of(x: Any) -> Backend:
+    """Find the backend of the input, and refuse one whose results are computed later."""
+    backend = find_backend(x)
+    if backend.is_lazy:
+        raise TypeError(f"input is a {type(x).__name__} of Dask; accepted: NumPy arrays, CuPy arrays, and tensors of PyTorch")
+    return backend
+
+
 def layer_of(x: Array, w: Array, b: Array | None) -> Layer:
     """Check the shapes and dtypes of a linear layer, and return its lengths."""
     if x.ndim < 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"input has shape {x.shape} and linear_weight {w.shape}; accepted: (N, K, ...) and (P, K)")
     if b is not None and b.shape != w.shape[:1]:
         raise ValueError(f"linear_bias has shape {b.shape}; accepted: {w.shape[:1]}, a number for each row of linear_weight")
+    if x.dtype.name not in DTYPES:
+        raise TypeError(f"input has dtype {x.dtype}; accepted: {', '.join(DTYPES)}")
     for name, a in (("linear_weight", w), ("linear_bias", b)):
         if a is not None and a.dtype != x.dtype:
             raise TypeError(f"input has dtype {x.dtype} and {name} {a.dtype}; they must be equal")

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import fastloss as fl
+from tests import devices
 from tests.ulp import SUM, assert_close
 
 BCE, CE = fl.binary_cross_entropy_with_logits, fl.cross_entropy
-PIECES = [1, 64, 256, 1 << 20]  # bytes
+PIECES = [8, 256, 1 << 20]  # bytes: an output at a time, some, all
 SHAPES = {"samples": (7, 5), "row": (3, 5, 6), "image": (3, 5, 6, 4), "volume": (2, 5, 3, 4, 2)}
 OUTPUTS = 11
 PRODUCT = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-14}  # error of a sum of products, relative to the largest
@@ -202,6 +203,8 @@ WRONG = [
     ({"out": np.ones((4, 3))}, "out must be 2 arrays, one for each gradient"),
     ({"out": (np.ones((4, 3)), np.ones((3, 2)))}, r"out\[1\] has shape \(3, 2\) and dtype float64; the result has shape \(2, 3\)"),
     ({"out": (np.ones((3, 4)).T, np.ones((2, 3)))}, r"out\[0\] has shape \(4, 3\) and strides .*; accepted: C-contiguous arrays"),
+    ({"input": np.ones((4, 3), np.float16)}, "input has dtype float16; accepted: float32, float64"),
+    ({"reduction": ""}, "reduction '' is unknown; accepted: 'mean'"),
     ({"accumulate": True}, "accumulate=True adds to the arrays that out passes, and out is None"),
 ]
 
@@ -213,16 +216,51 @@ def test_wrong_use(changed, said):
         fl.linear(BCE).value_and_grad(*operands, **options)
 
 
+def test_given_arrays_share_no_memory(rng):
+    x, w, b = layer(rng, (7, 5))
+    t, both = rng.random((7, OUTPUTS)), np.zeros((7 + OUTPUTS, 5))
+    mask = np.ones((7, OUTPUTS))
+    for out, name in (((x, w * 0, b * 0), "input"), ((x * 0, w, b * 0), "linear_weight"), ((both[:7], both[1:12], b * 0), r"out\[0\]")):
+        with pytest.raises(ValueError, match=rf"shares memory with {name}; accepted: memory of its own"):
+            fl.linear(BCE).grad(x, w, t, b, out=out)
+    with pytest.raises(ValueError, match=r"out\[0\] shares memory with weight"):
+        fl.linear(BCE).grad(x, w, t, b, mask, out=(mask.reshape(-1)[:35].reshape(7, 5), w * 0, b * 0))
+
+
+def test_frameworks_that_are_not_supported():
+    dask = pytest.importorskip("dask.array")
+    x, w, t = dask.ones((4, 3)), np.ones((2, 3)), np.ones((4, 2))
+    for call in (fl.linear(BCE), fl.linear(BCE).grad):
+        with pytest.raises(TypeError, match="input is a Array of Dask; accepted: NumPy arrays, CuPy arrays, and tensors of PyTorch"):
+            call(x, w, t)
+
+
 def test_losses_that_need_all_outputs_are_refused():
     for loss in (fl.dice_with_logits_loss, fl.gaussian_kl_loss, fl.vae_loss, "mse"):
         with pytest.raises(TypeError, match=r"accepted: a loss with one value for each element or each entry, and one gradient"):
             fl.linear(loss)
 
 
+@pytest.mark.parametrize("cp", ["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("shape", ["samples", "image"])
+def test_on_a_device(shape, cp, monkeypatch, rng):
+    module = devices.array_module(cp, monkeypatch)
+    x, w, b = layer(rng, SHAPES[shape])
+    t, mask = rng.random(outputs_of(x.shape)), rng.random(outputs_of(x.shape)) < 0.7
+    k = rng.integers(0, OUTPUTS, (len(x), *x.shape[2:])).astype(np.uint8)
+    for loss, target, options in ((BCE, t, {"mask": mask}), (CE, k, {"ignore_index": 3})):
+        for reduction in ("mean", "sample_mean"):
+            on_device = {name: module.asarray(a) if np.ndim(a) else a for name, a in options.items()}
+            call = fl.linear(loss, 256)
+            value, gradient = call.value_and_grad(*map(module.asarray, (x, w, target, b)), reduction=reduction, **on_device)
+            got = value.get(), [a.get() for a in gradient]
+            assert_equal(got, call.value_and_grad(x, w, target, b, reduction=reduction, **options), PRODUCT[x.dtype])
+
+
 def test_autograd_and_second_derivatives():
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(1)
-    for shape in SHAPES.values():
+    for shape in (SHAPES["samples"], (2, 3, 2, 2)):
         x, w, b = (torch.tensor(a, requires_grad=True) for a in layer(rng, shape))
         t, k = torch.tensor(rng.random(outputs_of(shape))), torch.tensor(rng.integers(0, OUTPUTS, (shape[0], *shape[2:])))
         for reduction in ("mean", "sample_sum"):

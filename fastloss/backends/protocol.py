@@ -80,6 +80,6 @@ class ArrayBackend(Backend):
     def multiply(a: Any, b: Any, out: Any, adds: bool) -> None:
         """Write the product of two matrices to a third, or add it there."""
         if adds:
-            out += a @ b
+            np.add(out, a @ b, out=out)
         else:
             np.matmul(a, b, out=out)

@@ -169,6 +169,10 @@ class TorchBackend(Backend):
 
     def value_of_layer(self, method: Callable[..., Any], operands: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
         """Compute the value of a loss of a linear layer, with autograd attached to input, weight and bias."""
+        if is_compiling():
+            raise NotImplementedError(
+                "fastloss.linear is not supported in compiled code; call it outside, or use the layer and the loss apart"
+            )
         named = {**operands, **options}
         differentiable = [named.pop(name, None) for name in ("input", "linear_weight", "linear_bias")]
         for name, x in named.items():
