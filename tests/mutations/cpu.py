@@ -550,4 +550,36 @@ MUTATIONS = (
         "A mean over the samples of all processes is divided by those of one.",
         ("test_torch_distributed.py::test_a_process_group_gives_the_loss_of_the_joined_batch",),
     ),
+    # --- linear layers
+    Mutation(
+        "input-gradient-of-the-last-outputs", "layer.py", "accumulate or piece[1].start > 0", "accumulate",
+        "The gradient of the input is that of the last range of outputs.", ("test_linear.py::test_pieces_options_and_reductions",),
+        select="none-samples-8",
+    ),
+    Mutation(
+        "weight-gradient-of-the-last-entries", "layer.py", "accumulate or piece[1] == last", "accumulate",
+        "The gradient of the weight is that of the last entries.", ("test_linear.py::test_pieces_options_and_reductions",),
+        select="none-image-256",
+    ),
+    Mutation(
+        "piece-of-every-option", "layer.py", "axis < len(piece) and n > 1 else", "axis < len(piece) else",
+        "An option that broadcasts along an axis is cut there.", ("test_linear.py::test_pieces_options_and_reductions",),
+        select="number or outputs-image-8",
+    ),
+    Mutation(
+        "index-in-the-piece", "layer.py", "        except ValueError:\n            self.check_elements()\n            raise",
+        "        except ZeroDivisionError:\n            raise",
+        "An error names the element of the piece.",
+        ("test_linear.py::test_an_error_names_the_element_of_the_whole_target_and_writes_nothing",),
+    ),
+    Mutation(
+        "buffers-may-overlap", "layer.py", "        self.refuse_overlap(buffers)\n", "",
+        "Gradients overwrite what is read.", ("test_linear.py::test_given_arrays_share_no_memory",),
+    ),
+    Mutation(
+        "every-gradient-of-tensors", "backends/torch/layer.py",
+        "(False,) * 3 if has_samples else ctx.wanted", "(False,) * 3 if has_samples else (True,) * 3",
+        "Gradients are computed that nothing needs.",
+        ("test_linear.py::test_tensors_are_arrays_and_only_the_needed_gradients_are_computed",),
+    ),
 )  # fmt: skip
