@@ -47,6 +47,8 @@ POWER_SUM = 4e-6  # of the focal loss and the sigmoid's squared error, whose exp
 SMOOTHED = {np.dtype(x): np.finfo(x).eps for x in (np.float32, np.float64)}
 # A product of factors, each rounded: half an ulp for the last rounding, up to one for those before it.
 PRODUCT = {"scale": 1.5, "weight and scale": 2.5, "weight": 0.5}
+# Products of matrices, relative to the largest number.
+MATRICES = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-14}
 # Sums, relative to the sum of the magnitudes. float32 is summed in blocks of 16 per lane, and these sums in float64.
 SUM = {np.dtype(np.float32): 3e-7, np.dtype(np.float64): 4e-15}
 # For results computed from a sigmoid of logits up to 15, which has lost as much of 1 - p.
