@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,15 +18,23 @@ from fastloss.backends.find import find_backend
 from fastloss.backends.protocol import Backend
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import Arguments, Call
-from fastloss.core.checks import LARGEST, check_output, check_reduction, is_none, refuse_grad_output, to_bounded, to_buffers
-from fastloss.core.overlap import share_memory, span_of
+from fastloss.core.checks import (
+    LARGEST,
+    check_output,
+    check_reduction,
+    count_group_axes,
+    is_none,
+    refuse_grad_output,
+    to_bounded,
+    to_buffers,
+)
+from fastloss.core.overlap import check_buffers, span_of
 from fastloss.core.plan import Array
+from fastloss.loss import SLOPE, VALUE
 
 REDUCTIONS = ("mean", "sum", "batchmean", "sample_mean", "sample_sum")
 PIECE = 8 << 20  # bytes of the outputs that exist at a time
 DTYPES = ("float32", "float64")
-BY_SAMPLE = ("sample_mean", "sample_sum")
-VALUE, SLOPE = ("value",), ("slope",)
 
 Multiply = Callable[[Any, Any, Any, bool], None]  # writes the product of two matrices to a third, or adds it there
 Wanted = tuple[bool, bool, bool]  # whether the gradients of input, weight and bias are wanted
@@ -105,7 +113,8 @@ class LinearLoss:
             raise ValueError("out and accumulate are options of calls for gradients; use grad or value_and_grad")
         refuse_grad_output(options)
         operands, given = self._arguments(input, linear_weight, target, linear_bias, weight, reduction, options)
-        return backend_of(input).value_of_layer(self._compute, operands, given)
+        backend = backend_of(input)
+        return backend.value_of_layer(functools.partial(self._compute, multiply=backend.multiply), operands, given)
 
     def grad(
         self, input: Any, linear_weight: Any, target: Any, linear_bias: Any = None, weight: Any = None, reduction: str | None = None,
@@ -133,6 +142,7 @@ class LinearLoss:
         given = {name: x for name, x in {"linear_bias": linear_bias, "weight": weight, **options}.items() if x is not None}
         if reduction is None:
             reduction = "mean" if is_none(default := self.loss.default_reduction()) else default
+        check_reduction(reduction, REDUCTIONS)
         return operands, {**given, "reduction": reduction}
 
     def _compute(
@@ -155,7 +165,6 @@ class LinearCall:
         self, loss: AbstractLoss, arrays: Mapping[str, Any], options: Mapping[str, Any], reduction: str, call: type[Call],
         multiply: Multiply,
     ) -> None:  # fmt: skip
-        check_reduction(reduction, REDUCTIONS)
         found: dict[str, Any] = {name: None if x is None else call.as_array(name, x) for name, x in arrays.items()}
         self.input: Array = found["input"]
         self.weight: Array = found["linear_weight"]
@@ -168,7 +177,7 @@ class LinearCall:
         self.splits_outputs = not loss.definitions[0].classes
         zero = np.zeros_like(self.input, shape=(1,) * self.input.ndim)
         self.placeholder = np.broadcast_to(zero, self.layer.shape)  # of the outputs
-        self.is_by_sample = reduction in BY_SAMPLE
+        self.is_by_sample = count_group_axes(reduction, self.layer.shape) > 0
         self.space: Any = None  # memory of a piece of the outputs
 
     def new_buffers(self, wanted: Wanted) -> Buffers:
@@ -184,21 +193,12 @@ class LinearCall:
             check_output(f"out[{k}]", (buffer.dtype, buffer.shape, buffer.strides), like.shape, like.dtype)
             if not buffer.flags.c_contiguous:
                 raise ValueError(f"out[{k}] has shape {buffer.shape} and strides {buffer.strides}; accepted: C-contiguous arrays")
-        self.refuse_overlap(buffers)
+        read = {"input": self.input, "linear_weight": self.weight, "target": self.target, "linear_bias": self.bias, **self.options}
+        spans = {name: span_of(x, self.call.address_of(x)) for name, x in read.items() if np.ndim(x)}
+        check_buffers([span_of(x, self.call.address_of(x)) for x in buffers], spans)
         self.check_elements()
         given = iter(buffers)
         return tuple(next(given) if needed else None for needed in wanted)
-
-    def refuse_overlap(self, buffers: Sequence[Array]) -> None:
-        """Raise ValueError if a buffer shares memory with another, or with an array that is read."""
-        read = {"input": self.input, "linear_weight": self.weight, "target": self.target, "linear_bias": self.bias, **self.options}
-        spans = {name: span_of(x, self.call.address_of(x)) for name, x in read.items() if np.ndim(x)}
-        for k, buffer in enumerate(buffers):
-            own = span_of(buffer, self.call.address_of(buffer))
-            for name, other in spans.items():
-                if share_memory(own, other):
-                    raise ValueError(f"out[{k}] shares memory with {name}; accepted: memory of its own")
-            spans[f"out[{k}]"] = own
 
     def check_elements(self) -> None:
         """Raise the error for a target that the loss refuses, which names its index in the whole target."""

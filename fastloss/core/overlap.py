@@ -32,15 +32,19 @@ def span_of(array: Any, address: int) -> Span:
 def refuse_overlap(output: str, out: Span, name: str, array: Span, own: str, accepted: str) -> None:
     """Raise ValueError if an output shares memory with an array, unless it overwrites its own operand element for element."""
     if not (name == own and are_same_elements(out, array)) and share_memory(out, array):
-        raise ValueError(f"{output} shares memory with {name}; accepted: memory of its own, or {accepted} itself")
+        others = f", or {accepted} itself" if accepted else ""
+        raise ValueError(f"{output} shares memory with {name}; accepted: memory of its own{others}")
 
 
-def check_buffers(buffers: Sequence[Span], reads: Mapping[str, Span], own: tuple[str, ...]) -> None:
-    """Raise ValueError if outputs share memory with each other, or with an array that is read and is not their own operand."""
-    accepted = f"out=({', '.join(own)})"
+def check_buffers(buffers: Sequence[Span], reads: Mapping[str, Span], own: tuple[str, ...] = ()) -> None:
+    """Raise ValueError if outputs share memory with each other, or with an array that is read and is not their own operand.
+
+    `own` names the operand that each output may overwrite; without it, no output may overwrite one.
+    """
+    accepted = f"out=({', '.join(own)})" if own else ""
     for k, buffer in enumerate(buffers):
         for name, array in [*reads.items(), *((f"out[{j}]", buffers[j]) for j in range(k))]:
-            refuse_overlap(f"out[{k}]", buffer, name, array, own[k], accepted)
+            refuse_overlap(f"out[{k}]", buffer, name, array, own[k] if own else "", accepted)
 
 
 def are_same_elements(out: Span, array: Span) -> bool:

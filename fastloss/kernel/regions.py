@@ -160,7 +160,7 @@ def derivative_of_class(
     spec: Spec, factors: tuple[Symbol, ...], e: Symbol, is_own: Symbol, y: Symbol | None, number: Mapping[str, Symbol], classes: Symbol,
     load: Load
 ) -> Symbol:  # fmt: skip
-    """Return what a kernel writes for a class: the gradient by its logit, or the second derivative."""
+    """Return the gradient by the logit of a class, or the second derivative if the kernel writes that."""
     if has_slopes(spec):
         return slope_of_class(spec, factors, e, is_own, load)
     return entry.derivative_of_class(spec, factors, e, is_own, y, load("weight"), number, classes)

@@ -1,7 +1,7 @@
 """Losses of entries that belong to one of several classes each, such as pixels or images, from class indices as they are stored.
 
 A formula takes -log p and 1 - p, for the probability p that the softmax of an entry's logits gives to its class. Both keep their digits
-where the logits are saturated; see `fastloss/cpu/classes.py`. The formula returns the value and its derivative by -log p. The gradient by
+where the logits are saturated; see `fastloss/kernel/entry.py`. The formula returns the value and its derivative by -log p. The gradient by
 the logit of each class follows from the derivative of -log p, which is p - 1 for the entry's class and p for the others.
 """
 

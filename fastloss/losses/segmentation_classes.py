@@ -159,7 +159,7 @@ class SoftmaxDiceLoss(RegionLoss):
         if (rate := passes.rate()) is not None:
             by_region = rates_of_classes(*passes.rates(rate), settings["squared"])
             parameters = {name: self.spread(x, settings, call.shape[-1]) for name, x in by_region.items()}
-            if not settings["squared"]:  # see `fastloss/cpu/classes.py`; equal slopes of all classes then leave no difference to round
+            if not settings["squared"]:  # see `fastloss/kernel/regions.py`; equal slopes of all classes then leave no difference to round
                 least = parameters["others"].min(axis=1, keepdims=True)
                 parameters = {name: x - least for name, x in parameters.items()}
             parameters = {name: x.astype(passes.arithmetic) for name, x in parameters.items()}

@@ -16,6 +16,7 @@ from fastloss.backends.protocol import Backend
 from fastloss.backends.torch import operators
 from fastloss.backends.torch.autograd import function_of
 from fastloss.backends.torch.bound_loss import VALUE, BoundLoss, PreparedLoss, as_value, machine_of
+from fastloss.backends.torch.layer import LayerFunction
 from fastloss.backends.torch.memory_views import (
     HALVES,
     PROPERTIES,
@@ -32,7 +33,7 @@ from fastloss.backends.torch.memory_views import (
 )
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import Arguments
-from fastloss.core.checks import refuse_shared_elements, to_validate
+from fastloss.core.checks import count_group_axes, refuse_shared_elements, to_validate
 from fastloss.core.plan import Array
 from fastloss.cpu.prepared import MOST_PREPARED, sort_options
 
@@ -181,15 +182,13 @@ class TorchBackend(Backend):
         detached = {name: x.detach() if isinstance(x, Tensor) else x for name, x in {**operands, **options}.items()}
 
         def compute(wanted: tuple[bool, bool, bool], **more: Any) -> Any:
-            made = functools.partial(method, wanted=wanted, multiply=self.multiply)
+            made = functools.partial(method, wanted=wanted)
             given = {**detached, **more}
             return self.compute_jointly(made, {name: given.pop(name) for name in operands}, given)
 
         if not (is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in differentiable)):
             return compute((False, False, False))[0]
-        from fastloss.backends.torch.layer import LayerFunction
-
-        return LayerFunction.apply(compute, options["reduction"] in ("sample_mean", "sample_sum"), *differentiable)
+        return LayerFunction.apply(compute, count_group_axes(options["reduction"], operands["input"].shape) > 0, *differentiable)
 
     @staticmethod
     def multiply(a: Any, b: Any, out: Any, adds: bool) -> None:
