@@ -5,6 +5,7 @@ To add a framework, write one subclass in a module of its own and add it to `fin
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,9 @@ import numpy as np
 
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import Arguments, Call
+from fastloss.core.layer import Wanted, compute_layer
 from fastloss.core.plan import Array
+from fastloss.core.sparse import SparseMatrix, sparse_matrix_of
 
 
 class Backend:
@@ -45,14 +48,30 @@ class Backend:
         """Make an input of the target's shape for a formula that reads only the target. It takes the memory of one element."""
         raise NotImplementedError
 
-    def value_of_layer(self, method: Callable[..., Any], operands: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
-        """Compute the value of a loss of a linear layer by a method that also computes its gradients; see `layer.py`."""
+    def value_of_layer(self, loss: AbstractLoss, piece: int, operands: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+        """Compute the value of a loss of a linear layer in pieces of so many bytes; see `fastloss/core/layer.py`."""
+        return self.compute_layer(loss, piece, operands, options, (False, False, False))[0]
+
+    def compute_layer(
+        self, loss: AbstractLoss, piece: int, operands: Mapping[str, Any], options: Mapping[str, Any], wanted: Wanted
+    ) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
+        """Compute the value of a loss of a linear layer, and its gradients by input, weight and bias, of which not all may be wanted."""
+        method = functools.partial(compute_layer, loss, piece, wanted=wanted, multiply=self.multiply)
+        computed: tuple[Any, tuple[Any, ...]] = self.compute_jointly(method, operands, options)
+        return computed
+
+    @staticmethod
+    def multiply(a: Any, b: Any, out: Any, start: Any) -> None:
+        """Write `start`, which may be `out` or a row or a column, plus the product of two matrices; None stands for 0.
+
+        All are arrays as the method of `compute_jointly` receives them.
+        """
         raise NotImplementedError
 
     @staticmethod
-    def multiply(a: Any, b: Any, out: Any, adds: bool) -> None:
-        """Write the product of two matrices, as the method of `compute_jointly` receives them, to a third, or add it there."""
-        raise NotImplementedError
+    def sparse_matrix(x: Any) -> SparseMatrix | None:
+        """Return the values of a sparse matrix of the framework, or of SciPy; None for anything else."""
+        return sparse_matrix_of(x)
 
 
 class ArrayBackend(Backend):
@@ -72,14 +91,12 @@ class ArrayBackend(Backend):
         """Call a method that computes several losses at once, with the arrays as they are."""
         return method(**operands, **options, call=self.call)
 
-    def value_of_layer(self, method: Callable[..., Any], operands: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
-        """Compute the value without gradients."""
-        return method(**operands, **options, call=self.call, wanted=(False, False, False))[0]
-
     @staticmethod
-    def multiply(a: Any, b: Any, out: Any, adds: bool) -> None:
-        """Write the product of two matrices to a third, or add it there."""
-        if adds:
+    def multiply(a: Any, b: Any, out: Any, start: Any) -> None:
+        """Write `start` plus the product of two matrices."""
+        if start is out:
             np.add(out, a @ b, out=out)
-        else:
-            np.matmul(a, b, out=out)
+            return
+        np.matmul(a, b, out=out)
+        if start is not None:
+            np.add(out, start, out=out)

@@ -106,6 +106,11 @@ class Call:
         """Allocate an output with the shape, dtype and memory order of an array."""
         raise NotImplementedError
 
+    @classmethod
+    def scratch_like(cls, array: Any) -> Any:
+        """Allocate memory for results that no caller sees, with the shape, dtype and memory order of an array."""
+        return cls.empty_like(array)
+
     @staticmethod
     def as_upstream(array: Any) -> Any:
         """Convert an upstream gradient with one number for each group to a form that kernels read."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import mmap
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,11 @@ class HostCall(Call):
     def empty_like(array: Any) -> Any:
         """Allocate an output with the shape, dtype and memory order of an array."""
         return memory.empty_like(array)
+
+    @classmethod
+    def scratch_like(cls, array: Any) -> Any:
+        """Allocate memory that no caller sees from the cache of freed memory, whatever its size: `malloc` may return it to the system."""
+        return memory.empty(array.shape, array.dtype, array.strides) if array.nbytes >= mmap.PAGESIZE and memory.CAN_FREE else array
 
     @staticmethod
     def as_upstream(array: Any) -> Any:

@@ -34,11 +34,25 @@ from fastloss.torch.functional import (
     cross_entropy,
     huber_loss,
     l1_loss,
+    linear_binary_cross_entropy_with_logits,
+    linear_cross_entropy,
+    linear_mse_loss,
+    linear_sigmoid_focal_loss,
     mse_loss,
     sigmoid_focal_loss,
     smooth_l1_loss,
 )
-from fastloss.torch.modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, HuberLoss, L1Loss, MSELoss, SmoothL1Loss, VAELoss
+from fastloss.torch.modules import (
+    BCELoss,
+    BCEWithLogitsLoss,
+    CrossEntropyLoss,
+    HuberLoss,
+    L1Loss,
+    LinearLoss,
+    MSELoss,
+    SmoothL1Loss,
+    VAELoss,
+)
 from fastloss.torch.patching import patch
 
 _OWN = {**modules.OWN, **{name: row.loss for name, row in LOSSES.items() if not hasattr(functional, name)}}
@@ -50,9 +64,10 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "BCELoss", "BCEWithLogitsLoss", "CrossEntropyLoss", "HuberLoss", "L1Loss", "MSELoss", "SmoothL1Loss", "VAELoss", "binary_cross_entropy",
-    "binary_cross_entropy_with_logits", "cross_entropy", "empty_cache", "huber_loss", "l1_loss", "mse_loss", "patch", "sigmoid_focal_loss",
-    "smooth_l1_loss",
+    "BCELoss", "BCEWithLogitsLoss", "CrossEntropyLoss", "HuberLoss", "L1Loss", "LinearLoss", "MSELoss", "SmoothL1Loss", "VAELoss",
+    "binary_cross_entropy", "binary_cross_entropy_with_logits", "cross_entropy", "empty_cache", "huber_loss", "l1_loss",
+    "linear_binary_cross_entropy_with_logits", "linear_cross_entropy", "linear_mse_loss", "linear_sigmoid_focal_loss", "mse_loss", "patch",
+    "sigmoid_focal_loss", "smooth_l1_loss",
 ]  # fmt: skip
 __all__ += list(_OWN)
 __all__.sort()

@@ -125,6 +125,68 @@ def cross_entropy(
     return compute(fastloss.cross_entropy, input, target, weight, reduction, ignore_index=ignore_index, **smoothing, **options)
 
 
+def linear_binary_cross_entropy_with_logits(
+    input: Tensor, linear_weight: Tensor, target: Any, *, linear_bias: Tensor | None = None, weight: Tensor | None = None,
+    reduction: str = "mean", pos_weight: Tensor | float | None = None, **options: Any
+) -> Tensor:  # fmt: skip
+    """Compute `binary_cross_entropy_with_logits` of a linear layer with `fastloss.linear`, so that the logits never exist as a whole.
+
+    `input` has the shape (N, K, ...), `linear_weight` (P, K), `linear_bias` (P,) and `target` (N, P, ...); a target (N, P) may be sparse.
+
+    Further options: `mask`, `ignore_index`, `target_scale`, `label_smoothing`, `validate`. See `fastloss.Loss`.
+    """
+    made = fastloss.linear(fastloss.binary_cross_entropy_with_logits)
+    return made(input, linear_weight, target, linear_bias, weight, reduction, pos_weight=pos_weight, **options)
+
+
+def linear_sigmoid_focal_loss(
+    input: Tensor, linear_weight: Tensor, target: Any, *, linear_bias: Tensor | None = None, alpha: float = 0.25, gamma: float = 2,
+    reduction: str = "mean", **options: Any
+) -> Tensor:  # fmt: skip
+    """Compute `sigmoid_focal_loss` of a linear layer with `fastloss.linear`; see `linear_binary_cross_entropy_with_logits`.
+
+    Further options: `weight`, `mask`, `ignore_index`, `target_scale`, `validate`. See `fastloss.Loss`.
+    """
+    weight, made = options.pop("weight", None), fastloss.linear(fastloss.sigmoid_focal_loss)
+    return made(input, linear_weight, target, linear_bias, weight, reduction, alpha=alpha, gamma=gamma, **options)
+
+
+def linear_mse_loss(
+    input: Tensor, linear_weight: Tensor, target: Any, *, linear_bias: Tensor | None = None, reduction: str = "mean",
+    weight: Tensor | None = None, **options: Any
+) -> Tensor:  # fmt: skip
+    """Compute `mse_loss` of a linear layer with `fastloss.linear`; see `linear_binary_cross_entropy_with_logits`.
+
+    As in `mse_loss`, a weighted mean is divided by the sum of the weights, which have the shape of the target.
+
+    Further options: `mask`, `ignore_index`, `target_scale`. See `fastloss.Loss`.
+    """
+    made, total = fastloss.linear(fastloss.mse_loss), None
+    if weight is not None:
+        check_shapes("target", target.shape, "weight", weight.shape)
+        if reduction == "mean":
+            refuse_excluding(options, "mse_loss")
+            reduction, total = "sum", weight.sum()
+    value: Tensor = made(input, linear_weight, target, linear_bias, weight, reduction, **options)
+    return value if total is None else value / total
+
+
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None, weight: Tensor | None = None,
+    reduction: str = "mean", ignore_index: int | None = None, label_smoothing: float = 0.0, **options: Any
+) -> Tensor:  # fmt: skip
+    """Compute `torch.nn.functional.linear_cross_entropy` with `fastloss.linear`; see `linear_binary_cross_entropy_with_logits`.
+
+    `target` has the shape (N, ...) of class indices, or (N, P, ...) of probabilities.
+
+    Further options: `mask`, `pixel_weight`. See `fastloss.cross_entropy`.
+    """
+    made, ignored = fastloss.linear(fastloss.cross_entropy), -100 if ignore_index is None else ignore_index
+    return made(
+        input, linear_weight, target, linear_bias, weight, reduction, ignore_index=ignored, label_smoothing=label_smoothing, **options
+    )
+
+
 def given(name: str, number: Any, default: float) -> dict[str, float]:
     """Return a number as an option of fastloss. The default is left out, which saves microseconds; in compiled code it may change."""
     if type(number) is float and not torch.compiler.is_compiling() and number == default:
@@ -180,14 +242,19 @@ def compute_weighted_mean(
     """Compute a regression loss, and divide a weighted mean by the sum of the weights, as PyTorch does."""
     if weight is None or reduction != "mean":
         return compute_regression(name, input, target, weight, reduction, options)
-    if excluding := {option for option in ("mask", "ignore_index") if options.get(option) is not None}:
-        raise TypeError(f"{' and '.join(sorted(excluding))} cannot be combined with a weighted mean here; use fastloss.{name}")
+    refuse_excluding(options, name)
     total = weight.sum()
     if (group := options.get("process_group")) is not None:
         from fastloss.backends.torch.ranks import add_over_processes
 
         add_over_processes(total, group)
     return compute_regression(name, input, target, weight, "sum", options) / total
+
+
+def refuse_excluding(options: dict[str, Any], name: str) -> None:
+    """Raise TypeError for options that exclude elements from a mean that is divided by the sum of its weights."""
+    if excluding := {option for option in ("mask", "ignore_index") if options.get(option) is not None}:
+        raise TypeError(f"{' and '.join(sorted(excluding))} cannot be combined with a weighted mean here; use fastloss.{name}")
 
 
 def resolve_reduction(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> str:

@@ -161,3 +161,54 @@ class VAELoss(WithOptions):
     def forward(self, reconstruction_logits: Tensor, images: Tensor, mu: Tensor, logvar: Tensor, **options: Any) -> fastloss.VAEValue:
         """Compute the objective and its two parts."""
         return fastloss.vae_loss(reconstruction_logits, images, mu, logvar, **{**self.options, **options})
+
+
+class LinearLoss(WithOptions):
+    """A linear layer and a loss of its outputs, computed by `fastloss.linear`, so that the outputs never exist as a whole.
+
+        criterion = fastloss.torch.LinearLoss(fastloss.binary_cross_entropy_with_logits, torch.nn.Linear(256, 100_000))
+        loss = criterion(features, labels)
+        logits = criterion.layer(features)        # for predictions
+
+    A call takes the input of the layer, the target, and options of the loss. Hooks of the layer are not called.
+
+    Args:
+        loss: a loss that `fastloss.linear` accepts.
+        layer: `torch.nn.Linear`, for inputs (N, K); or `torch.nn.Conv1d`, `Conv2d` or `Conv3d` with a kernel of one pixel.
+        reduction, options: those of the loss. Tensors among the options become buffers of the module.
+
+    Raises:
+        TypeError: another loss or layer.
+    """
+
+    def __init__(self, loss: Any, layer: torch.nn.Module, reduction: str = "mean", **options: Any) -> None:
+        super().__init__()
+        check_layer(layer)
+        self.loss, self.layer, self.reduction = fastloss.linear(loss), layer, reduction
+        self.buffered = tuple(name for name, x in options.items() if isinstance(x, Tensor))
+        self.options = {name: x for name, x in options.items() if name not in self.buffered}
+        for name in self.buffered:
+            self.register_buffer(name, options[name])
+
+    def extra_repr(self) -> str:
+        """Format the loss and its options as they were passed."""
+        return ", ".join([self.loss.loss.__name__, f"reduction={self.reduction!r}", super().extra_repr()]).removesuffix(", ")
+
+    def forward(self, input: Tensor, target: Any, **options: Any) -> Tensor:
+        """Compute the loss of the layer's outputs."""
+        if isinstance(self.layer, torch.nn.Linear) and input.dim() != 2:
+            raise ValueError(f"input has shape {tuple(input.shape)}; accepted with a Linear layer: (N, K); pass input.flatten(0, -2)")
+        own = {name: getattr(self, name) for name in self.buffered}
+        weight, given = self.layer.weight.flatten(1), {"reduction": self.reduction, **self.options, **own, **options}
+        value: Tensor = self.loss(input, weight, target, self.layer.bias, **given)
+        return value
+
+
+def check_layer(layer: Any) -> None:
+    """Raise TypeError unless the outputs of a layer are products of its weight and single entries of its input."""
+    if isinstance(layer, torch.nn.Linear):
+        return
+    if not isinstance(layer, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):
+        raise TypeError(f"layer is a {type(layer).__name__}; accepted: Linear, or Conv1d, Conv2d or Conv3d with a kernel of one pixel")
+    if layer.groups != 1 or any(x != 1 for x in (*layer.kernel_size, *layer.stride)) or any(layer._reversed_padding_repeated_twice):
+        raise TypeError(f"layer is {layer}; accepted: a kernel of one pixel, stride 1, no padding, and one group")

@@ -153,6 +153,11 @@ class ndarray:  # noqa: N801 (CuPy's name)
         wait()
         return float(self._host)
 
+    def tolist(self) -> Any:
+        """Return the elements on the host."""
+        wait()
+        return self._host.tolist()
+
     def __bool__(self) -> bool:
         wait()
         return bool(self._host)

@@ -15,11 +15,13 @@ from torch.compiler import is_compiling
 from fastloss.backends.protocol import Backend
 from fastloss.backends.torch import operators
 from fastloss.backends.torch.autograd import function_of
-from fastloss.backends.torch.bound_loss import VALUE, BoundLoss, PreparedLoss, as_value, machine_of
-from fastloss.backends.torch.layer import LayerFunction
+from fastloss.backends.torch.bound_loss import VALUE, BoundLoss, PreparedLoss, value_dtype
+from fastloss.backends.torch.joint import compute_jointly, view_buffers
+from fastloss.backends.torch.layer import multiply, value_of_layer
 from fastloss.backends.torch.memory_views import (
     HALVES,
     PROPERTIES,
+    STRIDED,
     check_tensors,
     form_of,
     has_memory,
@@ -29,12 +31,11 @@ from fastloss.backends.torch.memory_views import (
     refuse_leaf,
     refuse_transforms,
     to_array,
-    to_tensor,
 )
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import Arguments
-from fastloss.core.checks import count_group_axes, refuse_shared_elements, to_validate
-from fastloss.core.plan import Array
+from fastloss.core.checks import refuse_shared_elements, to_validate
+from fastloss.core.sparse import SparseMatrix, sparse_matrix_of
 from fastloss.cpu.prepared import MOST_PREPARED, sort_options
 
 NO_ARRAYS: list[Any] = []
@@ -46,6 +47,7 @@ class TorchBackend(Backend):
     """The backend for PyTorch tensors, on the CPU and on CUDA devices."""
 
     options = ("inplace_grad", "process_group")
+    multiply = staticmethod(multiply)
 
     def __init__(self) -> None:
         self.bound: dict[Any, PreparedLoss] = {}  # by everything of a call but its tensors' elements and the values of parameters
@@ -140,61 +142,28 @@ class TorchBackend(Backend):
 
     def compute_jointly(self, method: Callable[..., Any], operands: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
         """Call a method that computes several losses at once, with arrays on the tensors' memory. Return its results as tensors."""
-        given = {**operands, **{name: x for name, x in options.items() if isinstance(x, Tensor)}}
-        check_tensors(given.items())
-        refuse_transforms(tuple(given.values()))
-        if not has_memory(tuple(given.values())):
-            raise NotImplementedError("grad and value_and_grad of this loss are not supported in compiled code; use backward()")
-        first, out = next(iter(operands.values())), options.get("out")
-        arrays: dict[str, Any] = {name: to_array(x) for name, x in given.items()}
-        if out is not None:
-            if not isinstance(out, (tuple, list)):
-                raise TypeError(f"out must be tensors, one for each gradient, not {type(out).__name__}")
-            arrays["out"] = view_buffers(out, [f"out[{k}]" for k in range(len(out))])
-        with machine_of(first, value_dtype(first)) as call:
-            result = method(**{**options, **arrays, "call": call})
-        buffers = {} if out is None else {id(array): x for array, x in zip(arrays["out"], out, strict=True)}
-        for x in buffers.values():
-            increment_version(x)
+        return compute_jointly(method, operands, options)
 
-        def convert(x: Any) -> Any:
-            if x is None:
-                return None
-            if isinstance(x, tuple):
-                return type(x)(*map(convert, x)) if hasattr(x, "_fields") else tuple(map(convert, x))
-            if id(x) in buffers:
-                return buffers[id(x)]
-            return as_value(x, value_dtype(first)) if isinstance(x, float) or not x.ndim else to_tensor(x)
+    def compute_layer(
+        self, loss: AbstractLoss, piece: int, operands: Mapping[str, Any], options: Mapping[str, Any], wanted: tuple[bool, ...]
+    ) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
+        """Compute the value of a loss of a linear layer, and the wanted gradients."""
+        value, gradients = super().compute_layer(loss, piece, operands, options, wanted)
+        return value.to(value_dtype(operands["input"])), gradients
 
-        return convert(result)
-
-    def value_of_layer(self, method: Callable[..., Any], operands: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    def value_of_layer(self, loss: AbstractLoss, piece: int, operands: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
         """Compute the value of a loss of a linear layer, with autograd attached to input, weight and bias."""
-        if is_compiling():
-            raise NotImplementedError(
-                "fastloss.linear is not supported in compiled code; call it outside, or use the layer and the loss apart"
-            )
-        named = {**operands, **options}
-        differentiable = [named.pop(name, None) for name in ("input", "linear_weight", "linear_bias")]
-        for name, x in named.items():
-            if isinstance(x, Tensor):
-                refuse_gradient(name, x)
-        detached = {name: x.detach() if isinstance(x, Tensor) else x for name, x in {**operands, **options}.items()}
-
-        def compute(wanted: tuple[bool, bool, bool], **more: Any) -> Any:
-            made = functools.partial(method, wanted=wanted)
-            given = {**detached, **more}
-            return self.compute_jointly(made, {name: given.pop(name) for name in operands}, given)
-
-        if not (is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in differentiable)):
-            return compute((False, False, False))[0]
-        return LayerFunction.apply(compute, count_group_axes(options["reduction"], operands["input"].shape) > 0, *differentiable)
+        return value_of_layer(functools.partial(self.compute_layer, loss, piece), loss, piece, operands, options)
 
     @staticmethod
-    def multiply(a: Any, b: Any, out: Any, adds: bool) -> None:
-        """Write the product of two matrices to a third, or add it there."""
-        x, y, z = map(to_tensor, (a, b, out))
-        torch.addmm(z, x, y, out=z) if adds else torch.mm(x, y, out=z)
+    def sparse_matrix(x: Any) -> SparseMatrix | None:
+        """Return the values of a sparse tensor, or of a matrix of SciPy; None for anything else."""
+        if not isinstance(x, Tensor) or x.layout is STRIDED:
+            return None if isinstance(x, Tensor) else sparse_matrix_of(x)
+        refuse_gradient("target", x)
+        matrix = x.to_sparse_coo().coalesce()
+        rows, columns = matrix.indices().clone()  # torch.compile cannot trace a view of a sparse tensor
+        return SparseMatrix(tuple(matrix.shape), *map(to_array, (rows, columns, matrix.values().clone())))
 
     def placeholder_input(self, target: Any) -> Any:
         """Make an input of the target's shape and dtype, or float32 for integers, by broadcasting a single element."""
@@ -223,11 +192,6 @@ def sort(options: Mapping[str, Any], names: list[str], tensors: list[Any], setti
             tensors.append(x)
         else:
             settings[name] = x
-
-
-def value_dtype(first: Any) -> torch.dtype:
-    """Return the dtype of the value: that of the first operand, but float32 for 16-bit operands under autocast, as in PyTorch."""
-    return torch.float32 if first.dtype in HALVES and torch.is_autocast_enabled(first.device.type) else first.dtype
 
 
 def differentiable_value(bound: BoundLoss, tensors: Sequence[Any], settings: Mapping[str, Any], inplace_grad: bool = False) -> Any:
@@ -276,16 +240,6 @@ def evaluate(
     for x in buffers:
         increment_version(x)
     return value, [*buffers, *computed[len(buffers) :]]
-
-
-def view_buffers(out: Sequence[Any], names: Sequence[str]) -> tuple[Array, ...]:
-    """Return arrays on the memory of the tensors passed as `out`."""
-    check_tensors(zip(names, out, strict=True))
-    for name, x in zip(names, out, strict=True):
-        refuse_leaf(name, x)
-        if x.is_neg():
-            raise TypeError(f"{name} is negated lazily, so its memory does not hold its values; pass {name}.resolve_neg()")
-    return tuple(map(to_array, out))
 
 
 BACKEND = TorchBackend()

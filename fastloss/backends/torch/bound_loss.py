@@ -197,3 +197,8 @@ def as_value(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, float):
         return torch.scalar_tensor(value, dtype=dtype, device="cpu")
     return to_tensor(value).to(dtype)
+
+
+def value_dtype(first: Any) -> torch.dtype:
+    """Return the dtype of the value: that of the first operand, but float32 for 16-bit operands under autocast, as in PyTorch."""
+    return torch.float32 if first.dtype in HALVES and torch.is_autocast_enabled(first.device.type) else first.dtype

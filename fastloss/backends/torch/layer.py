@@ -1,15 +1,55 @@
-"""The autograd function of a loss of a linear layer, whose gradients are computed in the forward pass; see `fastloss/layer.py`."""
+"""A loss of a linear layer of tensors; see `fastloss/core/layer.py`. Gradients are computed in the forward pass.
+
+With one value for each sample, upstream gradients differ from sample to sample, and gradients are computed in the backward pass.
+torch.compile sees the operator `fastloss::linear_loss`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastloss.backends.torch.autograd import times_upstream
+from fastloss.backends.torch.bound_loss import value_dtype
+from fastloss.backends.torch.joint import compute_jointly
+from fastloss.backends.torch.memory_views import HALVES, check_tensors, has_memory, refuse_gradient, refuse_transforms, to_tensor
+from fastloss.backends.torch.operators import FLAGS, LIBRARY, TAGS, no_gradients
+from fastloss.core.abstract_loss import REGISTER, AbstractLoss
+from fastloss.core.checks import count_group_axes, to_validate
+from fastloss.core.layer import Wanted, compute_layer
 
 Compute = Callable[..., tuple[Any, tuple[Any, ...]]]  # returns the value and the wanted gradients
+NAMES = ("input", "linear_weight", "linear_bias")  # of the tensors that have a gradient
+NOTHING: Wanted = (False, False, False)
+
+
+def value_of_layer(compute: Compute, loss: AbstractLoss, piece: int, operands: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """Compute the value with autograd attached to input, weight and bias."""
+    given = {**operands, **options}
+    differentiable = [given.get(name) for name in NAMES]
+    for name, x in given.items():
+        if isinstance(x, Tensor) and name not in NAMES:
+            refuse_gradient(name, x)
+    wanted = tuple(isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() for x in differentiable)
+    has_samples = count_group_axes(options["reduction"], operands["input"].shape) > 0
+    tensors = [x for x in given.values() if isinstance(x, Tensor)]
+    if not has_memory(tensors):
+        check_tensors((name, given[name]) for name in operands)
+        refuse_transforms(tensors)
+        return compiled_value(loss, piece, given, NOTHING if has_samples else wanted)
+    detached = {name: x.detach() if isinstance(x, Tensor) else x for name, x in given.items()}
+
+    def compute_detached(wanted: Wanted, **more: Any) -> Any:
+        rest = {**detached, **more}
+        return compute({name: rest.pop(name) for name in operands}, rest, wanted)
+
+    if not any(wanted):
+        return compute_detached(NOTHING)[0]
+    return LayerFunction.apply(compute_detached, has_samples, *differentiable)
 
 
 class LayerFunction(torch.autograd.Function):
@@ -17,9 +57,10 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, compute: Compute, has_samples: bool, *tensors: Any) -> Any:
-        """Compute the value and the gradients; only the value if there is one for each sample, whose upstream gradients differ."""
+        """Compute the value and the gradients; only the value if there is one for each sample."""
         ctx.compute, ctx.has_samples, ctx.wanted = compute, has_samples, ctx.needs_input_grad[2:]
-        value, gradients = compute(wanted=(False,) * 3 if has_samples else ctx.wanted)
+        ctx.dtypes = [None if x is None else x.dtype for x in tensors]
+        value, gradients = compute(NOTHING if has_samples else ctx.wanted)
         if not has_samples:
             ctx.compute = None
             ctx.save_for_backward(*gradients)
@@ -31,5 +72,105 @@ class LayerFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # `create_graph=True`
             raise NotImplementedError("fastloss.linear has no second derivatives; accepted: the layer and the loss one after the other")
         if ctx.has_samples:
-            return None, None, *ctx.compute(wanted=ctx.wanted, grad_output=upstream)[1]
-        return None, None, *(None if x is None else times_upstream(x, upstream, 1.0) for x in ctx.saved_tensors)
+            gradients = ctx.compute(ctx.wanted, grad_output=upstream)[1]
+        else:
+            gradients = [None if x is None else times_upstream(x, upstream, 1.0) for x in ctx.saved_tensors]
+        return None, None, *(None if x is None else x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True))
+
+
+LIBRARY.define(
+    "linear_loss(str loss, str reduction, int piece, Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
+    "Tensor[] others, str[] names, float[] numbers, ScalarType dtype, bool[] wanted, Tensor? upstream) -> Tensor[]",
+    tags=TAGS,
+)
+
+
+def compiled_value(loss: AbstractLoss, piece: int, given: Mapping[str, Any], wanted: Wanted) -> Any:
+    """Call the operator for the value, which autograd can differentiate."""
+    if not isinstance(given["target"], Tensor):
+        raise NotImplementedError("a sparse target is not supported in compiled code; accepted: a call under torch.compiler.disable")
+    rest = dict(given)
+    operands = [rest.pop(name, None) for name in (*NAMES, "target")]
+    reduction = rest.pop("reduction")
+    others = {name: x for name, x in rest.items() if isinstance(x, Tensor)}
+    numbers = {name: to_validate(x) if name == "validate" else x for name, x in rest.items() if name not in others}
+    names = [*others, *numbers]
+    settings = [float(x) for x in numbers.values()]
+    dtype = value_dtype(operands[0])
+    made = torch.ops.fastloss.linear_loss(
+        loss.key, reduction, piece, *operands, list(others.values()), names, settings, dtype, list(wanted), None
+    )
+    return made[0]
+
+
+@torch.library.impl(LIBRARY, "linear_loss", "CUDA")
+@torch.library.impl(LIBRARY, "linear_loss", "CPU")
+def _linear_loss(
+    loss: str, reduction: str, piece: int, input: Any, linear_weight: Any, linear_bias: Any, target: Any, others: list[Any],
+    names: list[str], numbers: list[float], dtype: torch.dtype, wanted: list[bool], upstream: Any
+) -> list[Any]:  # fmt: skip
+    given = dict(zip(names, [*others, *numbers], strict=True))
+    options = {name: bool(x) if name in FLAGS else x for name, x in given.items()} | {"linear_bias": linear_bias, "grad_output": upstream}
+    method = functools.partial(compute_layer, REGISTER[loss], piece, wanted=tuple(wanted), multiply=multiply)
+    operands = {"input": input, "linear_weight": linear_weight, "target": target}
+    present = {name: x for name, x in options.items() if x is not None}
+    value, gradients = compute_jointly(method, operands, {**present, "reduction": reduction}, dtype)
+    return [value.to(dtype), *(x for x in gradients if x is not None)]
+
+
+@torch.library.register_fake("fastloss::linear_loss", lib=LIBRARY)
+def _(
+    loss: str, reduction: str, piece: int, input: Any, linear_weight: Any, linear_bias: Any, target: Any, others: list[Any],
+    names: list[str], numbers: list[float], dtype: torch.dtype, wanted: list[bool], upstream: Any
+) -> list[Any]:  # fmt: skip
+    shape = input.shape[: count_group_axes(reduction, input.shape)]
+    gradients = [x.new_empty(x.shape, dtype=dtype_of_gradient(x)) for x in chosen((input, linear_weight, linear_bias), wanted)]
+    return [input.new_empty(shape, dtype=dtype), *gradients]
+
+
+def dtype_of_gradient(x: Any) -> torch.dtype:
+    """Return the dtype in which the gradient of a tensor is computed: float32 for 16 bits."""
+    dtype: torch.dtype = torch.float32 if x.dtype in HALVES else x.dtype
+    return dtype
+
+
+def chosen(items: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
+    """Return the items that are wanted."""
+    return [x for x, needed in zip(items, wanted, strict=True) if needed]
+
+
+def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Any]) -> None:
+    """Save the computed gradients or, with one value for each sample, all that they are computed from."""
+    loss, reduction, piece, x, w, b, target, others, names, numbers, dtype, wanted, _ = inputs
+    ctx.call, ctx.lists, ctx.wanted = (loss, reduction, piece), ([None] * len(others), names, numbers, dtype), wanted
+    ctx.has_samples = count_group_axes(reduction, x.shape) > 0
+    ctx.dtypes = [None if a is None else a.dtype for a in (x, w, b)]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*((x, w, b, target, *others) if ctx.has_samples else output[1:]))
+
+
+def multiply_gradients(ctx: Any, grads: list[Any]) -> tuple[Any, ...]:
+    """Return the gradients of the operator with respect to input, weight and bias."""
+    others, names, numbers, dtype = ctx.lists
+    if ctx.has_samples:
+        wanted = [bool(x) for x in ctx.needs_input_grad[3:6]]
+        x, w, b, target, *saved = ctx.saved_tensors
+        rest = (list(saved), names, numbers, dtype, wanted, grads[0])
+        computed = torch.ops.fastloss.linear_loss(*ctx.call, x, w, b, target, *rest)[1:]
+    else:
+        wanted, computed = ctx.wanted, [gradient * grads[0].to(gradient.dtype) for gradient in ctx.saved_tensors]
+    found = iter(computed)
+    by = [next(found).to(dtype) if needed else None for dtype, needed in zip(ctx.dtypes, wanted, strict=True)]
+    return None, None, None, *by, None, *no_gradients(others, names, numbers), None, None, None
+
+
+torch.library.register_autograd("fastloss::linear_loss", multiply_gradients, setup_context=save_gradients, lib=LIBRARY)
+
+
+def multiply(a: Any, b: Any, out: Any, start: Any) -> None:
+    """Write `start` plus the product of two matrices, with PyTorch."""
+    x, y, z = map(to_tensor, (a, b, out))
+    if start is None:
+        torch.mm(x, y, out=z)
+    else:
+        torch.addmm(z if start is out else to_tensor(start), x, y, out=z)
