@@ -40,6 +40,7 @@ class Measurement(NamedTuple):
     block: str  # the name of its block
     measure: Callable[[argparse.Namespace], dict[str, Any]]  # returns the results
     text: Callable[[dict[str, Any]], str]  # returns the tables of results in Markdown
+    draw: Callable[[dict[str, Any], Path], None] | None = None  # draws the picture of results
 
     def filled(self, page: Path, content: dict[str, Any], source: Path | str) -> str:
         """Return a page's text with the tables of a results file between its marks."""
@@ -58,6 +59,8 @@ class Measurement(NamedTuple):
         parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there")
         parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing: the tables of a file")
         parser.add_argument("--write", type=Path, metavar="PAGE", help="write the tables between this page's marks")
+        if self.draw:
+            parser.add_argument("--png", type=Path, metavar="FILE", help="draw the picture of the results there")
         options = parser.parse_args(arguments)
         content = json.loads(options.show.read_text()) if options.show else self.measured(options)
         if options.json:
@@ -66,6 +69,8 @@ class Measurement(NamedTuple):
         print(self.markdown(content, source))
         if options.write:
             options.write.write_text(self.filled(options.write, content, source))
+        if self.draw and options.png:
+            self.draw(content, options.png)
 
     def measured(self, options: argparse.Namespace) -> dict[str, Any]:
         """Measure; return the results with the date and the machine."""

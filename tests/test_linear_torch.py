@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: E402, N812
 import fastloss as fl  # noqa: E402
 import fastloss.torch as ft  # noqa: E402
 from fastloss.backends.torch.backend import TorchBackend  # noqa: E402
+from fastloss.core.products import Products  # noqa: E402
 from tests.test_linear import BCE, CE, OUTPUTS, SHAPES, assert_equal, layer, outputs_of  # noqa: E402
 from tests.ulp import MATRICES, assert_close  # noqa: E402
 
@@ -67,8 +68,9 @@ def test_tensors_are_arrays_and_only_the_needed_gradients_are_computed(monkeypat
     out = tuple(torch.zeros_like(a) for a in (tensors[0], tensors[1], tensors[3]))
     got = fl.linear(BCE, 512).grad(*tensors, out=out, accumulate=True)
     assert all(a is given for a, given in zip(got, out, strict=True))
-    counted, multiply = [], TorchBackend.multiply
-    monkeypatch.setattr(TorchBackend, "multiply", staticmethod(lambda *a: counted.append(0) or multiply(*a)))
+    counted, products = [], TorchBackend.products
+    counting = Products(*(lambda *a, f=f: counted.append(0) or f(*a) for f in products))
+    monkeypatch.setattr(TorchBackend, "products", counting)
     x, w, t, b = tensors
     for needed, products in (((), 1), ((x,), 2), ((w,), 2), ((x, w), 3), ((x, w, b), 4)):
         for a in (x, w, b):

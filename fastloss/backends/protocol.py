@@ -9,12 +9,11 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import Arguments, Call
 from fastloss.core.layer import Wanted, compute_layer
 from fastloss.core.plan import Array
+from fastloss.core.products import PRODUCTS, Products
 from fastloss.core.sparse import SparseMatrix, sparse_matrix_of
 
 
@@ -28,6 +27,7 @@ class Backend:
 
     options: tuple[str, ...] = ()  # accepted in addition to those of a loss, such as PyTorch's `inplace_grad`
     is_lazy = False  # whether results are computed later
+    products: Products  # of matrices
 
     def compute(self, loss: AbstractLoss, arguments: Arguments) -> tuple[Any, list[Array]]:
         """Compute the requested quantities: the reduced value or None, and one array for each quantity in `arguments.wanted`."""
@@ -56,17 +56,9 @@ class Backend:
         self, loss: AbstractLoss, piece: int, operands: Mapping[str, Any], options: Mapping[str, Any], wanted: Wanted
     ) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
         """Compute the value of a loss of a linear layer, and its gradients by input, weight and bias, of which not all may be wanted."""
-        method = functools.partial(compute_layer, loss, piece, wanted=wanted, multiply=self.multiply)
+        method = functools.partial(compute_layer, loss, piece, wanted=wanted, products=self.products)
         computed: tuple[Any, tuple[Any, ...]] = self.compute_jointly(method, operands, options)
         return computed
-
-    @staticmethod
-    def multiply(a: Any, b: Any, out: Any, start: Any) -> None:
-        """Write `start`, which may be `out` or a row or a column, plus the product of two matrices; None stands for 0.
-
-        All are arrays as the method of `compute_jointly` receives them.
-        """
-        raise NotImplementedError
 
     @staticmethod
     def sparse_matrix(x: Any) -> SparseMatrix | None:
@@ -78,6 +70,7 @@ class ArrayBackend(Backend):
     """A framework whose arrays can be passed to a subclass of `Call` without conversion."""
 
     call: type[Call]
+    products = PRODUCTS
 
     def compute(self, loss: AbstractLoss, arguments: Arguments) -> tuple[Any, list[Array]]:
         """Compute the requested quantities on the arrays as they are."""
@@ -90,13 +83,3 @@ class ArrayBackend(Backend):
     def compute_jointly(self, method: Callable[..., Any], operands: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
         """Call a method that computes several losses at once, with the arrays as they are."""
         return method(**operands, **options, call=self.call)
-
-    @staticmethod
-    def multiply(a: Any, b: Any, out: Any, start: Any) -> None:
-        """Write `start` plus the product of two matrices."""
-        if start is out:
-            np.add(out, a @ b, out=out)
-            return
-        np.matmul(a, b, out=out)
-        if start is not None:
-            np.add(out, start, out=out)

@@ -8,7 +8,7 @@ framework whose arrays are passed.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,17 +19,17 @@ from fastloss.core.checks import check_flag, check_output, count_group_axes, to_
 from fastloss.core.overlap import check_buffers, span_of
 from fastloss.core.pieces import Piece, by_entry, dtype_of_products, layer_of
 from fastloss.core.plan import Array
+from fastloss.core.products import Products
 from fastloss.core.sparse import SparseMatrix, SparseTarget
 
 VALUE, SLOPE = ("value",), ("slope",)
 
-Multiply = Callable[[Any, Any, Any, Any], None]  # writes the product of two matrices to a third, after adding a matrix unless it is None
 Wanted = tuple[bool, ...]  # whether the gradients of input, weight and bias are wanted
 Buffers = tuple[Array | None, ...]  # for these gradients; None for those that are not wanted
 
 
 def compute_layer(
-    loss: AbstractLoss, piece: int, input: Any, linear_weight: Any, target: Any, *, call: type[Call], multiply: Multiply, wanted: Wanted,
+    loss: AbstractLoss, piece: int, input: Any, linear_weight: Any, target: Any, *, call: type[Call], products: Products, wanted: Wanted,
     reduction: str, linear_bias: Any = None, grad_output: Any = 1.0, out: Any = None, accumulate: bool = False, **options: Any,
 ) -> tuple[Any, Buffers]:  # fmt: skip
     """Compute the value and the wanted gradients, in pieces of so many bytes, on arrays that the class `call` reads."""
@@ -37,7 +37,7 @@ def compute_layer(
     if accumulate and out is None:
         raise ValueError("accumulate=True adds to the arrays that out passes, and out is None")
     arrays = {"input": input, "linear_weight": linear_weight, "target": target, "linear_bias": linear_bias}
-    made = LinearCall(loss, arrays, options, reduction, call, multiply)
+    made = LinearCall(loss, arrays, options, reduction, call, products)
     buffers = made.new_buffers(wanted) if out is None else made.check_buffers(out, wanted)
     return made.run(piece, grad_output, buffers, accumulate), buffers
 
@@ -47,9 +47,9 @@ class LinearCall:
 
     def __init__(
         self, loss: AbstractLoss, arrays: Mapping[str, Any], options: Mapping[str, Any], reduction: str, call: type[Call],
-        multiply: Multiply,
+        products: Products,
     ) -> None:  # fmt: skip
-        self.loss, self.reduction, self.call, self.multiply = loss, reduction, call, multiply
+        self.loss, self.reduction, self.call, self.products = loss, reduction, call, products
         self.input: Array = call.as_array("input", arrays["input"])
         self.weight: Array = call.as_array("linear_weight", arrays["linear_weight"])
         bias = arrays["linear_bias"]
@@ -189,7 +189,7 @@ class LinearCall:
             self.space = self.call.scratch_like(np.empty_like(self.input, self.dtype, shape=shape[0] * shape[1]))
         space = self.space[: shape[0] * shape[1]]
         outputs = space.reshape(shape[::-1]).T if self.layer.places else space.reshape(shape)
-        self.multiply(rows, columns.T, outputs, bias)
+        self.products.multiply(rows, columns.T, outputs, bias)
         return rows, columns, outputs
 
     def as_factor(self, x: Array) -> Array:
@@ -223,10 +223,9 @@ class LinearCall:
         by_input, by_weight, by_bias = buffers
         if by_input is not None:
             out = by_entry(by_input[(of_samples, slice(None), *of_places)])
-            self.multiply(slopes, columns, out, out if adds[0] else None)
+            self.products.multiply(slopes, columns, out, out if adds[0] else None)
         if by_weight is not None:
             out = by_weight[of_outputs]
-            self.multiply(slopes.T, rows, out, out if adds[1] else None)
+            self.products.multiply(slopes.T, rows, out, out if adds[1] else None)
         if by_bias is not None:
-            ones, out = np.ones_like(slopes, shape=(1, len(slopes))), by_bias[np.newaxis, of_outputs]
-            self.multiply(ones, slopes, out, out if adds[1] else None)
+            self.products.sum_rows(slopes, by_bias[of_outputs], adds[1])

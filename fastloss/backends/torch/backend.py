@@ -17,7 +17,7 @@ from fastloss.backends.torch import operators
 from fastloss.backends.torch.autograd import function_of
 from fastloss.backends.torch.bound_loss import VALUE, BoundLoss, PreparedLoss, value_dtype
 from fastloss.backends.torch.joint import compute_jointly, view_buffers
-from fastloss.backends.torch.layer import multiply, value_of_layer
+from fastloss.backends.torch.layer import PRODUCTS, value_of_layer
 from fastloss.backends.torch.memory_views import (
     HALVES,
     PROPERTIES,
@@ -47,7 +47,7 @@ class TorchBackend(Backend):
     """The backend for PyTorch tensors, on the CPU and on CUDA devices."""
 
     options = ("inplace_grad", "process_group")
-    multiply = staticmethod(multiply)
+    products = PRODUCTS
 
     def __init__(self) -> None:
         self.bound: dict[Any, PreparedLoss] = {}  # by everything of a call but its tensors' elements and the values of parameters
