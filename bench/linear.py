@@ -11,6 +11,7 @@ a process of its own, without its inputs and gradients.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -136,8 +137,16 @@ def ways_of_sparse(features: int, outputs: int) -> dict[str, Callable[[], Any]]:
     return {name: partial(fl.linear(LOSS).value_and_grad, x, w, target, b) for name, target in targets.items()}
 
 
-def timed(rows: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of every row in every round."""
+WAYS = {"tensors": ways, "arrays": ways_of_numpy, "pieces": ways_of_pieces, "sparse": ways_of_sparse}
+
+
+def timed(table: str, shape: tuple[int, int], threads: int) -> dict[str, list[float]]:
+    """Return the seconds of every row of a table in every round. The threads for NumPy are those of a program without PyTorch."""
+    if table == "arrays":
+        os.environ["FASTLOSS_THREADS"] = "pool"
+    torch.set_num_threads(threads)
+    fl.set_num_threads(threads)
+    rows, rounds = WAYS[table](*shape), 25 if shape[1] < 10_000 else 9
     order, names = np.random.default_rng(0), list(rows)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for run in rows.values():  # compiles
@@ -193,17 +202,13 @@ def errors(features: int, outputs: int) -> dict[str, dict[str, float]]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Return all results."""
-    torch.set_num_threads(options.threads)
-    fl.set_num_threads(options.threads)
-    made = {"tensors": ways, "arrays": ways_of_numpy, "pieces": ways_of_pieces, "sparse": ways_of_sparse}
+    """Return all results. Each cell has a process of its own."""
     chosen = {"tensors": SHAPES, "arrays": OF_NUMPY, "pieces": (OF_PIECES,), "sparse": (OF_SPARSE,)}
     times, peaks = [], []
-    for table, shape in track([(t, s) for t in made for s in chosen[t]], "times", console=Console(stderr=True)):
-        rounds = 25 if shape[1] < 10_000 else 9
-        times.append({"table": table, "shape": shape, "seconds": timed(made[table](*shape), rounds)})
     cells = [(way, *shape) for shape in dict.fromkeys((*LABELS, *BATCHES)) for way in MEMORY_WAYS]
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        for table, shape in track([(t, s) for t in chosen for s in chosen[t]], "times", console=Console(stderr=True)):
+            times.append({"table": table, "shape": shape, "seconds": pool.submit(timed, table, shape, options.threads).result()})
         for way, samples, outputs in track(cells, "memory", console=Console(stderr=True)):
             whole, beyond = pool.submit(peak, way, samples, outputs, options.threads).result()
             peaks.append({"way": way, "samples": samples, "outputs": outputs, "process": whole, "beyond": beyond})

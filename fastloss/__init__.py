@@ -6,7 +6,7 @@ from fastloss.accumulator import Accumulator
 from fastloss.backends.find import raise_deferred
 from fastloss.cpu.memory import empty_cache
 from fastloss.cpu.threads import get_num_threads, set_num_threads
-from fastloss.layer import linear
+from fastloss.layer import LinearGradient, linear
 from fastloss.loss import Loss, elementwise_loss
 from fastloss.losses.classes import *
 from fastloss.losses.latent import *
@@ -19,8 +19,8 @@ from fastloss.ops import FormulaError
 from fastloss.version import __version__ as __version__
 
 __all__ = [
-    "Accumulator", "FormulaError", "Loss", "elementwise_loss", "empty_cache", "get_num_threads", "linear", "raise_deferred",
-    "set_num_threads",
+    "Accumulator", "FormulaError", "LinearGradient", "Loss", "elementwise_loss", "empty_cache", "get_num_threads", "linear",
+    "raise_deferred", "set_num_threads",
 ]  # fmt: skip
 __all__ += logistic.__all__
 __all__ += regression.__all__

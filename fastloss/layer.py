@@ -103,9 +103,12 @@ def linear(loss: AbstractLoss, piece: int = PIECE) -> LinearLoss:
     piece is overwritten by its slopes, which are added to the gradients at once.
 
     The result is called as the loss, with `linear_weight` after the input, and `linear_bias` after the target; further arguments are
-    those of the loss, for the outputs. The reduction "none" is not supported; where it is the loss's default, "mean" takes its place.
-    `grad` returns a `LinearGradient`: the gradients by input, weight and bias (None without a bias). Their `out` is a tuple of as many
-    C-contiguous arrays, and `accumulate=True` adds to them. With PyTorch, the value has autograd attached to the three.
+    those of the loss, for the outputs. A target (N, P) may be sparse: a matrix of SciPy, or of CuPy beside its arrays, or a sparse tensor.
+    The reduction "none" is not supported; where it is the loss's default, "mean" takes its place. `grad` returns a `LinearGradient`: the
+    gradients by input, weight and bias (None without a bias). Their `out` is a tuple of as many C-contiguous arrays, and `accumulate=True`
+    adds to them. With PyTorch, the value has autograd attached to the three.
+
+    Arrays are float32, float64, or of 16 bits, which are multiplied in float32 and may be mixed with float32.
 
     Results do not depend on the number of fastloss's threads. Other pieces add numbers in another order.
 
@@ -115,10 +118,12 @@ def linear(loss: AbstractLoss, piece: int = PIECE) -> LinearLoss:
         piece: bytes of the outputs that exist at a time.
 
     Returns:
-        An object with the methods `__call__`, `grad` and `value_and_grad`. The gradients have the dtype of the input.
+        An object with the methods `__call__`, `grad` and `value_and_grad`. The gradients have the dtype of their arrays, but are float32
+        for 16 bits, except those of autograd.
 
     Raises:
-        TypeError: not a loss, or one that has several gradients or needs all outputs at once, such as a Dice loss.
+        TypeError: not a loss, or one that has several gradients or needs all outputs at once, such as a Dice loss. Calls raise the errors
+            of the loss, and a ValueError or TypeError for arrays that are no linear layer.
 
     Source: Wijmans and others, "Cut Your Losses in Large-Vocabulary Language Models", 2024, for cross-entropy.
     """

@@ -41,14 +41,15 @@ def test_speeds_are_those_of_the_results_that_the_page_names(page):
     assert all(picture.is_file() for picture in pictures)
 
 
-@pytest.mark.parametrize("name", ["training_step", "everyday", "compiled"])
+@pytest.mark.parametrize("name", ["training_step", "everyday", "compiled", "linear"])
 def test_tables_of_a_measurement_are_those_of_the_results_that_the_page_names(name):
     pytest.importorskip("torch")
     measurement = importlib.import_module(f"bench.{name}").MEASUREMENT
-    text = BENCHMARKS.read_text()
+    file = DOCS / "linear.md" if name == "linear" else BENCHMARKS
+    text = file.read_text()
     begin, end = page.marks(measurement.block, f"python -m {measurement.command} --write")
     (source,) = re.findall(r"all times are in `(.*)`", text.partition(begin)[2].partition(end)[0])
-    assert measurement.filled(BENCHMARKS, json.loads((losses.ROOT / source).read_text()), source) == text
+    assert measurement.filled(file, json.loads((losses.ROOT / source).read_text()), source) == text
 
 
 def test_table_of_errors_of_other_libraries_is_up_to_date():

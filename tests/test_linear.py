@@ -206,7 +206,7 @@ WRONG = [
     ({"out": np.ones((4, 3))}, "out must be 2 arrays, one for each gradient"),
     ({"out": (np.ones((4, 3)), np.ones((3, 2)))}, r"out\[1\] has shape \(3, 2\) and dtype float64; the result has shape \(2, 3\)"),
     ({"out": (np.ones((3, 4)).T, np.ones((2, 3)))}, r"out\[0\] has shape \(4, 3\) and strides .*; accepted: C-contiguous arrays"),
-    ({"input": np.ones((4, 3), int)}, "input has dtype int64; accepted: float32, float64, float16, bfloat16"),
+    ({"input": np.ones((4, 3), int)}, "input has dtype int64; accepted: float16, bfloat16, float32, float64"),
     ({"reduction": ""}, "reduction '' is unknown; accepted: 'mean'"),
     ({"accumulate": True}, "accumulate=True adds to the arrays that out passes, and out is None"),
 ]

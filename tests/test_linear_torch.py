@@ -55,7 +55,7 @@ def test_autograd_and_second_derivatives():
         for reduction in ("mean", "sample_sum"):
             assert torch.autograd.gradcheck(lambda *a: fl.linear(BCE, 256)(*a[:2], t, a[2], reduction=reduction), (x, w, b))  # noqa: B023
             assert torch.autograd.gradcheck(lambda *a: fl.linear(CE, 256)(*a[:2], k, a[2], reduction=reduction), (x, w, b))  # noqa: B023
-    value = fl.linear(BCE)(x, w.detach(), t)
+    value = fl.linear(BCE, 64)(x, w.detach(), t)
     with pytest.raises(NotImplementedError, match=r"no second derivatives; accepted: the layer and the loss one after the other"):
         torch.autograd.grad(value, x, create_graph=True)
 
@@ -76,15 +76,39 @@ def test_tensors_are_arrays_and_only_the_needed_gradients_are_computed(monkeypat
         for a in (x, w, b):
             a.requires_grad_(any(a is other for other in needed))
         counted.clear()
-        value = fl.linear(BCE)(x, w, t, b)
-        assert len(counted) == products
+        value = fl.linear(BCE, 3072)(x, w, t, b)
+        assert len(counted) == 2 * products  # in two pieces
         assert value.requires_grad == bool(needed)
     with torch.no_grad():
         counted.clear()
-        assert not fl.linear(BCE)(x, w, t, b).requires_grad
-        assert len(counted) == 1
+        assert not fl.linear(BCE, 3072)(x, w, t, b).requires_grad
+        assert len(counted) == 2
     with pytest.raises(NotImplementedError, match="target requires a gradient"):
         fl.linear(BCE)(x, w, t.requires_grad_(), b)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outputs_that_fit_into_a_piece_exist(shape, monkeypatch, rng):
+    x, w, b, t = tensors(rng, SHAPES[shape])
+    for reduction in ("mean", "sample_sum"):
+        upstream = torch.tensor(rng.random(() if reduction == "mean" else len(x)))
+        pair = [fl.linear(BCE, piece)(x, w, t, b, reduction=reduction, label_smoothing=0.1) for piece in (256, 8 << 20)]
+        assert_alike(*(gradients(value, x, w, b, upstream=upstream) for value in pair), "float64")
+    monkeypatch.setattr(TorchBackend, "compute_layer", general)
+    fl.linear(BCE)(x, w, t, b)
+    given = {"input": x, "linear_weight": w, "linear_bias": b, "target": t}
+    wrong = {"linear_bias": b.float()}, {"linear_bias": b[:3]}, {"linear_weight": w[:, :3]}, {"linear_weight": w.half()}
+    for unusual in (*wrong, {"target": t.double().to_sparse() if t.dim() == 2 else None}, {"inplace_grad": True}):
+        with pytest.raises(GeneralError):  # whose errors are not those of PyTorch's layer
+            fl.linear(BCE)(**{**given, **unusual})
+
+
+class GeneralError(Exception):
+    """The general way is taken, in which outputs do not exist."""
+
+
+def general(*_):
+    raise GeneralError
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sample_sum"])

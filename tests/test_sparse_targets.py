@@ -180,3 +180,16 @@ def test_errors(rng):
         fl.linear(BCE)(x, w, t, b, ignore_index=0)
     with pytest.raises(ValueError, match=r"a sparse target has shape \(7, 11\); accepted: \(7, 11\), for an input \(N, K\)"):
         fl.linear(BCE)(x[..., np.newaxis], w, t, b)
+
+
+def test_masked_values_are_not_refused(rng):
+    x, w, b = layer(rng, (7, 5))
+    t = targets(rng)
+    dense = t.toarray()
+    t.data[3] = 200
+    row, column = (places[3] for places in t.nonzero())
+    mask = np.ones((7, OUTPUTS), bool)
+    mask[row, column] = False
+    out = tuple(np.empty_like(a) for a in (x, w, b))
+    got = fl.linear(BCE, 64).value_and_grad(x, w, t, b, mask=mask, out=out)
+    assert_equal(got, fl.linear(BCE, 64).value_and_grad(x, w, dense, b, mask=mask), MATRICES[x.dtype])

@@ -1,12 +1,13 @@
 """A loss of the outputs of a linear layer, computed piece by piece, so that the outputs never exist as a whole.
 
-A piece is some of the outputs of some entries: samples, or places of one sample. For each piece, one product of matrices makes the
+A piece is some of the outputs of some entries: samples, or places of a sample. For each piece, one product of matrices makes the
 outputs, the loss overwrites them with its slopes, and two products add the slopes to the gradients. Products are those of the
 framework whose arrays are passed.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import Arguments, Call
 from fastloss.core.checks import check_flag, check_output, count_group_axes, to_buffers
 from fastloss.core.overlap import check_buffers, span_of
-from fastloss.core.pieces import Piece, by_entry, dtype_of_products, layer_of
+from fastloss.core.pieces import Piece, dtype_of_products, layer_of, matrices
 from fastloss.core.plan import Array
 from fastloss.core.products import Products
 from fastloss.core.sparse import SparseMatrix, SparseTarget
@@ -55,7 +56,7 @@ class LinearCall:
         bias = arrays["linear_bias"]
         self.bias: Array | None = None if bias is None else call.as_array("linear_bias", bias)
         self.layer = layer_of(self.input, self.weight, self.bias)
-        self.dtype = dtype_of_products(self.input)
+        self.dtype = dtype_of_products(self.input.dtype)
         self.sparse: SparseTarget | None = None
         self.target = self.take_target(arrays["target"])
         loss.check_operands(self.layer.shape, self.target)
@@ -84,7 +85,7 @@ class LinearCall:
             return dense
         if target.shape != self.layer.shape:
             raise ValueError(f"a sparse target has shape {target.shape}; accepted: {self.layer.shape[:2]}, for an input (N, K)")
-        if type(target.values) is not type(self.input):
+        if isinstance(target.values, np.ndarray) != isinstance(self.input, np.ndarray):
             kinds = (f"{type(x).__module__.partition('.')[0]}.{type(x).__name__}" for x in (target.values, self.input))
             raise TypeError("a sparse target has arrays of {}, and the input is one of {}; accepted: the same".format(*kinds))
         self.sparse = SparseTarget(target, self.dtype, keeps_integers=not self.has_classes)
@@ -164,11 +165,11 @@ class LinearCall:
         values = np.zeros_like(self.input, np.float64, shape=self.layer.samples if self.is_by_sample else 1)
         last = None  # range of outputs of the piece before
         for piece in self.layer.pieces(max(1, size // self.dtype.itemsize), splits_outputs=not self.has_classes):
-            rows, columns, outputs = self.outputs_of(piece)
+            entries, columns, outputs = self.outputs_of(piece)
             values[piece[0] if self.is_by_sample else ...] += self.evaluate(piece, outputs, scale)
             if has_gradient:
                 adds = accumulate or piece[1].start > 0, accumulate or piece[1] == last
-                self.add_gradients(piece, rows, columns, outputs, buffers, adds)
+                self.add_gradients(piece, entries, columns, outputs, buffers, adds)
             last = piece[1]
         if last is None and not accumulate:  # there are no outputs
             for buffer in buffers:
@@ -178,19 +179,25 @@ class LinearCall:
             found = values / divisor
         return found if self.is_by_sample else found[0]
 
-    def outputs_of(self, piece: Piece) -> tuple[Array, Array, Array]:
-        """Compute a piece of the outputs; return it after its two factors, all as matrices whose rows are entries, or outputs."""
+    def outputs_of(self, piece: Piece) -> tuple[list[Array], Array, Array]:
+        """Compute a piece of the outputs; return it after its factors: the entries, and the weight's rows."""
         of_samples, of_outputs, *of_places = piece
-        rows = self.as_factor(by_entry(self.input[(of_samples, slice(None), *of_places)]))
+        entries = [self.as_factor(x) for x in matrices(self.input[(of_samples, slice(None), *of_places)])]
         columns = self.as_factor(self.weight[of_outputs])
         bias = None if self.bias is None else self.as_factor(self.bias[np.newaxis, of_outputs])
-        shape = (len(rows), len(columns))
+        outputs = self.space_of(piece)
+        for rows, out in zip(entries, matrices(outputs), strict=True):
+            self.products.multiply(rows, columns.T, out, bias)
+        return entries, columns, outputs
+
+    def space_of(self, piece: Piece) -> Array:
+        """Return memory for the outputs of a piece, which the next piece overwrites."""
+        shape = *(part.stop - part.start for part in piece), *self.layer.places[1:]
+        size = math.prod(shape)
         if self.space is None:
-            self.space = self.call.scratch_like(np.empty_like(self.input, self.dtype, shape=shape[0] * shape[1]))
-        space = self.space[: shape[0] * shape[1]]
-        outputs = space.reshape(shape[::-1]).T if self.layer.places else space.reshape(shape)
-        self.products.multiply(rows, columns.T, outputs, bias)
-        return rows, columns, outputs
+            self.space = self.call.scratch_like(np.empty_like(self.input, self.dtype, shape=size))
+        space: Array = self.space[:size].reshape(shape)
+        return space
 
     def as_factor(self, x: Array) -> Array:
         """Return a matrix as products read it: one of 16 bits is converted to float32."""
@@ -198,8 +205,6 @@ class LinearCall:
 
     def evaluate(self, piece: Piece, outputs: Array, scale: Any) -> Any:
         """Compute the sum of the loss of a piece and, given their factor, overwrite the outputs by the slopes."""
-        if self.layer.places:
-            outputs = outputs.T.reshape(1, outputs.shape[1], -1, *self.layer.places[1:])
         target = self.part("target", self.target, piece) if self.sparse is None else self.sparse.dense(*piece)
         options = {name: self.part(name, x, piece) if np.ndim(x) else x for name, x in self.options.items()}
         if scale is not None:
@@ -216,16 +221,18 @@ class LinearCall:
         return x[tuple(piece[axis] if axis < len(piece) and n > 1 else slice(None) for axis, n in zip(axes, x.shape, strict=True))]
 
     def add_gradients(
-        self, piece: Piece, rows: Array, columns: Array, slopes: Array, buffers: Buffers, adds: tuple[bool, bool]
+        self, piece: Piece, entries: list[Array], columns: Array, slopes: Array, buffers: Buffers, adds: tuple[bool, bool]
     ) -> None:  # fmt: skip
         """Write or add the products of a piece's slopes to the gradients: first that of the input, then those of weight and bias."""
         of_samples, of_outputs, *of_places = piece
         by_input, by_weight, by_bias = buffers
+        factors = matrices(slopes)
         if by_input is not None:
-            out = by_entry(by_input[(of_samples, slice(None), *of_places)])
-            self.products.multiply(slopes, columns, out, out if adds[0] else None)
-        if by_weight is not None:
-            out = by_weight[of_outputs]
-            self.products.multiply(slopes.T, rows, out, out if adds[1] else None)
-        if by_bias is not None:
-            self.products.sum_rows(slopes, by_bias[of_outputs], adds[1])
+            for factor, out in zip(factors, matrices(by_input[(of_samples, slice(None), *of_places)]), strict=True):
+                self.products.multiply(factor, columns, out, out if adds[0] else None)
+        for k, (factor, rows) in enumerate(zip(factors, entries, strict=True)):
+            if by_weight is not None:
+                out = by_weight[of_outputs]
+                self.products.multiply(factor.T, rows, out, out if adds[1] or k else None)
+            if by_bias is not None:
+                self.products.sum_rows(factor, by_bias[of_outputs], adds[1] or k > 0)

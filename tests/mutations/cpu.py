@@ -552,34 +552,78 @@ MUTATIONS = (
     ),
     # --- linear layers
     Mutation(
-        "input-gradient-of-the-last-outputs", "layer.py", "accumulate or piece[1].start > 0", "accumulate",
+        "input-gradient-of-the-last-outputs", "core/layer.py", "accumulate or piece[1].start > 0", "accumulate",
         "The gradient of the input is that of the last range of outputs.", ("test_linear.py::test_pieces_options_and_reductions",),
         select="none-samples-8",
     ),
     Mutation(
-        "weight-gradient-of-the-last-entries", "layer.py", "accumulate or piece[1] == last", "accumulate",
+        "weight-gradient-of-the-last-entries", "core/layer.py", "accumulate or piece[1] == last", "accumulate",
         "The gradient of the weight is that of the last entries.", ("test_linear.py::test_pieces_options_and_reductions",),
         select="none-image-256",
     ),
     Mutation(
-        "piece-of-every-option", "layer.py", "axis < len(piece) and n > 1 else", "axis < len(piece) else",
+        "piece-of-every-option", "core/layer.py", "axis < len(piece) and n > 1 else", "axis < len(piece) else",
         "An option that broadcasts along an axis is cut there.", ("test_linear.py::test_pieces_options_and_reductions",),
         select="number or outputs-image-8",
     ),
     Mutation(
-        "index-in-the-piece", "layer.py", "        except ValueError:\n            self.check_elements()\n            raise",
+        "index-in-the-piece", "core/layer.py", "        except ValueError:\n            self.check_elements()\n            raise",
         "        except ZeroDivisionError:\n            raise",
         "An error names the element of the piece.",
         ("test_linear.py::test_an_error_names_the_element_of_the_whole_target_and_writes_nothing",),
     ),
     Mutation(
-        "buffers-may-overlap", "layer.py", "for x in buffers], spans)", "for x in ()], spans)",
+        "buffers-may-overlap", "core/layer.py", "for x in buffers], spans)", "for x in ()], spans)",
         "Gradients overwrite what is read.", ("test_linear.py::test_given_arrays_share_no_memory",),
     ),
     Mutation(
         "every-gradient-of-tensors", "backends/torch/layer.py",
-        "(False,) * 3 if has_samples else ctx.wanted", "(False,) * 3 if has_samples else (True,) * 3",
+        "compute(NOTHING if has_samples else ctx.wanted)", "compute(NOTHING if has_samples else (True,) * 3)",
         "Gradients are computed that nothing needs.",
-        ("test_linear.py::test_tensors_are_arrays_and_only_the_needed_gradients_are_computed",),
+        ("test_linear_torch.py::test_tensors_are_arrays_and_only_the_needed_gradients_are_computed",),
+    ),
+    Mutation(
+        "rows-of-every-sparse-piece", "core/sparse.py", "if height < self.length:", "if False:",
+        "Values of other samples are written into a piece.", ("test_sparse_targets.py::test_pieces_and_options",), select="none-8",
+    ),
+    Mutation(
+        "sparse-piece-keeps-values", "core/sparse.py", "            self.space[self.filled] = 0", "            pass",
+        "A piece has the values of the one before.", ("test_sparse_targets.py::test_pieces_and_options",), select="none-256",
+    ),
+    Mutation(
+        "several-values-at-one-place", "core/sparse.py", "(self.keys[1:] == self.keys[:-1]).any()", "False",
+        "One of several values at a place is taken.", ("test_sparse_targets.py::test_errors",),
+    ),
+    Mutation(
+        "any-integer-in-a-byte", "core/sparse.py", "return small if bool((small == values).all()) else values", "return small",
+        "Integers of a sparse target wrap around.", ("test_sparse_targets.py::test_errors",),
+    ),
+    Mutation(
+        "sparse-options-of-other-places", "core/layer.py", "np.broadcast_to(x, self.layer.shape)[rows, columns] if np.ndim(x)",
+        "np.broadcast_to(x, self.layer.shape)[:1, :1] if np.ndim(x)",
+        "A masked value of a sparse target is refused.", ("test_sparse_targets.py::test_masked_values_are_not_refused",),
+    ),
+    Mutation(
+        "products-of-16-bits", "core/layer.py", "x if x.dtype == self.dtype else x.astype(self.dtype)", "x",
+        "Products of 16-bit arrays are rounded to 16 bits.", ("test_linear.py::test_16_bits_are_computed_in_float32",),
+    ),
+    Mutation(
+        "targets-are-read-twice", "core/layer.py", "if self.checks_elements():", "if True:",
+        "A target that nothing refuses is read before the gradients are written.",
+        ("test_linear.py::test_targets_that_nothing_refuses_are_not_read_twice",),
+    ),
+    Mutation(
+        "gradients-rounded-before-the-scale", "backends/torch/layer.py", "            ctx.save_for_backward(*gradients)",
+        "            ctx.save_for_backward(*(None if x is None else x.to(d) for x, d in zip(gradients, ctx.dtypes)))",
+        "16-bit gradients are rounded before they are multiplied by the loss scale.",
+        ("test_linear_torch.py::test_gradients_of_16_bits_are_scaled_before_they_are_rounded",),
+    ),
+    Mutation(
+        "compiled-gradients-of-the-mean", "backends/torch/layer.py", "numbers, dtype, wanted, grads[0])", "numbers, dtype, wanted, None)",
+        "Compiled code ignores the upstream gradients of samples.", ("test_linear_torch.py::test_compiled_code_computes_the_same",),
+    ),
+    Mutation(
+        "weighted-mean-of-squares", "torch/functional.py", 'reduction, total = "sum", weight.sum()', 'reduction, total = "mean", None',
+        "A weighted mean is divided by the number of elements.", ("test_linear_torch.py::test_functions_are_the_layer_and_the_loss",),
     ),
 )  # fmt: skip
