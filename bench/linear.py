@@ -141,9 +141,7 @@ WAYS = {"tensors": ways, "arrays": ways_of_numpy, "pieces": ways_of_pieces, "spa
 
 
 def timed(table: str, shape: tuple[int, int], threads: int) -> dict[str, list[float]]:
-    """Return the seconds of every row of a table in every round. The threads for NumPy are those of a program without PyTorch."""
-    if table == "arrays":
-        os.environ["FASTLOSS_THREADS"] = "pool"
+    """Return the seconds of every row of a table in every round."""
     torch.set_num_threads(threads)
     fl.set_num_threads(threads)
     rows, rounds = WAYS[table](*shape), 25 if shape[1] < 10_000 else 9
@@ -208,6 +206,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     cells = [(way, *shape) for shape in dict.fromkeys((*LABELS, *BATCHES)) for way in MEMORY_WAYS]
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
         for table, shape in track([(t, s) for t in chosen for s in chosen[t]], "times", console=Console(stderr=True)):
+            os.environ["FASTLOSS_THREADS"] = "pool" if table == "arrays" else ""  # the pool is that of programs without PyTorch
             times.append({"table": table, "shape": shape, "seconds": pool.submit(timed, table, shape, options.threads).result()})
         for way, samples, outputs in track(cells, "memory", console=Console(stderr=True)):
             whole, beyond = pool.submit(peak, way, samples, outputs, options.threads).result()
@@ -303,7 +302,11 @@ def draw(content: dict[str, Any], file: Path) -> None:
         axes.set(
             xscale="log", yscale="log", ylim=(1, None), xlabel=title, ylabel="MiB beyond inputs and gradients", title=f"Memory, {fixed}"
         )
-        tidy(axes, "both")
+        numbers = list(dict.fromkeys(shape[axis == "outputs"] for shape in shapes))
+        axes.set_xticks(numbers, [f"{number:,}" for number in numbers])
+        axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#dddddd")
     labels.legend(frameon=False)
     found = medians(content, "tensors")
     bars = {OURS_NAME: OURS, APART: COLOURS[4], EAGER: COLOURS[0], COMPILED: COLOURS[1]}
@@ -313,7 +316,8 @@ def draw(content: dict[str, Any], file: Path) -> None:
     times.axhline(1, color="black", linewidth=1, linestyle=":")
     times.set_xticks(range(len(found)), [f"{features}\n{outputs:,}" for features, outputs in found])
     times.set(xlabel="features, labels", ylabel="time over the three products", title=f"Loss and gradients, {SAMPLES} samples")
-    times.legend(frameon=False)
+    times.set_ylim(0, 1.35 * times.get_ylim()[1])
+    times.legend(frameon=False, ncols=2, loc="upper center")
     tidy(times, "y")
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -13,6 +13,7 @@ import fastloss as fl
 from bench import page, report
 from bench.results import load
 from docs import losses
+from tests.labels import misplaced
 
 DOCS = losses.ROOT / "docs"
 LOSSES = (DOCS / "losses.md").read_text()
@@ -50,6 +51,17 @@ def test_tables_of_a_measurement_are_those_of_the_results_that_the_page_names(na
     begin, end = page.marks(measurement.block, f"python -m {measurement.command} --write")
     (source,) = re.findall(r"all times are in `(.*)`", text.partition(begin)[2].partition(end)[0])
     assert measurement.filled(file, json.loads((losses.ROOT / source).read_text()), source) == text
+
+
+def test_the_picture_of_linear_layers_has_no_label_beyond_its_axes(monkeypatch, tmp_path):
+    pytest.importorskip("torch")
+    from bench import linear
+
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    (source,) = re.findall(r"all times are in `(.*)`", (DOCS / "linear.md").read_text())
+    linear.draw(json.loads((losses.ROOT / source).read_text()), tmp_path / "linear.png")
+    assert [misplaced(figure) for figure in figures] == [[]]
 
 
 def test_table_of_errors_of_other_libraries_is_up_to_date():

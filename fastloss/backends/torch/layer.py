@@ -56,27 +56,29 @@ def value_of_layer(compute: Compute, loss: Any, piece: int, operands: Mapping[st
 
 
 def is_small(piece: int, given: Mapping[str, Any]) -> bool:
-    """Whether all outputs fit into one piece, and PyTorch's layer is as accurate, and raises no errors of its own.
+    """Whether all outputs fit into a quarter of a piece, or with places an eighth, and PyTorch's layer raises no errors of its own.
 
-    The layer and the loss one after the other then take less time than `LayerFunction`; with images, where outputs take a few pages.
+    The layer and the loss one after the other then take less time than `LayerFunction`.
     """
-    x: Any = given["input"]
-    w: Any = given["linear_weight"]
-    b, target = given.get("linear_bias"), given.get("target")
-    if (
-        not (isinstance(w, Tensor) and isinstance(target, Tensor))
-        or target.requires_grad
-        or given.keys() & {"inplace_grad", "process_group"}
-    ):
+    operands: list[Any] = [given.get(name) for name in (*NAMES, "target")]
+    x, w, b, target = operands
+    if not is_plain_layer(x, w, b) or not isinstance(target, Tensor) or target.requires_grad:
         return False
-    if x.dim() < 2 or w.dim() != 2 or x.shape[1] != w.shape[1] or x.dtype is not w.dtype or x.dtype not in (torch.float32, torch.float64):
+    if given.keys() & {"inplace_grad", "process_group"}:
         return False
     size = x.numel() // max(1, x.shape[1]) * len(w) * x.element_size()
-    if not 0 < size <= (piece if x.dim() == 2 else piece // 8) or torch.is_autocast_enabled(x.device.type):
+    return 0 < size <= piece // (4 if x.dim() == 2 else 8) and not torch.is_autocast_enabled(x.device.type)
+
+
+def is_plain_layer(x: Any, w: Any, b: Any) -> bool:
+    """Whether tensors are the input, the weight and the bias of a layer, dense, of one dtype that has no 16 bits, and on one device."""
+    if x.dim() < 2 or not isinstance(w, Tensor) or w.dim() != 2 or x.shape[1] != w.shape[1]:
         return False
-    if b is not None and not (isinstance(b, Tensor) and b.shape == w.shape[:1] and b.dtype is x.dtype):
+    if b is not None and not (isinstance(b, Tensor) and b.shape == w.shape[:1]):
         return False
-    return all(a is None or (a.layout is torch.strided and a.device == x.device) for a in (x, w, b))
+    others = [w] if b is None else [w, b]
+    is_dense = all(a.layout is torch.strided for a in (x, *others))
+    return is_dense and x.dtype in (torch.float32, torch.float64) and all(a.dtype is x.dtype and a.device == x.device for a in others)
 
 
 def value_of_small_layer(loss: Any, input: Any, linear_weight: Any, target: Any, linear_bias: Any = None, **options: Any) -> Any:
