@@ -159,15 +159,19 @@ def test_errors(rng):
     data = t.data.copy()
     data[-1] = 200
     row, column = 6, t.indices[-1]
-    shifted = DeviceMatrix(t, np.asarray)
-    shifted.col = shifted.col + 3
+    shifted, below = DeviceMatrix(t, np.asarray), DeviceMatrix(t, np.asarray)
+    shifted.col, below.row = shifted.col + 3, below.row - 1
     wrong = [
         (changed(t, data=data), rf"target\[{row}, {column}\] is 200; accepted: targets in \[0, 1\]; .* pass target_scale=1/255$"),
         (
             changed(t, data=np.where(data == 200, 400, data.astype(np.int64))),
             rf"target\[{row}, {column}\] is 400; accepted: targets in \[0, 1\]",
         ),
-        (shifted, rf"target has column indices from {3 + t.indices.min()} to {3 + t.indices.max()}; accepted: 0 to 10"),
+        (
+            shifted,
+            rf"target has column indices from {3 + t.indices.min()} to {3 + t.indices.max()}; accepted: 0 to 10, the columns of its shape",
+        ),
+        (below, "target has row indices from -1 to 5; accepted: 0 to 6, the rows of its shape"),
         (changed(t, indices=np.zeros_like(t.indices)), r"target has several values at one place; accepted: one; target.sum_duplicates"),
         (t[:6], r"a sparse target has shape \(6, 11\); accepted: \(7, 11\), for an input \(N, K\)"),
     ]

@@ -41,10 +41,11 @@ class SparseTarget:
         self.space: Any = None
 
     def check(self, width: int) -> None:
-        """Refuse columns that the matrix does not have, and two values at one place."""
-        least, most = (self.columns[0].tolist(), self.columns[-1].tolist()) if len(self.columns) else (0, width - 1)
-        if not 0 <= least <= most < width:
-            raise ValueError(f"target has column indices from {least} to {most}; accepted: 0 to {width - 1}, the columns of its shape")
+        """Refuse indices that the matrix does not have, and two values at one place."""
+        for name, indices, length in (("row", self.rows, self.length), ("column", self.columns, width)):
+            if len(indices) and not 0 <= indices.min().tolist() <= indices.max().tolist() < length:
+                found = f"{name} indices from {indices.min().tolist()} to {indices.max().tolist()}"
+                raise ValueError(f"target has {found}; accepted: 0 to {length - 1}, the {name}s of its shape")
         if bool((self.keys[1:] == self.keys[:-1]).any()):
             raise ValueError("target has several values at one place; accepted: one; target.sum_duplicates() of SciPy adds them")
 
