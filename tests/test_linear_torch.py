@@ -11,9 +11,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch.nn.functional as F  # noqa: E402, N812
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 
 import fastloss as fl  # noqa: E402
 import fastloss.torch as ft  # noqa: E402
+from fastloss.backends.torch import layer as torch_layer  # noqa: E402
 from fastloss.backends.torch.backend import TorchBackend  # noqa: E402
 from fastloss.core.products import Products  # noqa: E402
 from tests.test_linear import BCE, CE, OUTPUTS, SHAPES, assert_equal, layer, outputs_of  # noqa: E402
@@ -68,9 +70,9 @@ def test_tensors_are_arrays_and_only_the_needed_gradients_are_computed(monkeypat
     out = tuple(torch.zeros_like(a) for a in (tensors[0], tensors[1], tensors[3]))
     got = fl.linear(BCE, 512).grad(*tensors, out=out, accumulate=True)
     assert all(a is given for a, given in zip(got, out, strict=True))
-    counted, products = [], TorchBackend.products
-    counting = Products(*(lambda *a, f=f: counted.append(0) or f(*a) for f in products))
-    monkeypatch.setattr(TorchBackend, "products", counting)
+    counted = []
+    counting = Products(*(lambda *a, f=f: counted.append(0) or f(*a) for f in torch_layer.PRODUCTS))
+    monkeypatch.setattr(torch_layer, "PRODUCTS", counting)
     x, w, t, b = tensors
     for needed, products in (((), 1), ((x,), 2), ((w,), 2), ((x, w), 3), ((x, w, b), 4)):
         for a in (x, w, b):
@@ -130,6 +132,16 @@ def test_compiled_code_computes_the_same(shape, reduction, rng):
     )
     with torch.no_grad():
         assert not compiled(x, w, b).requires_grad
+
+
+def test_a_changed_number_compiles_once_more_and_not_again(rng):
+    x, w, b, t = tensors(rng, (7, 5))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda factor: fl.linear(BCE, 256)(x, w, t, b, pos_weight=factor), fullgraph=True, backend=counter)
+    for factor in (1.5, 2.5, 3.5, 4.5):
+        want = fl.linear(BCE, 256)(x, w, t, b, pos_weight=factor)
+        assert_alike([compiled(factor).detach().numpy()], [want.detach().numpy()], "float64")
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])

@@ -5,7 +5,6 @@ To add a framework, write one subclass in a module of its own and add it to `fin
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.call import Arguments, Call
 from fastloss.core.layer import Wanted, compute_layer
 from fastloss.core.plan import Array
-from fastloss.core.products import PRODUCTS, Products
+from fastloss.core.products import PRODUCTS
 from fastloss.core.sparse import SparseMatrix, sparse_matrix_of
 
 
@@ -27,7 +26,6 @@ class Backend:
 
     options: tuple[str, ...] = ()  # accepted in addition to those of a loss, such as PyTorch's `inplace_grad`
     is_lazy = False  # whether results are computed later
-    products: Products  # of matrices
 
     def compute(self, loss: AbstractLoss, arguments: Arguments) -> tuple[Any, list[Array]]:
         """Compute the requested quantities: the reduced value or None, and one array for each quantity in `arguments.wanted`."""
@@ -56,9 +54,7 @@ class Backend:
         self, loss: AbstractLoss, piece: int, operands: Mapping[str, Any], options: Mapping[str, Any], wanted: Wanted
     ) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
         """Compute the value of a loss of a linear layer, and its gradients by input, weight and bias, of which not all may be wanted."""
-        method = functools.partial(compute_layer, loss, piece, wanted=wanted, products=self.products)
-        computed: tuple[Any, tuple[Any, ...]] = self.compute_jointly(method, operands, options)
-        return computed
+        raise NotImplementedError
 
     @staticmethod
     def sparse_matrix(x: Any) -> SparseMatrix | None:
@@ -70,7 +66,6 @@ class ArrayBackend(Backend):
     """A framework whose arrays can be passed to a subclass of `Call` without conversion."""
 
     call: type[Call]
-    products = PRODUCTS
 
     def compute(self, loss: AbstractLoss, arguments: Arguments) -> tuple[Any, list[Array]]:
         """Compute the requested quantities on the arrays as they are."""
@@ -83,3 +78,9 @@ class ArrayBackend(Backend):
     def compute_jointly(self, method: Callable[..., Any], operands: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
         """Call a method that computes several losses at once, with the arrays as they are."""
         return method(**operands, **options, call=self.call)
+
+    def compute_layer(
+        self, loss: AbstractLoss, piece: int, operands: Mapping[str, Any], options: Mapping[str, Any], wanted: Wanted
+    ) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
+        """Compute the value of a loss of a linear layer, and the wanted gradients, on the arrays as they are."""
+        return compute_layer(loss, piece, **operands, **options, call=self.call, products=PRODUCTS, wanted=wanted)

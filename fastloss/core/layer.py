@@ -113,12 +113,12 @@ class LinearCall:
         read = {"input": self.input, "linear_weight": self.weight, "target": self.target, "linear_bias": self.bias, **self.options}
         spans = {name: span_of(x, self.call.address_of(x)) for name, x in read.items() if np.ndim(x)}
         check_buffers([span_of(x, self.call.address_of(x)) for x in buffers], spans)
-        if self.checks_elements():
+        if self.may_refuse_elements():
             self.check_elements()
         given = iter(buffers)
         return tuple(next(given) if needed else None for needed in wanted)
 
-    def checks_elements(self) -> bool:
+    def may_refuse_elements(self) -> bool:
         """Whether the loss refuses some targets of this dtype."""
         bound = self.bind((), self.placeholder, self.target, self.options)
         return bound.validate or bool(bound.always_checked)

@@ -43,9 +43,9 @@ class SparseTarget:
     def check(self, width: int) -> None:
         """Refuse indices that the matrix does not have, and two values at one place."""
         for name, indices, length in (("row", self.rows, self.length), ("column", self.columns, width)):
-            if len(indices) and not 0 <= indices.min().tolist() <= indices.max().tolist() < length:
-                found = f"{name} indices from {indices.min().tolist()} to {indices.max().tolist()}"
-                raise ValueError(f"target has {found}; accepted: 0 to {length - 1}, the {name}s of its shape")
+            least, most = (indices.min().tolist(), indices.max().tolist()) if len(indices) else (0, 0)
+            if least < 0 or most >= max(1, length):
+                raise ValueError(f"target has {name} indices from {least} to {most}; accepted: 0 to {length - 1}, the {name}s of its shape")
         if bool((self.keys[1:] == self.keys[:-1]).any()):
             raise ValueError("target has several values at one place; accepted: one; target.sum_duplicates() of SciPy adds them")
 
@@ -71,7 +71,9 @@ class SparseTarget:
 
 def to_kernel_dtype(values: Array, dtype: np.dtype[Any], keeps_integers: bool) -> Array:
     """Convert the values of a sparse target to a dtype whose pieces take little memory: uint8 for small integers, else the input's."""
-    if values.dtype.kind in "biu" and keeps_integers:
-        small = values.astype(np.uint8) if values.dtype.itemsize > 1 else values
-        return small if bool((small == values).all()) else values
-    return values.astype(dtype) if values.dtype != dtype else values
+    if not (values.dtype.kind in "biu" and keeps_integers):
+        return values.astype(dtype) if values.dtype != dtype else values
+    if values.dtype.itemsize == 1:
+        return values
+    small = values.astype(np.uint8)
+    return small if bool((small == values).all()) else values

@@ -608,7 +608,7 @@ MUTATIONS = (
         "Products of 16-bit arrays are rounded to 16 bits.", ("test_linear.py::test_16_bits_are_computed_in_float32",),
     ),
     Mutation(
-        "targets-are-read-twice", "core/layer.py", "if self.checks_elements():", "if True:",
+        "targets-are-read-twice", "core/layer.py", "if self.may_refuse_elements():", "if True:",
         "A target that nothing refuses is read before the gradients are written.",
         ("test_linear.py::test_targets_that_nothing_refuses_are_not_read_twice",),
     ),

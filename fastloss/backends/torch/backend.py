@@ -17,7 +17,7 @@ from fastloss.backends.torch import operators
 from fastloss.backends.torch.autograd import function_of
 from fastloss.backends.torch.bound_loss import VALUE, BoundLoss, PreparedLoss, value_dtype
 from fastloss.backends.torch.joint import compute_jointly, view_buffers
-from fastloss.backends.torch.layer import PRODUCTS, value_of_layer
+from fastloss.backends.torch.layer import compute_layer_of_tensors, value_of_layer
 from fastloss.backends.torch.memory_views import (
     HALVES,
     PROPERTIES,
@@ -47,7 +47,6 @@ class TorchBackend(Backend):
     """The backend for PyTorch tensors, on the CPU and on CUDA devices."""
 
     options = ("inplace_grad", "process_group")
-    products = PRODUCTS
 
     def __init__(self) -> None:
         self.bound: dict[Any, PreparedLoss] = {}  # by everything of a call but its tensors' elements and the values of parameters
@@ -148,8 +147,7 @@ class TorchBackend(Backend):
         self, loss: AbstractLoss, piece: int, operands: Mapping[str, Any], options: Mapping[str, Any], wanted: tuple[bool, ...]
     ) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
         """Compute the value of a loss of a linear layer, and the wanted gradients."""
-        value, gradients = super().compute_layer(loss, piece, operands, options, wanted)
-        return value.to(value_dtype(operands["input"])), gradients
+        return compute_layer_of_tensors(loss, piece, operands, options, wanted, value_dtype(operands["input"]))
 
     def value_of_layer(self, loss: AbstractLoss, piece: int, operands: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
         """Compute the value of a loss of a linear layer, with autograd attached to input, weight and bias."""
@@ -158,8 +156,10 @@ class TorchBackend(Backend):
     @staticmethod
     def sparse_matrix(x: Any) -> SparseMatrix | None:
         """Return the values of a sparse tensor, or of a matrix of SciPy; None for anything else."""
-        if not isinstance(x, Tensor) or x.layout is STRIDED:
-            return None if isinstance(x, Tensor) else sparse_matrix_of(x)
+        if not isinstance(x, Tensor):
+            return sparse_matrix_of(x)
+        if x.layout is STRIDED:
+            return None
         refuse_gradient("target", x)
         matrix = x.to_sparse_coo().coalesce()
         rows, columns = matrix.indices().clone()  # torch.compile cannot trace a view of a sparse tensor

@@ -7,18 +7,19 @@ torch.compile sees the operator `fastloss::linear_loss`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastloss.backends.torch import operators
 from fastloss.backends.torch.autograd import times_upstream
-from fastloss.backends.torch.bound_loss import value_dtype
+from fastloss.backends.torch.bound_loss import BoundLoss, value_dtype
 from fastloss.backends.torch.joint import compute_jointly
 from fastloss.backends.torch.memory_views import HALVES, check_tensors, has_memory, refuse_gradient, refuse_transforms, to_tensor
-from fastloss.backends.torch.operators import FLAGS, LIBRARY, TAGS, no_gradients
-from fastloss.core.abstract_loss import REGISTER, AbstractLoss
+from fastloss.backends.torch.operators import LIBRARY, TAGS, no_gradients
+from fastloss.core.abstract_loss import AbstractLoss
 from fastloss.core.checks import count_group_axes, to_validate
 from fastloss.core.layer import Wanted, compute_layer
 from fastloss.core.products import Products
@@ -127,17 +128,13 @@ def compiled_value(loss: AbstractLoss, piece: int, given: Mapping[str, Any], wan
     if not isinstance(given["target"], Tensor):
         raise NotImplementedError("a sparse target is not supported in compiled code; accepted: a call under torch.compiler.disable")
     rest = dict(given)
-    operands = [rest.pop(name, None) for name in (*NAMES, "target")]
-    reduction = rest.pop("reduction")
-    others = {name: x for name, x in rest.items() if isinstance(x, Tensor)}
-    numbers = {name: to_validate(x) if name == "validate" else x for name, x in rest.items() if name not in others}
-    names = [*others, *numbers]
-    settings = [float(x) for x in numbers.values()]
-    dtype = value_dtype(operands[0])
-    made = torch.ops.fastloss.linear_loss(
-        loss.key, reduction, piece, *operands, list(others.values()), names, settings, dtype, list(wanted), None
-    )
-    return made[0]
+    x, w, b, target = (rest.pop(name, None) for name in (*NAMES, "target"))
+    reduction, dtype = rest.pop("reduction"), value_dtype(x)
+    tensors = {name: rest.pop(name) for name in list(rest) if isinstance(rest[name], Tensor)}
+    settings = {name: to_validate(value) if name == "validate" else value for name, value in rest.items()}
+    bound = BoundLoss(loss, reduction, tuple(tensors), dtype)
+    key, _, _, _, *options = operators.pack_arguments(bound, [x, target, *tensors.values()], settings)
+    return torch.ops.fastloss.linear_loss(key, reduction, piece, x, w, b, target, *options, dtype, list(wanted), None)[0]
 
 
 @torch.library.impl(LIBRARY, "linear_loss", "CUDA")
@@ -146,13 +143,12 @@ def _linear_loss(
     loss: str, reduction: str, piece: int, input: Any, linear_weight: Any, linear_bias: Any, target: Any, others: list[Any],
     names: list[str], numbers: list[float], dtype: torch.dtype, wanted: list[bool], upstream: Any
 ) -> list[Any]:  # fmt: skip
-    given = dict(zip(names, [*others, *numbers], strict=True))
-    options = {name: bool(x) if name in FLAGS else x for name, x in given.items()} | {"linear_bias": linear_bias, "grad_output": upstream}
-    method = functools.partial(compute_layer, REGISTER[loss], piece, wanted=tuple(wanted), products=PRODUCTS)
+    bound, settings = operators.unpack_arguments(loss, reduction, others, names, numbers, dtype)
+    options = {**settings, **dict(zip(bound.names, others, strict=True)), "linear_bias": linear_bias, "grad_output": upstream}
+    given = {name: x for name, x in options.items() if x is not None} | {"reduction": reduction}
     operands = {"input": input, "linear_weight": linear_weight, "target": target}
-    present = {name: x for name, x in options.items() if x is not None}
-    value, gradients = compute_jointly(method, operands, {**present, "reduction": reduction}, dtype)
-    return [value.to(dtype), *(x for x in gradients if x is not None)]
+    value, gradients = compute_layer_of_tensors(bound.loss, piece, operands, given, tuple(wanted), dtype)
+    return [value, *(x for x in gradients if x is not None)]
 
 
 @torch.library.register_fake("fastloss::linear_loss", lib=LIBRARY)
@@ -161,19 +157,9 @@ def _(
     names: list[str], numbers: list[float], dtype: torch.dtype, wanted: list[bool], upstream: Any
 ) -> list[Any]:  # fmt: skip
     shape = input.shape[: count_group_axes(reduction, input.shape)]
-    gradients = [x.new_empty(x.shape, dtype=dtype_of_gradient(x)) for x in chosen((input, linear_weight, linear_bias), wanted)]
+    chosen = [x for x, needed in zip((input, linear_weight, linear_bias), wanted, strict=True) if needed]
+    gradients = [x.new_empty(x.shape, dtype=torch.float32 if x.dtype in HALVES else x.dtype) for x in chosen]
     return [input.new_empty(shape, dtype=dtype), *gradients]
-
-
-def dtype_of_gradient(x: Any) -> torch.dtype:
-    """Return the dtype in which the gradient of a tensor is computed: float32 for 16 bits."""
-    dtype: torch.dtype = torch.float32 if x.dtype in HALVES else x.dtype
-    return dtype
-
-
-def chosen(items: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
-    """Return the items that are wanted."""
-    return [x for x, needed in zip(items, wanted, strict=True) if needed]
 
 
 def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Any]) -> None:
@@ -220,3 +206,12 @@ def sum_rows(x: Any, out: Any, adds: bool) -> None:
 
 
 PRODUCTS = Products(multiply, sum_rows)
+
+
+def compute_layer_of_tensors(
+    loss: AbstractLoss, piece: int, operands: Mapping[str, Any], options: Mapping[str, Any], wanted: Wanted, dtype: torch.dtype
+) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
+    """Compute the value, as a tensor of a dtype, and the wanted gradients."""
+    method = functools.partial(compute_layer, loss, piece, wanted=wanted, products=PRODUCTS)
+    value, gradients = compute_jointly(method, operands, options, dtype)
+    return value.to(dtype), gradients
